@@ -1,0 +1,51 @@
+"""The project's exceptions and the exit codes they end a command with."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LinearizeError(Exception):
+    """A failure with a message a user can act on. Exit code 1: runtime failure."""
+
+    exit_code = 1
+
+
+class ConfigError(LinearizeError):
+    """Wrong usage, configuration or data. Exit code 2."""
+
+    exit_code = 2
+
+
+class GateError(LinearizeError):
+    """A quality gate was not met. Exit code 3."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(LinearizeError):
+    """A model that cannot be converted, and why. Exit code 4."""
+
+    exit_code = 4
+
+
+class ResourceError(LinearizeError):
+    """Out of memory or disk. Exit code 5."""
+
+    exit_code = 5
+
+
+class CheckpointError(LinearizeError):
+    """A checkpoint that is missing, damaged or not what it says. Exit code 1."""
+
+
+class CoverageError(LinearizeError):
+    """Planned and converted heads differ, or keys are missing or unexpected. Exit code 1."""
+
+
+INTERRUPTED = 130
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """'; did you mean 'x'?' for the closest allowed name, or nothing."""
+    match = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""

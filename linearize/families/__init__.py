@@ -1,0 +1,1 @@
+"""Facts about base architectures, as data."""

@@ -1,0 +1,11 @@
+"""Llama: the plain case, nothing but the defaults."""
+
+from linearize.families.family import Family
+
+LLAMA = Family(
+    model_type="llama",
+    causal_lm_class="LlamaForCausalLM",
+    decoder_class="LlamaModel",
+    attention_class="LlamaAttention",
+    covers="Llama 1, 2, 3.x, SmolLM2, TinyLlama",
+)

@@ -1,0 +1,146 @@
+"""The attention of a linearized layer, laid over the family's own attention class.
+
+The family keeps projections, biases, norms, rotary and output projection. This class calls the family's forward
+with the cache taken away and with rotary set to the identity, so that q, k and v arrive at `attend` as the
+projections left them; rotary is then applied with the family's own function.
+"""
+
+import inspect
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from linearize.modeling.branch import LinearHeads
+from linearize.modeling.cache import adopt_layer, context_of
+from linearize.modeling.plan import LayerPlan
+
+IMPLEMENTATION = "linearize"
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+
+
+@dataclass
+class AttentionCall:
+    """What `attend` needs besides q, k and v, handed through the family's forward as one extra keyword."""
+
+    cache: Cache | None
+    position_embeddings: tuple[Tensor, Tensor]
+    padding_mask: Tensor | None
+    segments: Tensor | None
+
+
+def _attend(module, query, key, value, attention_mask, *, linearize_call: AttentionCall, **kwargs):
+    return module.attend(query, key, value, attention_mask, linearize_call, **kwargs), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+class LinearizedAttention:
+    """Mixed in before the family's attention class by the factory. Some key/value heads keep softmax, the rest are
+    linear; see `LinearHeads`. In softmax mode (`linear = False`) the class is the family's own.
+    """
+
+    def setup(self, plan: LayerPlan, config, key_value_heads: int, query_heads: int) -> None:
+        """Turns an instance of the family's class into this one, in place.
+
+        Args:
+            config: the copy of the model's config that routes this layer's attention to `attend`.
+        """
+        self.softmax_config, self.linear_config = self.config, config
+        self.softmax_heads, self.linear_heads = plan.softmax_heads, plan.linear_heads(key_value_heads)
+        self.query_group = query_heads // key_value_heads
+        family = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers.models"))
+        self.family_module = sys.modules[family.__module__]
+        self.call_names = [name for name in inspect.signature(family.forward).parameters if name != "self"]
+        self.mixer = None
+        if self.linear_heads:
+            self.mixer = LinearHeads(plan, len(self.linear_heads) * self.query_group)
+        order = [*self.softmax_heads, *self.linear_heads]
+        self.restore = None if order == sorted(order) else [order.index(head) for head in range(key_value_heads)]
+        self.set_linear(True)
+
+    def set_linear(self, linear: bool) -> None:
+        """Switches between the linearized layer and the family's softmax attention on the same weights."""
+        self.linear = linear
+        self.config = self.linear_config if linear else self.softmax_config
+
+    def forward(self, *args, padding_mask: Tensor | None = None, segments: Tensor | None = None, **kwargs):
+        if not self.linear:
+            return super().forward(*args, **kwargs)
+        kwargs.update(zip(self.call_names, args))
+        cache_name = next((name for name in CACHE_ARGUMENTS if name in kwargs), None)
+        cache = kwargs.pop(cache_name) if cache_name else None
+        cos, sin = kwargs["position_embeddings"]
+        call = AttentionCall(cache, (cos, sin), padding_mask, segments)
+        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        return super().forward(**kwargs, linearize_call=call)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        call: AttentionCall,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        **kwargs,
+    ) -> Tensor:
+        """q [B, H, T, K], k and v [B, J, T, K], before rotary; returns [B, T, H, K]."""
+        q_rotary, k_rotary = self.family_module.apply_rotary_pos_emb(q, k, *call.position_embeddings)
+        layer = None
+        if call.cache is not None:
+            window, sinks, delayed = (
+                (self.mixer.window, self.mixer.sinks, self.mixer.delayed) if self.mixer else (0, 0, False)
+            )
+            layer = adopt_layer(call.cache, self.layer_idx, window, sinks, delayed)
+        outputs = []
+        if self.softmax_heads:
+            picked = [self._heads(x, self.softmax_heads) for x in (q_rotary, k_rotary, v)]
+            outputs.append(self._softmax(*picked, attention_mask, layer, scaling=scaling, dropout=dropout, **kwargs))
+        if self.linear_heads:
+            # [B, T, heads, K] from here on
+            picked = [self._heads(x, self.linear_heads).transpose(1, 2) for x in (q, q_rotary, k, k_rotary, v)]
+            outputs.append(self._linear(*picked, call, layer, scaling))
+        if layer is not None and not self.linear_heads:
+            layer.length += q.shape[2]
+        if len(outputs) == 1:
+            return outputs[0]
+        joined = torch.cat(outputs, dim=2)
+        if self.restore is None:
+            return joined
+        return joined.unflatten(2, (-1, self.query_group))[:, :, self.restore].flatten(2, 3)
+
+    def _softmax(self, q, k, v, attention_mask, layer, **kwargs) -> Tensor:
+        if layer is not None:
+            k, v = layer.extend_softmax(k, v)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.softmax_config._attn_implementation, self.family_module.eager_attention_forward
+        )
+        return interface(self, q, k, v, attention_mask, **kwargs)[0]
+
+    def _linear(self, q, q_rotary, k, k_rotary, v, call: AttentionCall, layer, scaling: float) -> Tensor:
+        padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
+        if layer is None:
+            context = context_of(
+                k_rotary, v, k, sinks=self.mixer.sinks, padding_mask=padding_mask, segments=call.segments
+            )
+            return self.mixer(q, q_rotary, context, scale=scaling, state=None)[0]
+        context = layer.extend(k_rotary, v, k, padding_mask)
+        output, layer.recurrent_state = self.mixer(
+            q, q_rotary, context, scale=scaling, state=layer.recurrent_state
+        )
+        return output
+
+    def _heads(self, x: Tensor, key_value_heads: tuple[int, ...]) -> Tensor:
+        """The given key/value heads of x, [B, heads, T, K], or for queries their groups."""
+        if len(key_value_heads) == len(self.softmax_heads) + len(self.linear_heads):
+            return x
+        group = x.shape[1] // (len(self.softmax_heads) + len(self.linear_heads))
+        return x.unflatten(1, (-1, group))[:, list(key_value_heads)].flatten(1, 2)

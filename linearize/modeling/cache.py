@@ -1,0 +1,274 @@
+"""What a linearized layer remembers, and what its queries can see.
+
+A slot is a position in the padded row, counted from the first token the cache ever saw; an ordinal is a token's
+number within its document, -1 for padding. Left-padded rows share slots but not ordinals.
+
+Shapes: B batch, S slots, J linear key/value heads, K head dim, N sink keys.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+
+@dataclass
+class Context:
+    """The keys and values in reach of the current queries, which are its last T slots.
+
+    Attributes:
+        keys, values: [B, S, J, K], keys after rotary. raw_keys: the same keys before rotary.
+        ordinals: [B or 1, S] int64.
+        key_mask: [B, S] bool, None without padding. segments: [B, S] document numbers, None for one document.
+        sink_keys, sink_values: [B, N, J, K] or None. sink_slots: [B or 1, N] absolute slots, -1 where there is none.
+        sink_segments: [B, N] or None.
+        first_slot: absolute slot of keys[:, 0].
+    """
+
+    keys: Tensor
+    values: Tensor
+    raw_keys: Tensor
+    ordinals: Tensor
+    key_mask: Tensor | None
+    segments: Tensor | None
+    sink_keys: Tensor | None
+    sink_values: Tensor | None
+    sink_slots: Tensor | None
+    sink_segments: Tensor | None
+    first_slot: int
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+    def sink_mask(self, queries: int, window: int) -> Tensor:
+        """[B or 1, T, N] bool: the sinks of the query's own document that have left its window."""
+        last = self.first_slot + self.length
+        slots = torch.arange(last - queries, last, device=self.keys.device)
+        mask = (slots[None, :, None] - self.sink_slots[:, None, :] >= window) & (self.sink_slots >= 0)[:, None]
+        if self.segments is not None:
+            mask = mask & (self.segments[:, -queries:, None] == self.sink_segments[:, None, :])
+        return mask
+
+
+def ordinals_of(padding_mask: Tensor | None, segments: Tensor | None, length: int, device) -> Tensor:
+    """Ordinals of `length` tokens that start a cache or a row: [B or 1, length]."""
+    if segments is not None:
+        slots = torch.arange(length, device=device).expand(segments.shape)
+        change = torch.ones_like(segments, dtype=torch.bool)
+        change[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        return slots - torch.where(change, slots, 0).cummax(dim=-1).values
+    if padding_mask is None:
+        return torch.arange(length, device=device)[None]
+    return torch.where(padding_mask, padding_mask.cumsum(-1) - 1, -1)
+
+
+def context_of(
+    keys: Tensor,
+    values: Tensor,
+    raw_keys: Tensor,
+    *,
+    sinks: int,
+    padding_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Context:
+    """The context of whole rows without a cache: every token's keys and values, sinks picked out of them."""
+    ordinals = ordinals_of(padding_mask, segments, keys.shape[1], keys.device)
+    sink_keys = sink_values = sink_slots = sink_segments = None
+    if sinks:
+        sink_slots = _sink_slots(ordinals, sinks)
+        index = sink_slots.clamp(min=0).expand(keys.shape[0], -1)
+        sink_keys, sink_values = _take(keys, index), _take(values, index)
+        sink_segments = None if segments is None else segments.gather(1, index)
+    return Context(
+        keys, values, raw_keys, ordinals, padding_mask, segments, sink_keys, sink_values, sink_slots, sink_segments, 0
+    )
+
+
+def _sink_slots(ordinals: Tensor, sinks: int) -> Tensor:
+    """Slots of the tokens with ordinal < sinks, ascending, padded with -1: [B or 1, N]."""
+    if ordinals.shape[0] == 1 and ordinals.shape[1] <= sinks:
+        return ordinals
+    is_sink = (ordinals >= 0) & (ordinals < sinks)
+    count = int(is_sink.sum(-1).max())
+    slots = torch.arange(ordinals.shape[1], device=ordinals.device).expand_as(ordinals)
+    order = torch.where(is_sink, slots, ordinals.shape[1]).sort(-1).values[:, :count]
+    return torch.where(order < ordinals.shape[1], order, -1)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, index[b]]: [B, S, J, K], [B, N] -> [B, N, J, K]."""
+    return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+
+
+class LinearizedLayer(CacheLayerMixin):
+    """Cache of one layer: full keys and values of its softmax heads; for its linear heads the last `window` slots,
+    the sinks and the float32 recurrent state. Memory of the linear heads does not grow with the sequence.
+
+    `keys` and `values` are the softmax heads', in the layout of transformers, [B, heads, S, K]; None without any.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+    supports_early_init = False
+
+    TENSORS = (
+        "keys",
+        "values",
+        "window_keys",
+        "window_values",
+        "window_raw_keys",
+        "window_ordinals",
+        "sink_keys",
+        "sink_values",
+        "sink_slots",
+        "seen",
+        "recurrent_state",
+    )
+
+    def __init__(self, window: int, sinks: int, keep_raw_keys: bool):
+        super().__init__()
+        self.window, self.sinks, self.keep_raw_keys = window, sinks, keep_raw_keys
+        self._clear()
+
+    def _clear(self) -> None:
+        for name in self.TENSORS:
+            setattr(self, name, None)
+        self.length = 0
+        self.padded = self.sinks_filled = self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        raise ValueError("this cache was filled in linear mode and cannot serve softmax attention; use a new cache")
+
+    def extend_softmax(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends keys and values of the softmax heads, [B, heads, T, K], and returns all of them."""
+        self.keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=-2)
+        self.values = value_states if self.values is None else torch.cat([self.values, value_states], dim=-2)
+        return self.keys, self.values
+
+    def extend(self, keys: Tensor, values: Tensor, raw_keys: Tensor, padding_mask: Tensor | None) -> Context:
+        """Takes the linear heads' new tokens, [B, T, J, K], and returns what their queries can see.
+
+        Keeps the last `window` slots: a token leaves the window cache when it enters the recurrent state.
+        """
+        B, T = keys.shape[:2]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if self.seen is None:
+            self.seen = torch.zeros(B, dtype=torch.long, device=keys.device)
+        if padding_mask is None:
+            ordinals = self.seen[:, None] + torch.arange(T, device=keys.device)
+        else:
+            ordinals = torch.where(padding_mask, self.seen[:, None] + padding_mask.cumsum(-1) - 1, -1)
+            self.padded = True
+        self._take_sinks(keys, values, ordinals)
+        self.seen = self.seen + (T if padding_mask is None else padding_mask.sum(-1))
+
+        def joined(past: Tensor | None, new: Tensor) -> Tensor:
+            return new if past is None else torch.cat([past, new], dim=1)
+
+        keys, values = joined(self.window_keys, keys), joined(self.window_values, values)
+        raw = joined(self.window_raw_keys, raw_keys) if self.keep_raw_keys else raw_keys
+        ordinals = joined(self.window_ordinals, ordinals)
+        self.length += T
+        context = Context(
+            keys,
+            values,
+            raw,
+            ordinals,
+            key_mask=ordinals >= 0 if self.padded else None,
+            segments=None,
+            sink_keys=self.sink_keys,
+            sink_values=self.sink_values,
+            sink_slots=self.sink_slots,
+            sink_segments=None,
+            first_slot=self.length - keys.shape[1],
+        )
+        # copies, so that a prefill's full-length tensors are freed
+        self.window_keys, self.window_values = keys[:, -self.window :].clone(), values[:, -self.window :].clone()
+        self.window_raw_keys = raw[:, -self.window :].clone() if self.keep_raw_keys else None
+        self.window_ordinals = ordinals[:, -self.window :].clone()
+        return context
+
+    def _take_sinks(self, keys: Tensor, values: Tensor, ordinals: Tensor) -> None:
+        if not self.sinks or self.sinks_filled:
+            return
+        B, _, J, K = keys.shape
+        if self.sink_slots is None:
+            self.sink_keys, self.sink_values = (keys.new_zeros(B, self.sinks, J, K) for _ in range(2))
+            self.sink_slots = torch.full((B, self.sinks), -1, dtype=torch.long, device=keys.device)
+        match = ordinals[:, None, :] == torch.arange(self.sinks, device=keys.device)[None, :, None]
+        found, index = match.any(-1), match.int().argmax(-1)
+        self.sink_slots = torch.where(found, index + self.length, self.sink_slots)
+        self.sink_keys = torch.where(found[..., None, None], _take(keys, index), self.sink_keys)
+        self.sink_values = torch.where(found[..., None, None], _take(values, index), self.sink_values)
+        self.sinks_filled = bool((self.sink_slots >= 0).all())
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor held."""
+        tensors = [getattr(self, name) for name in self.TENSORS]
+        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def _apply(self, function) -> None:
+        for name in self.TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+    def offload(self) -> None:
+        self._apply(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._apply(lambda x: x.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._apply(lambda x: x[indices, ...])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a linearized cache cannot be cropped: its recurrent state does not run backwards")
+
+
+def adopt_layer(cache: Cache, layer_idx: int, window: int, sinks: int, keep_raw_keys: bool) -> LinearizedLayer:
+    """The linearized layer at `layer_idx`, put in place of the empty layer transformers made there."""
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"linearized models need a DynamicCache (the default of generate); got {type(cache).__name__}. Static, "
+            "quantised and paged caches and continuous batching cannot hold a recurrent state"
+        )
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[layer_idx]
+    if not isinstance(layer, LinearizedLayer):
+        if layer.get_seq_length() > 0:
+            raise ValueError(
+                f"layer {layer_idx} of this cache was filled by another model or in softmax mode; a linearized model "
+                "needs a cache of its own"
+            )
+        layer = cache.layers[layer_idx] = LinearizedLayer(window, sinks, keep_raw_keys)
+    return layer

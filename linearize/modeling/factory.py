@@ -1,0 +1,206 @@
+"""Linearized model classes, made from a family's own and registered with transformers.
+
+For a family with model_type `llama` the classes are LinearizedLlamaConfig (model_type `linearized_llama`),
+LinearizedLlamaAttention, LinearizedLlamaModel and LinearizedLlamaForCausalLM: the family's classes, whose
+attention layers are replaced, in place, according to the plan in `config.linearize`.
+"""
+
+import contextlib
+import copy
+import functools
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from linearize.families.registry import FAMILIES, Family
+from linearize.modeling.attention import IMPLEMENTATION, LinearizedAttention
+from linearize.modeling.branch import LinearHeads
+from linearize.modeling.plan import Plan
+
+PREFIX = "linearized_"
+
+
+@dataclass(frozen=True)
+class LinearizedClasses:
+    config: type
+    attention: type
+    decoder: type
+    causal_lm: type
+
+
+class LinearizedConfig:
+    """Mixed into the family's config: the plan rides in `linearize`, checked when it is read."""
+
+    linearize: dict | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_dict(self.linearize)
+
+
+class LinearizedDecoder:
+    """Mixed into the family's decoder: passes the padding mask and the document numbers on to the layers."""
+
+    _keep_in_fp32_modules_strict = {"mixer"}
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        if self.layers_linear:
+            kwargs["padding_mask"] = _padding_mask(attention_mask)
+            kwargs["segments"] = _segments(attention_mask, position_ids, past_key_values, input_ids, kwargs)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LinearHeads):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class LinearizedForCausalLM:
+    """Mixed into the family's causal language model."""
+
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = {"mixer"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        linearize_layers(self, config.plan)
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """False: engines that bring their own attention and cache would lose the recurrent state."""
+        return False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return False
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError(
+            "continuous batching pages keys and values and cannot hold a recurrent state; use generate() on a batch"
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        return self.generate_batch()
+
+    def linear_attentions(self) -> Iterator[tuple[str, LinearizedAttention]]:
+        """Every layer's attention that has linear heads, with its module name."""
+        for name, module in self.named_modules():
+            if isinstance(module, LinearizedAttention):
+                yield name, module
+
+    @contextlib.contextmanager
+    def softmax_attention(self) -> Iterator[None]:
+        """Inside, every layer is the base model's own softmax attention on the same weights."""
+        self._set_linear(False)
+        try:
+            yield
+        finally:
+            self._set_linear(True)
+
+    @contextlib.contextmanager
+    def recurrent_branch_off(self) -> Iterator[None]:
+        """Inside, linear heads see window + sinks alone: the training-free baseline."""
+        mixers = [module.mixer for _, module in self.linear_attentions() if module.mixer is not None]
+        for module in mixers:
+            module.recurrent_enabled = False
+        try:
+            yield
+        finally:
+            for module in mixers:
+                module.recurrent_enabled = True
+
+    def _set_linear(self, linear: bool) -> None:
+        self.base_model.layers_linear = linear
+        for _, module in self.linear_attentions():
+            module.set_linear(linear)
+
+
+def linearize_layers(model: PreTrainedModel, plan: Plan) -> None:
+    """Replaces the attention layers of a family's model, in place, as `plan` says."""
+    family = FAMILIES[plan.base_model_type]
+    classes = linearized_classes(family)
+    config = model.config
+    routed = copy.copy(config)
+    routed._attn_implementation_internal = IMPLEMENTATION
+    decoder = model.base_model
+    decoder.__class__ = classes.decoder
+    decoder.layers_linear = True
+    for layer, layer_plan in zip(decoder.layers, plan.layers, strict=True):
+        attention = getattr(layer, family.attention_attribute)
+        attention.__class__ = classes.attention
+        attention.setup(layer_plan, routed, config.num_key_value_heads, config.num_attention_heads)
+
+
+@functools.cache
+def linearized_classes(family: Family) -> LinearizedClasses:
+    """Builds and registers the classes of one family."""
+    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    base_causal_lm = getattr(module, family.causal_lm_class)
+    base_decoder = getattr(module, family.decoder_class)
+    base_attention = getattr(module, family.attention_class)
+    base_config = base_causal_lm.config_class
+
+    def derive(mixin: type, base: type, **attributes) -> type:
+        name = f"Linearized{base.__name__}"
+        return type(name, (mixin, base), {"__module__": __name__, "__qualname__": name, **attributes})
+
+    config = derive(
+        LinearizedConfig, base_config, model_type=PREFIX + family.model_type,
+        __annotations__={"linearize": dict | None}, linearize=None,
+    )
+    attention = derive(LinearizedAttention, base_attention)
+    decoder = derive(LinearizedDecoder, base_decoder, config_class=config)
+    causal_lm = derive(LinearizedForCausalLM, base_causal_lm, config_class=config)
+    for cls in (config, attention, decoder, causal_lm):
+        globals()[cls.__name__] = cls
+
+    # keyed by class name; a probe instance is not needed, only the name it would print
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(decoder), base_decoder._can_record_outputs)
+    mapping = get_checkpoint_conversion_mapping(family.model_type)
+    if mapping is not None:
+        for name in (config.model_type, causal_lm.__name__):
+            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    return LinearizedClasses(config, attention, decoder, causal_lm)
+
+
+def register_all() -> None:
+    """Makes AutoConfig and AutoModelForCausalLM know the linearized form of every supported family."""
+    for family in FAMILIES.values():
+        linearized_classes(family)
+
+
+def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """The 2-D mask as bool, or None when nothing is padded."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"linearized models take a 2-D attention mask [batch, tokens]; got {attention_mask.dim()} dimensions"
+        )
+    mask = attention_mask.bool()
+    return None if bool(mask.all()) else mask
+
+
+def _segments(attention_mask, position_ids, past_key_values, input_ids, kwargs) -> Tensor | None:
+    """Document numbers of packed rows, recognised as transformers does: positions that restart, no mask, no cache."""
+    cached = past_key_values is not None or kwargs.get("use_cache")
+    if attention_mask is not None or cached or position_ids is None:
+        return None
+    batch = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[0]
+    return find_packed_sequence_indices(position_ids.expand(batch, -1))

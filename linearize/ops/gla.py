@@ -1,0 +1,272 @@
+"""Gated linear attention with a per-channel decay (GLA, arXiv 2312.06635, equations 3 and 4).
+
+    S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T
+    o_t = scale * S_t^T q_t
+
+Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G),
+K key dim, V value dim. The state is [B, J, K, V] and always float32 (float64 for float64 inputs): one state
+serves the whole query group, so grouped-query models pay for J states, not H.
+
+`gla_naive` is the definition; `gla_chunked` is the fast version with a hand-written backward; `gla` dispatches.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.ops.dispatch import fla_operator
+
+CHUNK = 32
+SUBCHUNK = 4
+
+
+def gla_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as a loop over tokens.
+
+    Args:
+        q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V].
+        log_decay: [B, T, J, K], at most zero.
+        initial_state: [B, J, K, V], zero when absent.
+        segments: [B, T] document number of each token; the state is zeroed where it changes.
+
+    Returns:
+        output [B, T, H, V] in v's dtype, final state [B, J, K, V].
+    """
+    dtype = _state_dtype(q)
+    q_, k_, v_, decay = _group(q, k).to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp()
+    B, T, J, K = k.shape
+    state = q_.new_zeros(B, J, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(T):
+        if segments is not None and t > 0:
+            state = state * (segments[:, t] == segments[:, t - 1]).to(dtype)[:, None, None, None]
+        state = decay[:, t, :, :, None] * state + k_[:, t, :, :, None] * v_[:, t, :, None, :]
+        outputs.append(scale * torch.einsum("bjgk,bjkv->bjgv", q_[:, t], state))
+    output = torch.stack(outputs, dim=1) if T else q_.new_zeros(B, 0, J, q_.shape[3], v.shape[-1])
+    return output.flatten(2, 3).to(v.dtype), state
+
+
+def gla_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same function as `gla_naive`, in chunks of 32 tokens (arXiv 2312.06635, section 4).
+
+    Every exponent is a difference of cumulative log-decays taken towards the past, hence at most zero: no gate,
+    however strong, overflows.
+    """
+    dtype = _state_dtype(q)
+    T, (B, _, J, K), V = q.shape[1], k.shape, v.shape[-1]
+    if T == 0:
+        state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+        return v.new_zeros(B, 0, q.shape[2], V), state
+    padding = -T % CHUNK
+    # [B, J, N, (G,) C, ·]: chunks are a batch dimension
+    q_ = _chunks(_group(q, k).to(dtype) * scale, padding)
+    k_, v_, g_ = (_chunks(x.to(dtype), padding) for x in (k, v, log_decay))
+    state = q_.new_zeros(B, J, K, V) if initial_state is None else initial_state.to(dtype)
+    segment_chunks = None
+    if segments is not None:
+        segment_chunks = F.pad(segments[:, None], (0, padding), mode="replicate").view(B, 1, -1, CHUNK)
+    output, final = _ChunkedGLA.apply(q_, k_, v_, g_, state, segment_chunks)
+    output = output.permute(0, 2, 4, 1, 3, 5).reshape(B, T + padding, q.shape[2], V)
+    return output[:, :T].to(v.dtype), final
+
+
+def gla_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float = 1.0, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence: T must be 1. Shapes and result as `gla_naive`."""
+    return gla_naive(q, k, v, log_decay, scale=scale, initial_state=initial_state)
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention by the fastest operator available for these inputs. See `gla_naive`."""
+    if q.shape[1] == 1:
+        return gla_step(q, k, v, log_decay, scale=scale, initial_state=initial_state)
+    kernel = fla_operator("fla.ops.gla", "chunk_gla", q) if segments is None else None
+    if kernel is None:
+        return gla_chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, segments=segments)
+    group = q.shape[2] // k.shape[2]
+    k_, v_, g_ = (x.repeat_interleave(group, dim=2) for x in (k, v, log_decay.float()))
+    state = None if initial_state is None else initial_state.repeat_interleave(group, dim=1)
+    output, final = kernel(
+        q, k_.to(q.dtype), v_.to(q.dtype), g_, scale=scale, initial_state=state, output_final_state=True
+    )
+    return output.to(v.dtype), final[:, ::group]
+
+
+class _ChunkedGLA(torch.autograd.Function):
+    """Forward and backward over chunks. Tensors are [B, J, N, (G,) C, ·]; see `gla_chunked`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, state, segments):
+        b, b_end = _cumulative(g)
+        keep_in, keep_out, carry, same = _segment_masks(segments, q.dtype)
+        scores = _intra_scores(q, k, b, same)
+        output = scores @ v[:, :, :, None]
+        q_in = q * b.exp()[:, :, :, None]
+        k_out = k * (b_end - b).exp()
+        if keep_in is not None:
+            q_in = q_in * keep_in[..., None, :, None]
+            k_out = k_out * keep_out[..., None]
+        writes = k_out.transpose(-1, -2) @ v
+        decay = b_end.squeeze(-2).exp().unsqueeze(-1)
+        if carry is not None:
+            decay = decay * carry[..., None, None]
+        states = []
+        for n in range(q.shape[2]):
+            states.append(state)
+            state = torch.addcmul(writes[:, :, n], decay[:, :, n], state)
+        states = torch.stack(states, dim=2)
+        output = output + q_in @ states[:, :, :, None]
+        ctx.save_for_backward(q, k, v, g, states, segments)
+        return output, state
+
+    @staticmethod
+    def backward(ctx, d_output, d_state):
+        q, k, v, g, states, segments = ctx.saved_tensors
+        b, b_end = _cumulative(g)
+        keep_in, keep_out, carry, same = _segment_masks(segments, q.dtype)
+        in_decay, out_decay = b.exp(), (b_end - b).exp()
+        if keep_in is not None:
+            in_decay, out_decay = in_decay * keep_in[..., None], out_decay * keep_out[..., None]
+        decay = b_end.squeeze(-2).exp().unsqueeze(-1)
+        if carry is not None:
+            decay = decay * carry[..., None, None]
+
+        # [B, J, N, K, V]: what each chunk's entering state receives from its own queries, all groups at once
+        q_in = q * in_decay[:, :, :, None]
+        d_reads = q_in.flatten(3, 4).transpose(-1, -2) @ d_output.flatten(3, 4)
+        d_next = []
+        for n in reversed(range(q.shape[2])):
+            d_next.append(d_state)
+            d_state = torch.addcmul(d_reads[:, :, n], decay[:, :, n], d_state)
+        d_next = torch.stack(d_next[::-1], dim=2)
+
+        scores = _intra_scores(q, k, b, same)
+        d_scores = d_output @ v[:, :, :, None].transpose(-1, -2)
+        dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output.flatten(3, 4) + (k * out_decay) @ d_next
+        dk_out = (v @ d_next.transpose(-1, -2)) * out_decay
+        dq = (d_output @ states[:, :, :, None].transpose(-1, -2)) * in_decay[:, :, :, None]
+        dq_intra, dk_intra = _intra_backward(q, k, b, d_scores, same)
+        dq, dk = dq + dq_intra, dk_out + dk_intra
+
+        # b enters every term as +b with q and -b with k, so its gradient needs no further products (2312.06635, C.2)
+        db = (q * dq).sum(3) - k * dk
+        db_end = (k * dk_out).sum(-2) + (decay * states * d_next).sum(-1)
+        dg = db.flip(-2).cumsum(-2).flip(-2) + db_end.unsqueeze(-2)
+        return dq, dk, dv, dg, d_state, None
+
+
+def _intra_scores(q: Tensor, k: Tensor, b: Tensor, same: Tensor | None) -> Tensor:
+    """A_ij = sum_K q_i k_j exp(b_i - b_j) for j <= i inside a chunk: [B, J, N, G, C, C].
+
+    Rows are taken a sub-chunk at a time. Earlier sub-chunks meet it through the decay at its first token; inside
+    it the differences are formed directly.
+    """
+    scores = q.new_zeros(*q.shape[:-1], CHUNK)
+    causal = torch.ones(SUBCHUNK, SUBCHUNK, dtype=torch.bool, device=q.device).tril()
+    for start in range(0, CHUNK, SUBCHUNK):
+        rows, past = slice(start, start + SUBCHUNK), slice(0, start)
+        if start:
+            reference = b[..., start - 1 : start, :]
+            q_rows = q[..., rows, :] * (b[..., rows, :] - reference).exp()[:, :, :, None]
+            k_past = k[..., past, :] * (reference - b[..., past, :]).exp()
+            scores[..., rows, past] = q_rows @ k_past[:, :, :, None].transpose(-1, -2)
+        # [B, J, N, c, c, K] then one product per row over all query groups
+        k_inside = _decay_inside(b, rows, causal) * k[..., None, rows, :]
+        inside = q[..., rows, :].transpose(3, 4) @ k_inside.transpose(-1, -2)
+        scores[..., rows, rows] = inside.transpose(3, 4)
+    return scores if same is None else scores * same
+
+
+def _intra_backward(q, k, b, d_scores, same) -> tuple[Tensor, Tensor]:
+    """Gradients of `_intra_scores` with respect to q and k (b follows from them)."""
+    d_scores = d_scores if same is None else d_scores * same
+    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
+    causal = torch.ones(SUBCHUNK, SUBCHUNK, dtype=torch.bool, device=q.device).tril()
+    for start in range(0, CHUNK, SUBCHUNK):
+        rows, past = slice(start, start + SUBCHUNK), slice(0, start)
+        if start:
+            reference = b[..., start - 1 : start, :]
+            row_decay = (b[..., rows, :] - reference).exp()[:, :, :, None]
+            past_decay = (reference - b[..., past, :]).exp()
+            block = d_scores[..., rows, past]
+            k_past = (k[..., past, :] * past_decay)[:, :, :, None]
+            dq[..., rows, :] += (block @ k_past) * row_decay
+            q_rows = q[..., rows, :] * row_decay
+            dk[..., past, :] += (block.flatten(3, 4).transpose(-1, -2) @ q_rows.flatten(3, 4)) * past_decay
+        decay = _decay_inside(b, rows, causal)
+        # [B, J, N, c (row), G, c (column)]
+        block = d_scores[..., rows, rows].transpose(3, 4)
+        dq[..., rows, :] += (block @ (decay * k[..., None, rows, :])).transpose(3, 4)
+        by_row = block.transpose(-1, -2) @ q[..., rows, :].transpose(3, 4)
+        dk[..., rows, :] += (by_row * decay).sum(3)
+    return dq, dk
+
+
+def _decay_inside(b: Tensor, rows: slice, causal: Tensor) -> Tensor:
+    """exp(b_i - b_j) for j <= i and zero above, inside one sub-chunk: [B, J, N, c, c, K]."""
+    difference = b[..., rows, None, :] - b[..., None, rows, :]
+    return difference.masked_fill_(~causal[..., None], float("-inf")).exp_()
+
+
+def _cumulative(g: Tensor) -> tuple[Tensor, Tensor]:
+    b = g.cumsum(-2)
+    return b, b[..., -1:, :]
+
+
+def _segment_masks(segments: Tensor | None, dtype: torch.dtype):
+    """Which tokens may read the entering state, write to the leaving one, whether it survives, and who sees whom."""
+    if segments is None:
+        return None, None, None, None
+    first, last = segments[..., :1], segments[..., -1:]
+    before = torch.cat([first[:, :, :1], last[:, :, :-1]], dim=2)
+    keep_in = (segments == before).to(dtype)
+    keep_out = (segments == last).to(dtype)
+    carry = (before == last).squeeze(-1).to(dtype)
+    same = (segments[..., :, None] == segments[..., None, :]).to(dtype)[:, :, :, None]
+    return keep_in, keep_out, carry, same
+
+
+def _state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _group(q: Tensor, k: Tensor) -> Tensor:
+    """[B, T, H, K] -> [B, T, J, G, K]."""
+    return q.unflatten(2, (k.shape[2], -1))
+
+
+def _chunks(x: Tensor, padding: int) -> Tensor:
+    """[B, T, J, (G,) D] -> [B, J, N, (G,) C, D], zero-padded to whole chunks."""
+    if x.dim() == 5:
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, padding))
+        return x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 4, 2, 5).contiguous()
+    x = F.pad(x, (0, 0, 0, 0, 0, padding))
+    return x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4).contiguous()

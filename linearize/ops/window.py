@@ -1,0 +1,143 @@
+"""Softmax attention over a sliding window and a few sink keys, in time linear in the sequence.
+
+Query t sees the `window` keys ending with its own (itself included) and, of the sink keys, those that have left
+its window, so no key is counted twice. Sinks are the first tokens of a document (StreamingLLM, arXiv 2309.17453).
+
+Shapes: B batch, T queries, S keys (S = T + cached, the queries are the last T), H query heads, J key/value heads
+(head h reads h // (H // J)), K head dim, V value dim, N sink keys.
+
+`window_attention_naive` masks a [T, S] score matrix; `window_attention` works block by block.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MIN_BLOCK = 64
+
+
+def window_attention_naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    sink_keys: Tensor | None = None,
+    sink_values: Tensor | None = None,
+    sink_mask: Tensor | None = None,
+) -> Tensor:
+    """The definition, with a full score matrix.
+
+    Args:
+        q: [B, T, H, K]. k: [B, S, J, K]. v: [B, S, J, V].
+        window: keys a query sees, itself included; at least 1.
+        key_mask: [B, S] bool, False for padding. A query always sees itself, so padded rows stay finite.
+        segments: [B, S] document number of each key (the last T belong to the queries).
+        sink_keys, sink_values: [B, N, J, K], [B, N, J, V].
+        sink_mask: [B, T, N] bool, which sink each query sees.
+
+    Returns:
+        [B, T, H, V].
+    """
+    T, S = q.shape[1], k.shape[1]
+    mask = _band(T, S, window, q.device)[None]
+    if key_mask is not None:
+        mask = mask & key_mask[:, None, :]
+    if segments is not None:
+        mask = mask & (segments[:, S - T :, None] == segments[:, None, :])
+    mask = mask | _band(T, S, 1, q.device)[None]
+    mask = mask.expand(q.shape[0], -1, -1)
+    if sink_keys is not None:
+        k, v = torch.cat([sink_keys, k], dim=1), torch.cat([sink_values, v], dim=1)
+        mask = torch.cat([sink_mask.expand(q.shape[0], -1, -1), mask], dim=-1)
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * scale
+    weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshv->bthv", weights, v)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    scale: float,
+    key_mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    sink_keys: Tensor | None = None,
+    sink_values: Tensor | None = None,
+    sink_mask: Tensor | None = None,
+) -> Tensor:
+    """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
+    B, T, H, _ = q.shape
+    S, J = k.shape[1], k.shape[2]
+    C = T if T <= MIN_BLOCK else max(MIN_BLOCK, min(window // 2, T))
+    blocks = -(-T // C)
+    span = C + window - 1
+    # Keys are laid out so that block i sees slots [i C, i C + span): front slots that do not exist are masked.
+    front, back = window - 1 - (S - T), blocks * C - T
+    if front < 0:
+        k, v = k[:, -front:], v[:, -front:]
+        key_mask = None if key_mask is None else key_mask[:, -front:]
+        segments = None if segments is None else segments[:, -front:]
+        front = 0
+    # a single block needs no slots before the first key
+    skip = front if blocks == 1 else 0
+    front, span = front - skip, span - skip
+
+    key_blocks, value_blocks = (_windows(F.pad(x, (0, 0, 0, 0, front, back)), span, C) for x in (k, v))
+    row = torch.arange(C, device=q.device)[:, None]
+    slot = torch.arange(span, device=q.device)[None, :] + skip
+    band = (slot >= row) & (slot < row + window)
+    itself = slot == row + window - 1
+    start = (torch.arange(blocks, device=q.device) * C)[:, None, None]
+    mask = (band & (start + slot - skip >= front))[None]
+    if key_mask is not None:
+        mask = mask & _windows(F.pad(key_mask, (front, back), value=False), span, C)[:, :, None, :]
+    if segments is not None:
+        key_segments = F.pad(segments, (front, back), value=-1)
+        query_segments = key_segments[:, front + segments.shape[1] - T :].unflatten(1, (blocks, C))
+        mask = mask & (_windows(key_segments, span, C)[:, :, None, :] == query_segments[..., None])
+    mask = mask | itself
+    if sink_keys is not None and sink_keys.shape[1] > 0:
+        N = sink_keys.shape[1]
+        key_blocks, value_blocks = (
+            torch.cat([sink[:, None].expand(-1, blocks, -1, -1, -1), x], dim=2)
+            for sink, x in ((sink_keys, key_blocks), (sink_values, value_blocks))
+        )
+        sinks = F.pad(sink_mask, (0, 0, 0, back), value=False).unflatten(1, (blocks, C))
+        batch = max(mask.shape[0], sinks.shape[0])
+        mask = torch.cat([sinks.expand(batch, -1, -1, N), mask.expand(batch, -1, -1, -1)], dim=-1)
+
+    # the query group is folded into the rows, so that grouped heads share one copy of the keys
+    group = H // J
+    rows = F.pad(q, (0, 0, 0, 0, 0, back)).unflatten(1, (blocks, C)).unflatten(3, (J, group))
+    rows = rows.permute(0, 1, 3, 4, 2, 5).reshape(B * blocks, J, group * C, -1)
+    mask = mask.expand(B, -1, -1, -1).flatten(0, 1)[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
+    output = F.scaled_dot_product_attention(
+        rows,
+        key_blocks.flatten(0, 1).transpose(1, 2),
+        value_blocks.flatten(0, 1).transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+    )
+    output = output.unflatten(0, (B, blocks)).unflatten(3, (group, C)).permute(0, 1, 4, 2, 3, 5)
+    return output.reshape(B, blocks * C, H, -1)[:, :T]
+
+
+
+def _windows(x: Tensor, span: int, step: int) -> Tensor:
+    """Overlapping stretches of dimension 1: [B, L, ...] -> [B, blocks, span, ...] (a view)."""
+    x = x.unfold(1, span, step)
+    return x.movedim(-1, 2)
+
+
+def _band(T: int, S: int, width: int, device) -> Tensor:
+    """[T, S] bool: keys at distance 0 <= d < width behind the query, queries being the last T of the S slots."""
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)[None, :]
+    return (distance >= 0) & (distance < width)
