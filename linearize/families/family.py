@@ -12,6 +12,7 @@ class Family:
         causal_lm_class, decoder_class, attention_class: names in transformers.models.<model_type>.
         attention_attribute: where a decoder layer holds its attention.
         lora_targets: projections of an attention block, for LoRA.
+        ignorable_tensors: patterns of buffers that old checkpoints saved and the model computes itself.
         covers: models of this architecture, for people.
     """
 
@@ -21,4 +22,5 @@ class Family:
     attention_class: str
     attention_attribute: str = "self_attn"
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    ignorable_tensors: tuple[str, ...] = ()
     covers: str = ""

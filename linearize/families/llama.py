@@ -7,5 +7,6 @@ LLAMA = Family(
     causal_lm_class="LlamaForCausalLM",
     decoder_class="LlamaModel",
     attention_class="LlamaAttention",
+    ignorable_tensors=(r"rotary_emb\.inv_freq$",),
     covers="Llama 1, 2, 3.x, SmolLM2, TinyLlama",
 )

@@ -3,8 +3,6 @@
 import importlib
 from dataclasses import dataclass
 
-from linearize.errors import ConfigError, nearest
-
 
 @dataclass(frozen=True)
 class MixerEntry:
@@ -20,12 +18,9 @@ class MixerEntry:
     path: str
     mixes: tuple[str, ...]
     options: dict[str, float | int | bool | str]
+    state: tuple[str | int, ...]
     source: str
     summary: str
-
-    def load(self) -> type:
-        module, name = self.path.split(":")
-        return getattr(importlib.import_module(module), name)
 
 
 MIXERS = {
@@ -34,12 +29,13 @@ MIXERS = {
         mixes=("sum", "outside"),
         options={"gate_logit_normalizer": 16.0},
         source="Liger, arXiv 2503.01496; GLA, arXiv 2312.06635",
+        state=("K", "V"),
         summary="per-channel decay from the keys, softmax features",
     ),
 }
 
 
-def mixer(name: str) -> MixerEntry:
-    if name not in MIXERS:
-        raise ConfigError(f"mixer: got '{name}', allowed are {', '.join(MIXERS)}{nearest(name, MIXERS)}")
-    return MIXERS[name]
+def mixer_class(name: str) -> type:
+    """The torch module of a structure."""
+    module, cls = MIXERS[name].path.split(":")
+    return getattr(importlib.import_module(module), cls)

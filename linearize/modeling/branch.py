@@ -16,16 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.registry import mixer
+from linearize.mixers.registry import mixer_class
 from linearize.modeling.cache import Context
-from linearize.modeling.plan import LayerPlan
+from linearize.modeling.plan import MIX_OPTIONS, LayerPlan
 from linearize.ops.window import window_attention
-
-MIX_OPTIONS = {
-    "sum": {"window_weight": 0.5, "recurrent_weight": 0.5, "learned": False},
-    "outside": {"log_mass": -3.0},
-}
-
 
 class LinearHeads(nn.Module):
     """Window, recurrent branch and their mix. Its parameters are all that a conversion adds to a layer.
@@ -37,7 +31,7 @@ class LinearHeads(nn.Module):
         super().__init__()
         self.window, self.sinks, self.mix = plan.window, plan.sinks, plan.mix
         self.mix_options = {**MIX_OPTIONS[plan.mix], **plan.mix_options}
-        self.structure = mixer(plan.mixer).load()(**plan.mixer_options)
+        self.structure = mixer_class(plan.mixer)(**plan.mixer_options)
         self.recurrent_enabled = True
         if self.mix == "outside":
             self.log_mass = nn.Parameter(torch.empty(query_heads, dtype=torch.float32))

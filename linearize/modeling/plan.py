@@ -8,7 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 FORMAT_VERSION = 1
-MIXES = ("sum", "outside")
+# the ways to mix window and recurrent branch, and the settings each has (modeling/branch.py)
+MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
+    "outside": {"log_mass": -3.0},
+    "sum": {"window_weight": 0.5, "recurrent_weight": 0.5, "learned": False},
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class LayerPlan:
         window: keys the other heads see through softmax, the query's own included.
         sinks: first tokens of a document that stay visible after they left the window.
         mix: how window and recurrent branch become one output, "sum" or "outside" (methods: modeling/branch.py).
-        mixer_options, mix_options: settings of the two, defaults when absent.
+        mixer_options, mix_options: settings of the two; what is absent has its default.
     """
 
     softmax_heads: tuple[int, ...]

@@ -1,0 +1,194 @@
+"""Where a model comes from: a folder of safetensors, a hub id or a GGUF file, brought to a local folder."""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from linearize.checkpoint.fingerprint import sha256
+from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError
+
+HUB_SECONDS = 8
+HUB_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py", "LICENSE*",
+    "LICENCE*", "USE_POLICY*", "NOTICE*",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint at hand.
+
+    Attributes:
+        reference: what the user named: absolute path or hub id.
+        kind: "folder", "hub" or "gguf".
+        folder: local folder with config.json and safetensors.
+        name: for people and model cards.
+        revision: commit of a hub model, if known.
+    """
+
+    reference: str
+    kind: str
+    folder: Path
+    name: str
+    revision: str | None = None
+
+    def read_config(self) -> dict:
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder}: no config.json")
+        try:
+            config = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: got a {type(config).__name__}, allowed is an object")
+        return config
+
+    def describe(self) -> dict:
+        """What linearize.json records of it, with hashes that later tell whether the base has changed."""
+        return {
+            "reference": self.reference,
+            "kind": self.kind,
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Changes when config, tensor names, shapes or sizes change; of a GGUF file, when its bytes do."""
+        if self.kind == "gguf":
+            return sha256(Path(self.reference))
+        headers = [(self.folder / "config.json").read_bytes()]
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                headers.append(file.read(min(length, 100_000_000)))
+            headers.append(str(path.stat().st_size).encode())
+        return sha256(headers)
+
+
+@contextlib.contextmanager
+def open_source(model: str, *, revision: str | None = None, dtype: str = "bfloat16") -> Iterator[Source]:
+    """Resolves MODEL. A GGUF file is dequantised to `dtype` into a temporary folder that lives as long as the context.
+
+    Raises:
+        ConfigError: no such file, folder or hub model. CheckpointError: the hub does not answer.
+        UnsupportedModelError: a GGUF architecture that cannot be converted.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        folder = path.resolve()
+        yield Source(str(folder), "folder", folder, _folder_name(folder), revision)
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"MODEL: no file '{model}'")
+        with tempfile.TemporaryDirectory(prefix="linearize-gguf-") as folder:
+            _dequantise(path.resolve(), Path(folder), dtype)
+            yield Source(str(path.resolve()), "gguf", Path(folder), path.stem)
+    elif path.exists():
+        raise ConfigError(f"MODEL: got the file '{model}', allowed are a hub id, a folder or a .gguf file")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
+        raise ConfigError(f"MODEL: no file or folder '{model}', and it is not a hub id (owner/name) either")
+    else:
+        folder = _download(model, revision)
+        yield Source(model, "hub", folder, model, folder.name if len(folder.name) == 40 else revision)
+
+
+def _folder_name(folder: Path) -> str:
+    """A hub cache folder is named after its commit; its model is two levels up."""
+    match = re.fullmatch(r"models--(.+?)--(.+)", folder.parent.parent.name)
+    return f"{match[1]}/{match[2]}" if match else folder.name
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    answers = hub_answers()
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=HUB_FILES, local_files_only=not answers, etag_timeout=HUB_SECONDS
+            )
+        )
+    except GatedRepoError:
+        raise ConfigError(
+            f"MODEL: '{model}' is gated; accept its licence on the hub and log in (`hf auth login`)"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(f"MODEL: the hub has no model '{model}', and there is no such file or folder") from None
+    except RevisionNotFoundError:
+        raise ConfigError(f"--revision: the hub's '{model}' has no revision '{revision}'") from None
+    except (LocalEntryNotFoundError, EntryNotFoundError, FileNotFoundError):
+        raise CheckpointError(
+            f"MODEL: no file or folder '{model}' here, the model hub did not answer within {HUB_SECONDS} s, and the "
+            "model is not in the local cache; name a local folder or .gguf file, or try again online"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"MODEL: downloading '{model}' failed: {' '.join(str(error).split())[:300]}") from None
+
+
+def hub_answers() -> bool:
+    """Whether the model hub can be reached within HUB_SECONDS."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        import httpx
+        from huggingface_hub.constants import ENDPOINT
+
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.head(ENDPOINT, timeout=HUB_SECONDS)
+            answered.set()
+
+    # a thread, because name resolution knows no timeout
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()
+
+
+def _dequantise(path: Path, folder: Path, dtype: str) -> None:
+    """Writes a GGUF file's model and tokenizer as a Hugging Face folder, weights dequantised to `dtype`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from linearize.families.registry import FAMILIES
+
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path}: not a GGUF file, or damaged")
+    location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **location, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+    except Exception as error:  # the readers raise whatever their parsers do
+        raise CheckpointError(f"{path}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from None
+    if model.config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{path}: holds a {model.config.model_type} model; supported are {', '.join(FAMILIES)}"
+        )
+    # transformers refuses to save what is still marked as quantised
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = path.stem
+    model.save_pretrained(folder, max_shard_size="4GB")
+    tokenizer.save_pretrained(folder)

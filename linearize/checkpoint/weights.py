@@ -1,0 +1,155 @@
+"""Reading what a safetensors checkpoint holds, from its headers alone.
+
+The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data,
+without gaps (https://github.com/huggingface/safetensors). Nothing here reads a weight.
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from linearize.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADER_LIMIT = 100_000_000
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
+    "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+}  # fmt: skip
+FLOATING = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: where it lies, its dtype name, shape and size in bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint folder, by name, and its files in order."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+    files: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
+
+def read_weights(folder: Path) -> Weights:
+    """Reads and checks index and headers.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, damaged, holds other tensors than the index says, or lies
+            outside the folder; or there are only pickles.
+    """
+    if (folder / SINGLE).is_file():
+        tensors = read_header(folder / SINGLE)
+        return Weights(folder, tensors, (SINGLE,))
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_why_no_weights(folder))
+    weight_map = _read_index(folder / INDEX)
+    files = tuple(sorted(set(weight_map.values())))
+    tensors: dict[str, TensorInfo] = {}
+    for name in files:
+        path = folder / name
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{folder / INDEX}: names '{name}', allowed are files inside the folder itself")
+        if not path.is_file():
+            raise CheckpointError(f"{folder / INDEX}: names '{name}', which is missing from {folder}")
+        header = read_header(path)
+        for tensor, info in header.items():
+            if tensor in tensors:
+                raise CheckpointError(f"{path}: tensor '{tensor}' is also in {tensors[tensor].file}")
+            if weight_map.get(tensor) != name:
+                raise CheckpointError(
+                    f"{path}: holds tensor '{tensor}', which the index places in {weight_map.get(tensor, 'no file')}"
+                )
+            tensors[tensor] = info
+    missing = [tensor for tensor in weight_map if tensor not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{folder / weight_map[missing[0]]}: does not hold tensor '{missing[0]}', which the index places there"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+        )
+    return Weights(folder, tensors, files)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, every offset checked against shapes and the file's size."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, HEADER_LIMIT):
+            raise CheckpointError(
+                f"{path}: not a safetensors file, or damaged or truncated (its header would take {length:,} bytes of "
+                f"a file of {size:,})"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        infos = {name: _tensor_info(path.name, entry) for name, entry in header.items()}
+        spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged header ({error})") from None
+    end = 0
+    for (start, stop), name in spans:
+        if start != end or stop - start != infos[name].nbytes:
+            raise CheckpointError(f"{path}: damaged header (tensor '{name}' lies at bytes {start} to {stop})")
+        end = stop
+    if 8 + length + end != size:
+        raise CheckpointError(
+            f"{path}: truncated or damaged, its header describes {8 + length + end:,} bytes, the file has {size:,}"
+        )
+    return infos
+
+
+def _tensor_info(file: str, entry: dict) -> TensorInfo:
+    if entry["dtype"] not in BITS:
+        raise ValueError(f"unknown dtype '{entry['dtype']}'")
+    shape = tuple(entry["shape"])
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"impossible shape {list(shape)}")
+    return TensorInfo(file, entry["dtype"], shape, math.prod(shape) * BITS[entry["dtype"]] // 8)
+
+
+def _no_duplicates(pairs: list) -> dict:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"duplicate key '{next(name for name in names if names.count(name) > 1)}'")
+    return dict(pairs)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+            raise ValueError("weight_map is not a mapping of tensor names to file names")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged index ({error})") from None
+    return weight_map
+
+
+def _why_no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return (
+            f"{folder}: only pickled weights ({pickles[0]}), which are never loaded because loading one runs code; "
+            "save the model as safetensors first (transformers: save_pretrained)"
+        )
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if shards:
+        return f"{folder}: found {shards[0]} but neither {SINGLE} nor {INDEX}"
+    return f"{folder}: no weights, looked for {SINGLE} and {INDEX}"

@@ -1,0 +1,130 @@
+"""Writing a folder that appears whole or not at all."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import ConfigError, ResourceError
+
+FICLONE = 0x40049409
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `out` to write into; renamed to `out` when the block ends, removed when it fails.
+
+    The unfinished folder is hidden and named after `out`, so that whatever a killed run left is cleared by the next.
+    """
+    check_target(out, overwrite=overwrite)
+    partial = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+    except PermissionError:
+        raise ConfigError(f"--out: no permission to write in {out.parent}") from None
+    except OSError as error:
+        raise_if_full(error, out.parent)
+        raise ConfigError(f"--out: cannot write in {out.parent}: {error.strerror}") from None
+    try:
+        yield partial
+        _sync(partial)
+        if out.exists():
+            replaced = out.parent / f".{out.name}.replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.rename(replaced)
+            partial.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise_if_full(error, out.parent)
+        raise
+
+
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Refuses an existing OUT unless it may be overwritten and looks like something of ours."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"--out: {out} exists and is not a folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"--out: {out} exists; choose another, or pass --overwrite to replace it")
+    if not (out / "linearize.json").is_file():
+        raise ConfigError(f"--out: {out} was not written by linearize (no linearize.json), so it is not overwritten")
+
+
+def raise_if_full(error: OSError, where: Path) -> None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise ResourceError(f"no space left on the disk of {where}") from None
+
+
+def check_space(where: Path, needed: int) -> None:
+    """Fails before a byte is written when the disk cannot take `needed` bytes."""
+    while not where.exists():
+        where = where.parent
+    free = shutil.disk_usage(where).free
+    if free < needed:
+        raise ResourceError(
+            f"{where}: needs {needed / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free"
+        )
+
+
+def place(source: Path, target: Path, link: str) -> str:
+    """Puts the bytes of `source` at `target`; returns how: "hard", "reflink" or "copy".
+
+    Args:
+        link: "auto" tries a hard link, then a reflink, then copies; "hard" insists on the link; "copy" makes bytes of
+            its own (a reflink where the file system shares them until written).
+    """
+    source = source.resolve()  # a hub cache holds symbolic links; link to the file itself
+    if link in ("auto", "hard"):
+        try:
+            os.link(source, target)
+            return "hard"
+        except OSError as error:
+            if link == "hard":
+                raise ConfigError(
+                    f"--link hard: {target.parent} cannot hold a hard link to {source} ({error.strerror})"
+                ) from None
+    with open(source, "rb") as read, open(target, "wb") as write:
+        try:
+            fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
+            return "reflink"
+        except OSError:
+            pass
+    shutil.copyfile(source, target)
+    return "copy"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON through a temporary file, so that readers see the old or the new."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,473 @@
+"""The conversion: a base checkpoint in, a linearized checkpoint out, every head accounted for.
+
+1. Resolve the settings, the source and its family; refuse what cannot be converted.
+2. Make the plan, layer by layer and head by head.
+3. Check the base's tensors, from the safetensors headers, against what the family expects.
+4. Write beside the target: base weights linked or copied, new parameters in a file of their own, index, config,
+   tokenizer and licence files, the portable modelling file, the model card.
+5. Verify in a fresh process.
+6. Rename into place.
+
+No weight is read here (a GGUF file, which must be dequantised, excepted), so memory does not grow with the model.
+"""
+
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from linearize.checkpoint.assets import asset_files
+from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.checkpoint.source import Source, open_source
+from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, Weights, read_weights
+from linearize.checkpoint.writing import atomic_folder, check_space, check_target, place, write_json, write_text
+from linearize.errors import CheckpointError, ConfigError, CoverageError, LinearizeError, UnsupportedModelError, nearest
+from linearize.families.registry import FAMILIES, REFUSED
+from linearize.mixers.registry import MIXERS
+from linearize.modeling.plan import LayerPlan, Plan
+from linearize.placement import softmax_heads
+from linearize.recipe import ConversionConfig
+
+OUTPUT_ROOT = Path("linearized")
+PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
+CONTEXTS = (4096, 32768, 131072)
+PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known about a conversion before anything is written.
+
+    Attributes:
+        added: names, shapes of the parameters the conversion adds (float32).
+        cache_bytes: context length -> bytes of one sequence's cache, of the base and of the student.
+    """
+
+    source: Source
+    config: dict[str, Any]
+    settings: ConversionConfig
+    plan: Plan
+    weights: Weights
+    ignored: tuple[str, ...]
+    added: dict[str, tuple[int, ...]]
+    cache_bytes: dict[int, dict[str, int]]
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.config["num_key_value_heads"]
+
+    @property
+    def added_parameters(self) -> int:
+        return sum(_product(shape) for shape in self.added.values())
+
+    def coverage(self) -> dict[str, int]:
+        heads = len(self.plan.layers) * self.key_value_heads
+        linear = sum(len(layer.linear_heads(self.key_value_heads)) for layer in self.plan.layers)
+        return {
+            "layers": len(self.plan.layers),
+            "layers_planned": len(self.plan.linear_layers(self.key_value_heads)),
+            "heads": heads,
+            "heads_planned": linear,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as printed by `linearize plan --json`."""
+        group = self.config["num_attention_heads"] // self.key_value_heads
+        layers = [
+            {
+                "layer": i,
+                "softmax_heads": list(layer.softmax_heads),
+                "linear_heads": list(layer.linear_heads(self.key_value_heads)),
+                "mixer": layer.mixer,
+                "mix": layer.mix,
+                "window": layer.window,
+                "sinks": layer.sinks,
+            }
+            for i, layer in enumerate(self.plan.layers)
+        ]
+        return {
+            "model": self.source.name,
+            "family": self.plan.base_model_type,
+            "query_heads_per_key_value_head": group,
+            "settings": self.settings.model_dump(),
+            "coverage": self.coverage(),
+            "layers": layers,
+            "parameters_base": sum(_product(info.shape) for info in self.weights.tensors.values()),
+            "parameters_added": self.added_parameters,
+            "cache_bytes": {str(length): sizes for length, sizes in self.cache_bytes.items()},
+            "weights_bytes": self.weights.nbytes,
+            "disk_bytes_copying": self.weights.nbytes + 4 * self.added_parameters,
+            "disk_bytes_linking": 4 * self.added_parameters,
+            "peak_memory_bytes": 2**29,
+        }
+
+
+def inspect_source(source: Source, settings: ConversionConfig) -> Inspection:
+    """Steps 1 to 3: everything that can be checked without writing."""
+    config, family_name = _checked_config(source)
+    plan = make_plan(family_name, config, settings)
+    weights = read_weights(source.folder)
+    ignored = _check_tensors(source, config, family_name, weights)
+    added = added_parameters(config, plan)
+    dtype = PLAIN_DTYPES.get(next(iter(weights.tensors.values())).dtype, "bfloat16")
+    width = BITS[{value: key for key, value in PLAIN_DTYPES.items()}[dtype]] // 8
+    return Inspection(source, config, settings, plan, weights, ignored, added, cache_sizes(config, plan, width))
+
+
+def make_plan(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> Plan:
+    """One LayerPlan for every layer of the model."""
+    kept = softmax_heads(settings.keep_softmax, config["num_hidden_layers"], config["num_key_value_heads"])
+    layers = tuple(
+        LayerPlan(
+            softmax_heads=heads,
+            mixer=settings.mixer,
+            window=settings.window,
+            sinks=settings.sinks,
+            mix=settings.mix,
+            mixer_options=dict(settings.mixer_options),
+            mix_options=dict(settings.mix_options),
+        )
+        for heads in kept
+    )
+    return Plan(family_name, layers)
+
+
+def cache_sizes(config: dict[str, Any], plan: Plan, width: int) -> dict[int, dict[str, int]]:
+    """Bytes that one sequence's cache takes at each context length, at `width` bytes a cached number."""
+    J, K = config["num_key_value_heads"], config["head_dim"]
+    sizes = {}
+    for length in CONTEXTS:
+        student = 0
+        for layer in plan.layers:
+            linear = len(layer.linear_heads(J))
+            student += 2 * (J - linear) * K * width * length
+            if linear:
+                student += linear * _linear_head_bytes(layer, K, width, length) + layer_bookkeeping(layer, length)
+        sizes[length] = {"base": 2 * len(plan.layers) * J * K * width * length, "student": student}
+    return sizes
+
+
+def _linear_head_bytes(layer: LayerPlan, head_dim: int, width: int, length: int) -> int:
+    """Window keys and values (and keys before rotary where the recurrent branch waits for them), sinks, state."""
+    delayed = layer.mix == "outside"
+    dims = {"K": head_dim, "V": head_dim + delayed}
+    state = _product(dims.get(dim, dim) for dim in MIXERS[layer.mixer].state)
+    slots = min(layer.window, length) * (3 if delayed else 2) + 2 * layer.sinks
+    return slots * head_dim * width + 4 * state
+
+
+def layer_bookkeeping(layer: LayerPlan, length: int) -> int:
+    """Ordinals of the window's slots, the sinks' slots and the token count, 8 bytes each."""
+    return 8 * (min(layer.window, length) + layer.sinks + 1)
+
+
+def added_parameters(config: dict[str, Any], plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that the conversion adds to the checkpoint."""
+    return {name: tuple(tensor.shape) for name, tensor in _added_tensors(config, plan, device="meta").items()}
+
+
+def _added_tensors(config: dict[str, Any], plan: Plan, device: str) -> dict[str, Any]:
+    import torch
+
+    from linearize.modeling.branch import LinearHeads
+
+    family = FAMILIES[plan.base_model_type]
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    tensors = {}
+    for i, layer in enumerate(plan.layers):
+        linear = layer.linear_heads(config["num_key_value_heads"])
+        if linear:
+            with torch.device(device):
+                heads = LinearHeads(layer, len(linear) * group)
+            for name, value in heads.state_dict().items():
+                tensors[f"model.layers.{i}.{family.attention_attribute}.mixer.{name}"] = value
+    return tensors
+
+
+def _checked_config(source: Source) -> tuple[dict[str, Any], str]:
+    """The base's config with the family's defaults filled in, after every refusal that it can cause."""
+    raw = source.read_config()
+    model_type = raw.get("model_type")
+    if "linearize" in raw or str(model_type).startswith("linearized_"):
+        raise UnsupportedModelError(f"{source.name}: is already linearized; convert its base model instead")
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"{source.name}: is quantised ({method}); convert the original floating-point checkpoint (or a GGUF file, "
+            "which is dequantised) and quantise the result"
+        )
+    if model_type in REFUSED:
+        raise UnsupportedModelError(f"{source.name}: {model_type} cannot be converted: {REFUSED[model_type]}")
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{source.name}: model_type '{model_type}' is not supported; supported are {', '.join(FAMILIES)}"
+            f"{nearest(str(model_type), FAMILIES)}"
+        )
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(**raw).to_dict()
+    except Exception as error:  # strict configs raise their own types for impossible values
+        raise CheckpointError(f"{source.folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
+    _check_heads(source, config)
+    return config, model_type
+
+
+def _check_heads(source: Source, config: dict[str, Any]) -> None:
+    heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    where = source.folder / "config.json"
+    if not isinstance(heads, int) or not isinstance(key_value_heads, int) or heads < 1 or key_value_heads < 1:
+        raise CheckpointError(f"{where}: num_attention_heads {heads} and num_key_value_heads {key_value_heads}, allowed "
+                              "are whole numbers above 0")
+    if heads % key_value_heads:
+        raise CheckpointError(
+            f"{where}: {heads} query heads (num_attention_heads) do not divide over {key_value_heads} key/value heads "
+            "(num_key_value_heads)"
+        )
+    if not config.get("head_dim") or config["head_dim"] % 2:
+        raise CheckpointError(f"{where}: head_dim {config.get('head_dim')}, allowed is an even number above 0")
+
+
+def _check_tensors(source: Source, config: dict, family_name: str, weights: Weights) -> tuple[str, ...]:
+    """Holds the checkpoint's names, shapes and dtypes against the family's own model; returns the ignorable names."""
+    family = FAMILIES[family_name]
+    expected, optional = _expected_tensors(config, family_name)
+    found = weights.tensors
+    missing = [name for name in expected if name not in found and name not in optional]
+    if missing:
+        raise CoverageError(f"{source.name}: {len(missing)} tensors are missing, first '{missing[0]}'")
+    ignored = tuple(n for n in found if n not in expected and any(re.search(p, n) for p in family.ignorable_tensors))
+    unexpected = [name for name in found if name not in expected and name not in ignored]
+    if unexpected:
+        raise CoverageError(
+            f"{source.name}: {len(unexpected)} unexpected tensors, first '{unexpected[0]}'"
+            f"{nearest(unexpected[0], expected)}"
+        )
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            raise CoverageError(
+                f"{source.name}: tensor '{name}' in {found[name].file} has shape {list(found[name].shape)}, config.json "
+                f"asks for {list(shape)}"
+            )
+        if name in found and found[name].dtype not in FLOATING:
+            raise UnsupportedModelError(
+                f"{source.name}: tensor '{name}' is {found[name].dtype}; convert the original floating-point checkpoint"
+            )
+    return ignored
+
+
+def _expected_tensors(config: dict, family_name: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Names and shapes of the base model's tensors, and those a checkpoint may leave out because they are tied."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, tied
+
+
+def convert(
+    model: str,
+    settings: ConversionConfig,
+    *,
+    out: Path | None = None,
+    revision: str | None = None,
+    link: str = "auto",
+    verify: bool = True,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Converts `model` into the folder `out` and returns what linearize.json says, with the paths.
+
+    Raises:
+        LinearizeError: every foreseen failure, with its exit code. Nothing is left at `out`.
+    """
+    if out is not None:
+        check_target(out, overwrite=overwrite)
+    with open_source(model, revision=revision, dtype=settings.dtype) as source:
+        if source.read_config().get("auto_map") and not trust_remote_code:
+            progress(f"{source.name} brings modelling code of its own, which is not run (--trust-remote-code)")
+        inspection = inspect_source(source, settings)
+        coverage = inspection.coverage()
+        if coverage["heads_planned"] == 0 and settings.keep_softmax != "all":
+            raise CoverageError("nothing to convert: the plan leaves every head as it is")
+        out = out or default_output(source.name, "converted")
+        check_target(out, overwrite=overwrite)
+        # a link may fail and fall back to copying, so the disk must be able to take a copy
+        if link == "copy":
+            check_space(out.parent, inspection.weights.nbytes + 4 * inspection.added_parameters)
+        progress(
+            f"{source.name}: {coverage['layers_planned']} of {coverage['layers']} layers, {coverage['heads_planned']} of "
+            f"{coverage['heads']} key/value heads become linear"
+        )
+        with atomic_folder(out, overwrite=overwrite) as folder:
+            manifest = write_checkpoint(folder, inspection, link=link)
+            if verify:
+                progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
+                manifest["verification"] = run_verification(folder, source.folder)
+            write_json(folder / "linearize.json", manifest)
+    return {"output": str(out.resolve()), **manifest}
+
+
+def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict[str, Any]:
+    """Step 4. Returns the manifest that becomes linearize.json."""
+    from linearize.modeling.export import PORTABLE_FILE, portable_source
+    from linearize.report.card import conversion_card
+
+    placed, shard_names = _place_weights(folder, inspection, link)
+    converted = _assert_coverage(inspection)
+    for asset in asset_files(inspection.source.folder):
+        (folder / asset).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inspection.source.folder / asset, folder / asset)
+    config = student_config(inspection)
+    write_json(folder / "config.json", config)
+    write_text(folder / PORTABLE_FILE, portable_source(inspection.plan.base_model_type))
+    manifest = {
+        "format_version": 1,
+        "kind": "converted",
+        "base": inspection.source.describe(),
+        "settings": inspection.settings.model_dump(),
+        "plan": inspection.plan.to_dict(),
+        "plan_fingerprint": fingerprint_of(inspection.plan.to_dict()),
+        "coverage": {**inspection.coverage(), **converted},
+        "ignored_tensors": list(inspection.ignored),
+        "parameters_added": inspection.added_parameters,
+        "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
+        "weights": {"placed": placed, "files": shard_names, "bytes": inspection.weights.nbytes},
+        "sha256": {
+            name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()
+        },
+        "versions": versions(),
+    }
+    write_text(folder / "README.md", conversion_card(manifest, inspection.source.folder))
+    write_json(folder / "linearize.json", manifest)
+    return manifest
+
+
+def student_config(inspection: Inspection) -> dict[str, Any]:
+    """The base's config.json, word for word, with the linearized architecture and the plan on top."""
+    from linearize.modeling.export import auto_map, class_names
+
+    config = inspection.source.read_config()
+    family = inspection.plan.base_model_type
+    config.pop("auto_map", None)
+    config["model_type"] = f"linearized_{family}"
+    config["architectures"] = [class_names(family)["causal_lm"]]
+    config["auto_map"] = auto_map(family)
+    config["linearize"] = inspection.plan.to_dict()
+    return config
+
+
+def _place_weights(folder: Path, inspection: Inspection, link: str) -> tuple[str, list[str]]:
+    """Links or copies the base shards and writes the added parameters and the index; returns how, and the files."""
+    weights = inspection.weights
+    names = dict.fromkeys(weights.files)
+    if weights.files == (SINGLE,) and inspection.added:
+        # readers take a lone model.safetensors for the whole model, so beside a second file it needs a shard's name
+        names = {SINGLE: "model-00001-of-00002.safetensors"}
+    how = {place(weights.folder / old, folder / (new or old), link) for old, new in names.items()}
+    weight_map = {name: names[info.file] or info.file for name, info in weights.tensors.items()}
+    files = [new or old for old, new in names.items()]
+    if inspection.added:
+        added_file = "model-00002-of-00002.safetensors" if len(files) == 1 else "model-mixer.safetensors"
+        _write_added(folder / added_file, inspection)
+        weight_map.update(dict.fromkeys(inspection.added, added_file))
+        files.append(added_file)
+    if files != [SINGLE]:
+        total = sum(info.nbytes for info in weights.tensors.values()) + 4 * inspection.added_parameters
+        parameters = sum(_product(info.shape) for info in weights.tensors.values()) + inspection.added_parameters
+        metadata = {"total_parameters": parameters, "total_size": total}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return "+".join(sorted(how)), files
+
+
+def _write_added(path: Path, inspection: Inspection) -> None:
+    from safetensors.torch import save_file
+
+    save_file(_added_tensors(inspection.config, inspection.plan, device="cpu"), path, metadata={"format": "pt"})
+
+
+def _assert_coverage(inspection: Inspection) -> dict[str, int]:
+    """Builds the student without weights and counts what became linear; it must be exactly what was planned."""
+    import torch
+    from transformers import AutoConfig
+
+    from linearize.modeling.factory import linearized_classes
+
+    classes = linearized_classes(FAMILIES[inspection.plan.base_model_type])
+    config = {**inspection.config, "linearize": inspection.plan.to_dict()}
+    config.pop("model_type")
+    with torch.device("meta"):
+        student = classes.causal_lm(classes.config.from_dict(config))
+    attentions = [module for _, module in student.linear_attentions()]
+    converted = {
+        "layers_converted": sum(1 for module in attentions if module.linear_heads),
+        "heads_converted": sum(len(module.linear_heads) for module in attentions),
+    }
+    planned = inspection.coverage()
+    if (planned["layers_planned"], planned["heads_planned"]) != tuple(converted.values()):
+        raise CoverageError(
+            f"planned {planned['layers_planned']} layers and {planned['heads_planned']} heads, converted "
+            f"{converted['layers_converted']} and {converted['heads_converted']}"
+        )
+    names = set(student.state_dict())
+    base_names, _ = _expected_tensors(inspection.config, inspection.plan.base_model_type)
+    if names != set(base_names) | set(inspection.added):
+        odd = sorted(names ^ (set(base_names) | set(inspection.added)))
+        raise CoverageError(f"the student's tensors differ from base and additions, first '{odd[0]}'")
+    return converted
+
+
+def run_verification(folder: Path, base: Path) -> dict[str, Any]:
+    """Step 5: `python -m linearize.verify` on the written folder; its JSON, or an error that says what differs."""
+    command = [sys.executable, "-m", "linearize.verify", str(folder), str(base)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = json.loads(run.stdout)
+    except ValueError:
+        tail = " | ".join(run.stderr.strip().splitlines()[-3:])
+        raise CheckpointError(f"verification could not run (exit code {run.returncode}): {tail}") from None
+    if "failure" in result:
+        raise CheckpointError(f"verification failed: {result['failure']}")
+    return result
+
+
+def default_output(name: str, suffix: str) -> Path:
+    """`linearized/<model>-<suffix>`, under the current folder."""
+    stem = re.sub(r"[^\w.-]+", "-", name.split("/")[-1])
+    return OUTPUT_ROOT / f"{stem}-{suffix}"
+
+
+def newest_output() -> Path:
+    """The most recently written checkpoint under ./linearized/."""
+    found = [path.parent for path in OUTPUT_ROOT.glob("*/linearize.json") if not path.parent.name.startswith(".")]
+    if not found:
+        raise ConfigError("MODEL: none given and none found under ./linearized/; run `linearize convert MODEL` first")
+    return max(found, key=lambda folder: (folder / "linearize.json").stat().st_mtime_ns)
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions, for the record."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _product(shape) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result

@@ -1,0 +1,67 @@
+"""The model card (README.md) of a written checkpoint, rendered from its manifest."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
+    """The card of a converted or finetuned checkpoint. The licence is the base card's, when it states one."""
+    base, coverage, settings = manifest["base"], manifest["coverage"], manifest["settings"]
+    name = base["name"]
+    cache = manifest["cache_bytes"]
+    rows = "\n".join(
+        f"| {int(length) // 1024}K | {_mib(sizes['base'])} | {_mib(sizes['student'])} | "
+        f"{sizes['student'] / sizes['base']:.3f} |"
+        for length, sizes in cache.items()
+    )
+    recovery = ""
+    if "finetune" in manifest:
+        done = manifest["finetune"]
+        recovery = (
+            f"\nRecovered with recipe `{done['recipe_name']}` on {done['tokens']:,} tokens of "
+            f"{', '.join(done['recipe']['data'])} (loss {done['recipe']['loss']['kind']}).\n"
+        )
+    return f"""---
+{_metadata(base, base_folder)}library_name: transformers
+pipeline_tag: text-generation
+tags: [linearize, linear-attention]
+---
+
+# {name}, linearized
+
+[{name}]({_link(base)}) with softmax attention replaced by {settings['mixer']} in {coverage['heads_converted']} of
+{coverage['heads']} key/value heads: a window of {settings['window']} keys, {settings['sinks']} sinks, and a recurrent
+branch mixed by `{settings['mix']}`. Base weights are unchanged; {manifest['parameters_added']:,} parameters were added.
+{recovery}
+| context | base cache, MiB | this model's cache, MiB | ratio |
+|---|---|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # or `import linearize` first
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+`linearize eval PATH` measures it beside its base model.
+""".replace("Base weights are unchanged", "Base weights are merged with LoRA" if recovery else "Base weights are unchanged")
+
+
+def _metadata(base: dict[str, Any], base_folder: Path) -> str:
+    lines = [f"base_model: {base['reference'] if base['kind'] == 'hub' else base['name']}\n"]
+    card = base_folder / "README.md"
+    if card.is_file():
+        match = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        if match:
+            lines.insert(0, f"license: {match[1]}\n")
+    return "".join(lines)
+
+
+def _link(base: dict[str, Any]) -> str:
+    return f"https://huggingface.co/{base['reference']}" if base["kind"] == "hub" else base["name"]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"

@@ -1,0 +1,139 @@
+"""Checks a written checkpoint in a process of its own: `python -m linearize.verify FOLDER BASE`.
+
+(a) every tensor is finite, (b) with every head set to softmax the logits equal the base model's, (c) cached decode
+equals the full forward. Large models are streamed from disk, a module at a time. Prints one JSON document; a
+"failure" in it says what differed.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from linearize.checkpoint.weights import read_weights
+from linearize.modeling.factory import register_all
+
+STREAM_ABOVE = 1 << 30
+# of the largest logit; float32 and two summation orders
+DECODE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+
+
+class VerificationFailure(Exception):
+    """What differed."""
+
+
+def verify(folder: Path, base: Path) -> dict[str, Any]:
+    """Runs the three checks. Raises VerificationFailure with the first that does not hold."""
+    register_all()
+    tensors = _check_finite(folder)
+    config = AutoConfig.from_pretrained(folder)
+    linear = [layer for layer in config.plan.layers if layer.linear_heads(config.num_key_value_heads)]
+    window = max((layer.window for layer in linear), default=0)
+    # beyond the window, so that sinks and recurrent branch take part, and a decode that leaves it again
+    length = min(max(window + 24, 48), 600, config.max_position_embeddings)
+    ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory(prefix="linearize-verify-") as offload:
+        softmax_difference = _softmax_difference(folder, base, ids, Path(offload))
+        decode_difference = _decode_difference(folder, ids, Path(offload))
+    return {
+        "tokens": length,
+        "tensors_finite": tensors,
+        "softmax_everywhere_max_difference": softmax_difference,
+        "cached_decode_max_difference": decode_difference,
+    }
+
+
+def _check_finite(folder: Path) -> int:
+    weights = read_weights(folder)
+    for file in weights.files:
+        with safe_open(folder / file, framework="pt") as shard:
+            for name in shard.keys():
+                if not _finite(shard.get_slice(name)):
+                    raise VerificationFailure(f"tensor '{name}' in {file} has values that are not finite")
+    return len(weights.tensors)
+
+
+def _finite(tensor_slice) -> bool:
+    """Reads a tensor some rows at a time, so that a large one is never whole in memory."""
+    shape = tensor_slice.get_shape()
+    if not shape:
+        return bool(tensor_slice[...].isfinite().all())
+    rows = max(1, (1 << 24) // max(1, torch.Size(shape[1:]).numel()))
+    return all(bool(tensor_slice[i : i + rows].isfinite().all()) for i in range(0, shape[0], rows))
+
+
+def _load(folder: Path, offload: Path, *, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
+    placement = {"device_map": "disk", "offload_folder": str(offload)} if _large(folder) else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, **placement, **kwargs
+    )
+    softmax_only = not any(attention.linear_heads for _, attention in _attentions(model))
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [str(name) for name in info[kind] if "rotary_emb" not in str(name)]
+        if softmax_only:  # a plan without linear heads has no place for what a conversion added
+            names = [name for name in names if ".mixer." not in name]
+        if names:
+            raise VerificationFailure(f"{kind.replace('_', ' ')} on loading {folder.name}, first {sorted(names)[0]}")
+    return model.eval()
+
+
+def _attentions(model: PreTrainedModel):
+    return model.linear_attentions() if hasattr(model, "linear_attentions") else ()
+
+
+def _large(folder: Path) -> bool:
+    return read_weights(folder).nbytes > STREAM_ABOVE
+
+
+@torch.no_grad()
+def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Path) -> float:
+    reference = _load(base, offload / "base")(ids, use_cache=False).logits
+    config = AutoConfig.from_pretrained(folder)
+    config.linearize = config.plan.keep_all_softmax(config.num_key_value_heads).to_dict()
+    logits = _load(folder, offload / "softmax", config=config)(ids, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise VerificationFailure("the base model's logits are not finite")
+    difference = (logits - reference).abs().max().item()
+    if difference != 0.0:
+        raise VerificationFailure(f"with every head set to softmax the logits differ from the base by {difference:g}")
+    return difference
+
+
+@torch.no_grad()
+def _decode_difference(folder: Path, ids: torch.Tensor, offload: Path) -> float:
+    """Largest difference over the last tokens, relative to the largest logit: a prefill, a chunk, then single steps."""
+    student = _load(folder, offload / "student", dtype="auto" if _large(folder) else torch.float32)
+    full = student(ids, use_cache=False).logits
+    steps = [ids.shape[1] - 8, 5, 1, 1, 1]
+    cache, outputs = None, []
+    for chunk in ids.split(steps, dim=1):
+        result = student(chunk, past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        outputs.append(result.logits)
+    difference = ((torch.cat(outputs, dim=1) - full).abs().max() / full.abs().max()).item()
+    if not difference <= DECODE_TOLERANCE[full.dtype]:
+        raise VerificationFailure(
+            f"cached decode differs from the full forward by {difference:g} of the largest logit "
+            f"(allowed {DECODE_TOLERANCE[full.dtype]:g})"
+        )
+    return difference
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    folder, base = (Path(argument) for argument in sys.argv[1:3])
+    try:
+        result = verify(folder, base)
+    except VerificationFailure as failure:
+        result = {"failure": str(failure)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
