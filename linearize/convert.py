@@ -341,6 +341,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict
         "coverage": {**inspection.coverage(), **converted},
         "ignored_tensors": list(inspection.ignored),
         "parameters_added": inspection.added_parameters,
+        "vocabulary": inspection.config["vocab_size"],
         "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
         "weights": {"placed": placed, "files": shard_names, "bytes": inspection.weights.nbytes},
         "sha256": {

@@ -111,6 +111,7 @@ class Recipe(Strict):
 
     description: str = ""
     data: list[str] = Field(default=["sample"], min_length=1)
+    text_field: str = "text"
     tokens: int = Field(default=300_000, ge=1)
     seq_len: int = Field(default=1024, ge=2)
     batch_size: int = Field(default=1, ge=1)

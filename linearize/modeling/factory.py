@@ -114,7 +114,7 @@ class LinearizedForCausalLM:
     @contextlib.contextmanager
     def recurrent_branch_off(self) -> Iterator[None]:
         """Inside, linear heads see window + sinks alone: the training-free baseline."""
-        mixers = [module.mixer for _, module in self.linear_attentions() if module.mixer is not None]
+        mixers = [module for module in self.modules() if isinstance(module, LinearHeads)]
         for module in mixers:
             module.recurrent_enabled = False
         try:

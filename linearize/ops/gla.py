@@ -88,13 +88,6 @@ def gla_chunked(
     return output[:, :T].to(v.dtype), final
 
 
-def gla_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float = 1.0, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: T must be 1. Shapes and result as `gla_naive`."""
-    return gla_naive(q, k, v, log_decay, scale=scale, initial_state=initial_state)
-
-
 def gla(
     q: Tensor,
     k: Tensor,
@@ -105,12 +98,15 @@ def gla(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gated linear attention by the fastest operator available for these inputs. See `gla_naive`."""
-    if q.shape[1] == 1:
-        return gla_step(q, k, v, log_decay, scale=scale, initial_state=initial_state)
-    kernel = fla_operator("fla.ops.gla", "chunk_gla", q) if segments is None else None
+    """Gated linear attention by the fastest operator available for these inputs. See `gla_naive`.
+
+    Autocast does not reach inside: the state stays float32.
+    """
+    kernel = fla_operator("fla.ops.gla", "chunk_gla", q) if segments is None and q.shape[1] > 1 else None
     if kernel is None:
-        return gla_chunked(q, k, v, log_decay, scale=scale, initial_state=initial_state, segments=segments)
+        operator = gla_naive if q.shape[1] == 1 else gla_chunked
+        with torch.autocast(q.device.type, enabled=False):
+            return operator(q, k, v, log_decay, scale=scale, initial_state=initial_state, segments=segments)
     group = q.shape[2] // k.shape[2]
     k_, v_, g_ = (x.repeat_interleave(group, dim=2) for x in (k, v, log_decay.float()))
     state = None if initial_state is None else initial_state.repeat_interleave(group, dim=1)

@@ -1,0 +1,238 @@
+"""Recovery: train LoRA and the added parameters of a converted checkpoint towards its base model.
+
+1. Resolve recipe and student; refuse what cannot train.
+2. Load the student once; it is its own teacher in softmax mode with LoRA off.
+3. Resume or start; train (training/loop.py).
+4. Write the adapter and the merged checkpoint, which loads like a converted one.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from linearize.checkpoint.writing import atomic_folder, check_space, check_target, write_json, write_text
+from linearize.convert import OUTPUT_ROOT, versions
+from linearize.errors import ConfigError
+from linearize.recipe import Recipe
+
+METRICS = "metrics.jsonl"
+
+
+def finetune(
+    model: Path,
+    recipe: Recipe,
+    *,
+    recipe_name: str,
+    out: Path | None = None,
+    teacher: str | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+    merge: bool = True,
+    progress: Callable[[str], None] = print,
+    report: Callable[[Any], None] = print,
+) -> dict[str, Any]:
+    """Trains and writes; returns what linearize.json says, with the paths.
+
+    Raises:
+        LinearizeError: every foreseen failure. Interrupted: stopped by the user, the state is kept.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from linearize.device import compute_dtype
+    from linearize.modeling.loading import load_student, load_tokenizer, read_manifest
+    from linearize.training.data import packed_rows
+    from linearize.training.loop import total_steps, train
+    from linearize.training.model import Distiller, add_adapters, parameter_groups
+    from linearize.training.state import check_fingerprint, states
+
+    manifest = read_manifest(model)
+    _check_recipe(recipe, manifest, model)
+    out = out or default_output(model, recipe_name)
+    check_target(out, overwrite=overwrite)
+    if merge:
+        check_space(out.parent, manifest["weights"]["bytes"])
+    work = out.parent / f"{out.name}.training"
+
+    dtype = compute_dtype(recipe.precision)
+    accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
+    main = accelerator.is_main_process
+    tokenizer = load_tokenizer(model)
+    rows = packed_rows(
+        recipe.data,
+        tokenizer,
+        seq_len=recipe.seq_len,
+        text_field=recipe.text_field,
+        completion_only=recipe.loss.completion_only,
+        seed=recipe.seed,
+    )
+    # the first row is read before anything is loaded or written, so that bad data fails at once
+    rows = _peeked(rows)
+    fingerprint = run_fingerprint(manifest, recipe, teacher, accelerator.num_processes)
+    if main:
+        if restart:
+            shutil.rmtree(work, ignore_errors=True)
+        if states(work):
+            saved = json.loads((states(work)[-1] / "state.json").read_bytes())
+            check_fingerprint(saved["fingerprint"], fingerprint, work)
+            progress(f"resuming {work.name} after step {saved['step']}")
+        work.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+
+    set_seed(recipe.seed)
+    student = load_student(model, dtype=dtype)
+    student.config.use_cache = False
+    if recipe.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.enable_input_require_grads()
+    teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
+    adapted = add_adapters(student, recipe.lora).to(accelerator.device)
+    distiller = Distiller(adapted, recipe.loss, teacher_model)
+    optimizer = torch.optim.AdamW(parameter_groups(adapted, recipe), betas=recipe.optimizer.betas)
+    trainable = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    progress(
+        f"{recipe_name}: {trainable:,} trainable parameters, {total_steps(recipe)} steps of {recipe.batch_size} x "
+        f"{recipe.seq_len} tokens, {str(dtype).removeprefix('torch.')} on {accelerator.device}"
+    )
+    started = time.monotonic()
+    losses = train(
+        distiller, optimizer, rows, recipe, accelerator, work, fingerprint=fingerprint, report=report
+    )
+    seconds = time.monotonic() - started
+    if not main:
+        accelerator.wait_for_everyone()
+        return {}
+    metrics = [json.loads(line) for line in (work / METRICS).read_text(encoding="utf-8").splitlines()]
+    manifest = {
+        **{key: value for key, value in manifest.items() if key not in ("verification", "sha256", "finetune")},
+        "kind": "finetuned" if merge else "adapter",
+        "finetune": {
+            "recipe_name": recipe_name,
+            "recipe": recipe.model_dump(),
+            "parent": str(model.resolve()),
+            "teacher": teacher or "base model",
+            "tokens": total_steps(recipe) * recipe.batch_size * recipe.seq_len,
+            "steps": total_steps(recipe),
+            "trainable_parameters": trainable,
+            "first_loss": metrics[0]["loss"],
+            "last_loss": sum(m["loss"] for m in metrics[-10:]) / len(metrics[-10:]),
+            "seconds": seconds,
+            "tokens_per_second": len(losses) * recipe.batch_size * recipe.seq_len / seconds if losses else None,
+            "processes": accelerator.num_processes,
+            "data_fingerprint": fingerprint["data"],
+        },
+        "versions": versions(),
+    }
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        adapted.save_pretrained(folder / "adapter")
+        shutil.copyfile(work / METRICS, folder / METRICS)
+        if merge:
+            manifest["sha256"] = _write_merged(folder, model, adapted)
+            from linearize.report.card import conversion_card
+
+            write_text(folder / "README.md", conversion_card(manifest, model))
+        write_json(folder / "linearize.json", manifest)
+    shutil.rmtree(work)
+    accelerator.wait_for_everyone()
+    return {"output": str(out.resolve()), **manifest}
+
+
+def run_fingerprint(manifest: dict, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
+    """Everything that decides what training computes."""
+    from linearize.training.data import data_fingerprint
+
+    return {
+        "base": manifest["base"]["fingerprint"],
+        "plan": manifest["plan_fingerprint"],
+        "student": manifest.get("sha256", {}),
+        "teacher": teacher,
+        "recipe": recipe.model_dump(exclude={"description", "checkpoint_every"}),
+        "data": data_fingerprint(recipe.data),
+        "processes": processes,
+    }
+
+
+def default_output(model: Path, recipe_name: str) -> Path:
+    """`linearized/<model>-<recipe>`, for a recipe file its stem."""
+    stem = model.resolve().name.removesuffix("-converted")
+    return OUTPUT_ROOT / f"{stem}-{Path(recipe_name).stem}"
+
+
+def newest_conversion() -> Path:
+    """The newest converted, not yet finetuned, checkpoint under ./linearized/."""
+    found = []
+    for path in OUTPUT_ROOT.glob("*/linearize.json"):
+        if not path.parent.name.startswith(".") and json.loads(path.read_bytes()).get("kind") == "converted":
+            found.append(path)
+    if not found:
+        raise ConfigError("MODEL: none given and no conversion under ./linearized/; run `linearize convert MODEL` first")
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
+    config = json.loads((model / "config.json").read_bytes()) if (model / "config.json").is_file() else {}
+    if not config:
+        raise ConfigError(f"MODEL: {model} holds an adapter only; finetune its parent {manifest['finetune']['parent']}")
+    positions = config.get("max_position_embeddings")
+    if positions and recipe.seq_len > positions:
+        raise ConfigError(f"seq_len: got {recipe.seq_len}, the model has {positions} positions")
+    settings = manifest["settings"]
+    if settings["mix"] == "outside" and recipe.seq_len <= settings["window"] + settings["sinks"]:
+        raise ConfigError(
+            f"seq_len: got {recipe.seq_len}, which never leaves the window of {settings['window']} keys and "
+            f"{settings['sinks']} sinks, so the recurrent branch would not train; use more"
+        )
+
+
+def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
+    """A teacher of its own: the one named, or the base of a student whose own weights were already trained."""
+    if recipe.loss.kind != "kl" or (named is None and manifest["kind"] == "converted"):
+        return None
+    from linearize.modeling.loading import load_base, open_base
+
+    with open_base(manifest, named) as source:
+        teacher = load_base(source, dtype=dtype).to(device).requires_grad_(False)
+    student_vocabulary = manifest["vocabulary"]
+    if teacher.config.vocab_size != student_vocabulary:
+        raise ConfigError(
+            f"--teacher: '{named}' has a vocabulary of {teacher.config.vocab_size}, the student one of {student_vocabulary}; "
+            "distillation needs the same tokenizer"
+        )
+    return teacher
+
+
+def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
+    """The parent's files with merged weights, shard by shard, each tensor in its own dtype. Returns file hashes."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from linearize.checkpoint.assets import asset_files
+    from linearize.checkpoint.fingerprint import sha256
+    from linearize.checkpoint.weights import INDEX, read_weights
+    from linearize.modeling.export import PORTABLE_FILE
+
+    merged = adapted.merge_and_unload(safe_merge=True).state_dict()
+    for file in read_weights(parent).files:
+        with safe_open(parent / file, framework="pt") as shard:
+            tensors = {}
+            for name in shard.keys():
+                original = shard.get_tensor(name)
+                # a tied head that the checkpoint leaves out is not in the shard either
+                tensors[name] = merged[name].to("cpu", original.dtype).contiguous() if name in merged else original
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    for asset in [*asset_files(parent), Path("config.json"), Path(PORTABLE_FILE), Path(INDEX)]:
+        if (parent / asset).is_file():
+            (folder / asset).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(parent / asset, folder / asset)
+    return {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()}
+
+
+def _peeked(rows):
+    import itertools
+
+    first = next(rows)
+    return itertools.chain([first], rows)

@@ -1,0 +1,117 @@
+"""Loading written checkpoints: the student, its base, and the base's weights under the student's plan."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from linearize.checkpoint.source import Source, open_source
+from linearize.errors import CheckpointError, ConfigError, CoverageError
+from linearize.families.registry import FAMILIES
+from linearize.modeling.factory import linearized_classes, register_all
+from linearize.modeling.plan import Plan
+
+MANIFEST = "linearize.json"
+ADAPTER = "adapter"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """linearize.json of a written checkpoint.
+
+    Raises:
+        ConfigError: no such folder, or not one that linearize wrote.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"MODEL: no folder '{folder}'; finetune and eval take a folder that `linearize convert` wrote")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ConfigError(f"MODEL: {folder} is not a linearized checkpoint (no {MANIFEST}); run `linearize convert` first")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest, dict) or "kind" not in manifest or "base" not in manifest:
+            raise ValueError("not a manifest")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+    return manifest
+
+
+def load_student(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A converted or finetuned checkpoint, every key accounted for. An adapter-only folder is merged in memory."""
+    register_all()
+    manifest = read_manifest(folder)
+    if (folder / "config.json").is_file():
+        return _load_exactly(folder, dtype=dtype)
+    from peft import PeftModel
+
+    parent = load_student(Path(manifest["finetune"]["parent"]), dtype=dtype)
+    return PeftModel.from_pretrained(parent, folder / ADAPTER).merge_and_unload(safe_merge=True)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer (an adapter-only folder's is its parent's)."""
+    if not (folder / "config.json").is_file():
+        folder = Path(read_manifest(folder)["finetune"]["parent"])
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def open_base(manifest: dict[str, Any], override: str | None = None) -> Iterator[Source]:
+    """The base model that a manifest records, or the one named instead of it.
+
+    Raises:
+        ConfigError: it is gone, or has changed since the conversion.
+    """
+    recorded = manifest["base"]
+    reference = override or recorded["reference"]
+    if override is None and recorded["kind"] != "hub" and not Path(reference).exists():
+        raise ConfigError(f"--base: the recorded base '{reference}' is gone; name it with --base")
+    revision = recorded["revision"] if override is None and recorded["kind"] == "hub" else None
+    with open_source(reference, revision=revision, dtype=manifest["settings"]["dtype"]) as source:
+        if override is None and source.fingerprint() != recorded["fingerprint"]:
+            raise ConfigError(
+                f"--base: '{reference}' has changed since the conversion (fingerprint {source.fingerprint()[:12]}, "
+                f"recorded {recorded['fingerprint'][:12]}); convert again, or name the right base with --base"
+            )
+        yield source
+
+
+def load_base(source: Source, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
+
+
+def load_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The base's weights under `plan`, added parameters at their start: the conversion before any training.
+
+    In softmax mode it is the base model itself, so one instance serves as base and as both baselines.
+    """
+    classes = linearized_classes(FAMILIES[plan.base_model_type])
+    base = AutoConfig.from_pretrained(source.folder).to_dict()
+    if base.pop("model_type") != plan.base_model_type:
+        raise ConfigError(f"--base: '{source.name}' is not a {plan.base_model_type} model, as the student's base was")
+    base.pop("architectures", None)
+    if base["num_hidden_layers"] != len(plan.layers):
+        raise ConfigError(
+            f"--base: '{source.name}' has {base['num_hidden_layers']} layers, the student's plan {len(plan.layers)}"
+        )
+    config = classes.config.from_dict({**base, "linearize": plan.to_dict()})
+    return _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=".mixer.")
+
+
+def _load_exactly(
+    folder: Path, *, dtype: torch.dtype, model_class: Any = AutoModelForCausalLM, may_miss: str | None = None, **kwargs
+) -> PreTrainedModel:
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    missing = [name for name in info["missing_keys"] if may_miss is None or may_miss not in name]
+    unexpected = [name for name in info["unexpected_keys"] if "rotary_emb" not in name]
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", info["mismatched_keys"])):
+        if names:
+            raise CoverageError(f"{folder}: {len(names)} {kind} tensors, first '{sorted(map(str, names))[0]}'")
+    return model.eval()

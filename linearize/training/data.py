@@ -1,0 +1,179 @@
+"""Training text: reading documents, tokenising, and packing rows whose documents do not see one another.
+
+A dataset is the name `sample`, a file (.txt, .jsonl, .json, .parquet, each also compressed) or a hub id. Its rows hold a
+text field, `instruction`/`input`/`output`, or `messages` for the chat template. Reading streams, so size does not matter.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.errors import CheckpointError, ConfigError
+from linearize.samples import SAMPLES
+
+IGNORED = -100
+FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+SHUFFLE_BUFFER = 2000
+ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+@dataclass
+class Batch:
+    """Packed rows. input_ids, position_ids (restarting at every document) and labels are [rows, seq_len]; a label is the
+    next token's id where it counts, -100 where it does not."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+    def to(self, device) -> "Batch":
+        return Batch(self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device))
+
+    def split(self, size: int) -> list["Batch"]:
+        return [Batch(*parts) for parts in zip(*(x.split(size) for x in (self.input_ids, self.position_ids, self.labels)))]
+
+
+def data_fingerprint(datasets: list[str]) -> str:
+    """Changes when a dataset's name, or a local file's bytes, change."""
+    paths = [SAMPLES.get(name, Path(name)) for name in datasets]
+    return fingerprint_of([[name, sha256(path) if path.is_file() else None] for name, path in zip(datasets, paths)])
+
+
+def open_dataset(name: str) -> Any:
+    """A stream of rows (datasets.IterableDataset).
+
+    Raises:
+        ConfigError: no such file or hub dataset, an unknown file type. CheckpointError: the hub does not answer.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = SAMPLES.get(name, Path(name).expanduser())
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    if path.is_file():
+        if suffix not in FORMATS:
+            raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
+        if path.stat().st_size == 0:
+            raise ConfigError(f"--data: {name} is empty")
+        options = {"sample_by": "document"} if FORMATS[suffix] == "text" else {}
+        return datasets.load_dataset(FORMATS[suffix], data_files=str(path), split="train", streaming=True, **options)
+    if path.is_dir():
+        files = sorted(str(file) for file in path.glob("*.parquet"))
+        if not files:
+            raise ConfigError(f"--data: the folder {name} holds no .parquet files")
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    if suffix in FORMATS or name.count("/") != 1:
+        raise ConfigError(f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)")
+    from linearize.checkpoint.source import HUB_SECONDS, hub_answers
+
+    if not hub_answers():
+        raise CheckpointError(
+            f"--data: no file '{name}' here, and the hub did not answer within {HUB_SECONDS} s; give a file, or sample"
+        )
+    try:
+        return datasets.load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # the library raises its own and its file systems' errors
+        raise ConfigError(f"--data: cannot load '{name}' from the hub: {' '.join(str(error).split())[:200]}") from None
+
+
+def documents(dataset: str, tokenizer, *, text_field: str, completion_only: bool, seed: int | None) -> Iterator[tuple]:
+    """Token ids and which of them count, document by document: ([T], [T] bool). Shuffled unless seed is None."""
+    rows = open_dataset(dataset)
+    if seed is not None:
+        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    try:
+        for number, row in enumerate(rows):
+            yield _tokenise(row, number, dataset, tokenizer, text_field, completion_only)
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:  # a damaged file surfaces wherever its reader stumbles
+        raise ConfigError(f"--data: {dataset} cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _tokenise(row: dict, number: int, dataset: str, tokenizer, text_field: str, completion_only: bool) -> tuple:
+    if isinstance(row.get(text_field), str):
+        prompt, ids = [], tokenizer(row[text_field]).input_ids
+    elif isinstance(row.get("messages"), list):
+        prompt, ids = _chat(row["messages"], tokenizer)
+    elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        request = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        turns = [{"role": "user", "content": request}, {"role": "assistant", "content": row["output"]}]
+        prompt, ids = _chat(turns, tokenizer)
+    else:
+        raise ConfigError(
+            f"--data: row {number} of {dataset} has the fields {', '.join(row) or 'none'}; needed is '{text_field}' "
+            "(text), 'messages', or 'instruction' and 'output'"
+        )
+    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+        ids = [*ids, tokenizer.eos_token_id]
+    counted = [not completion_only or i >= len(prompt) for i in range(len(ids))]
+    return ids, counted
+
+
+def _chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of all turns before the last, with its opening, and of the whole conversation."""
+    if not tokenizer.chat_template:
+        prompt = "\n\n".join(turn["content"] for turn in messages[:-1])
+        prompt = ALPACA_PROMPT.format(instruction=prompt)
+        return tokenizer(prompt).input_ids, tokenizer(prompt + messages[-1]["content"]).input_ids
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    ids = tokenizer(whole, add_special_tokens=False).input_ids
+    return tokenizer(prompt, add_special_tokens=False).input_ids, ids
+
+
+def packed_rows(
+    datasets: list[str], tokenizer, *, seq_len: int, text_field: str, completion_only: bool, seed: int
+) -> Iterator[Batch]:
+    """Endless single-row batches of exactly `seq_len` tokens, the data read again, reshuffled, when it ends.
+
+    A document cut at a row's end continues in the next row as a document of its own.
+
+    Raises:
+        ConfigError: the data hold less than one sequence.
+    """
+    for epoch in itertools.count():
+        produced = 0
+        streams = [
+            documents(name, tokenizer, text_field=text_field, completion_only=completion_only, seed=seed + epoch)
+            for name in datasets
+        ]
+        ids, positions, labels = [], [], []
+        for document, counted in _round_robin(streams):
+            # a label is the next token, so a document's last token predicts nothing
+            targets = [*(t if c else IGNORED for t, c in zip(document[1:], counted[1:])), IGNORED]
+            while document:
+                room = seq_len - len(ids)
+                ids += document[:room]
+                positions += range(min(room, len(document)))
+                labels += targets[:room]
+                document, targets = document[room:], targets[room:]
+                if len(ids) == seq_len:
+                    labels[-1] = IGNORED
+                    yield Batch(*(torch.tensor([x]) for x in (ids, positions, labels)))
+                    produced += 1
+                    ids, positions, labels = [], [], []
+        if not produced:
+            raise ConfigError(
+                f"--data: {', '.join(datasets)} hold {len(ids)} tokens, fewer than one sequence of {seq_len} (--seq-len)"
+            )
+
+
+def _round_robin(streams: list[Iterator]) -> Iterator:
+    while streams:
+        for stream in list(streams):
+            try:
+                yield next(stream)
+            except StopIteration:
+                streams.remove(stream)
+
+
+def join(rows: list[Batch]) -> Batch:
+    return Batch(*(torch.cat(parts) for parts in zip(*((r.input_ids, r.position_ids, r.labels) for r in rows))))
