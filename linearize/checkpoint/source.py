@@ -6,6 +6,8 @@ import os
 import re
 import tempfile
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,12 +150,15 @@ def hub_answers() -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        import httpx
-        from huggingface_hub.constants import ENDPOINT
-
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.head(ENDPOINT, timeout=HUB_SECONDS)
-            answered.set()
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "linearize"})
+        try:
+            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, if not a friendly one
+        except (OSError, ValueError):
+            return
+        answered.set()
 
     # a thread, because name resolution knows no timeout
     thread = threading.Thread(target=ask, daemon=True)

@@ -1,0 +1,6 @@
+"""`python -m linearize`."""
+
+from linearize.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The command line: one thin file a command, and one place where failures become exit codes."""
+
+import errno
+import json
+import sys
+import traceback
+
+import click
+import typer
+
+from linearize.cli import convert, eval as evaluation, finetune, info
+from linearize.cli.output import emit_json, note
+from linearize.errors import INTERRUPTED, LinearizeError, ResourceError
+
+app = typer.Typer(
+    name="linearize",
+    help="Turn a pretrained causal language model into a linear-time, constant-memory one, and measure what it kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+convert.register(app)
+finetune.register(app)
+evaluation.register(app)
+info.register(app)
+
+
+def main() -> None:
+    """Runs the command line and exits with the code that the outcome asks for."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    wants_json = "--json" in arguments
+    try:
+        result = typer.main.get_command(app).main(args=arguments, prog_name="linearize", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2, wants_json)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        return _fail(str(stop) or "interrupted", INTERRUPTED, wants_json)
+    except LinearizeError as error:
+        return _fail(str(error), error.exit_code, wants_json)
+    except MemoryError:
+        return _fail("out of memory", ResourceError.exit_code, wants_json)
+    except OSError as error:
+        code = ResourceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM) else 1
+        return _fail(str(error), code, wants_json)
+    except Exception as error:
+        if _out_of_memory(error):
+            return _fail(f"out of memory: {str(error).splitlines()[0]}", ResourceError.exit_code, wants_json)
+        traceback.print_exc()
+        return _fail(f"unforeseen {type(error).__name__}: {error}", 1, wants_json)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _fail(message: str, code: int, wants_json: bool) -> int:
+    note(f"error: {message}" if code != INTERRUPTED else message)
+    if wants_json:
+        emit_json({"error": message, "exit_code": code})
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""`linearize convert` and `linearize plan`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from linearize.cli.output import emit, emit_json, examples, note, quiet_libraries
+
+ATTENTION, OUTPUT, SOURCE = "Attention", "Output", "Source"
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder of safetensors, or .gguf file.", show_default=False)]
+Config = Annotated[
+    str | None, typer.Option("--config", help="Named config or YAML file.", rich_help_panel=ATTENTION)
+]
+Mixer = Annotated[str | None, typer.Option("--mixer", help="Gated structure (default: gla).", rich_help_panel=ATTENTION)]
+Window = Annotated[
+    int | None, typer.Option("--window", help="Keys a linear head sees through softmax (default: 256).", rich_help_panel=ATTENTION)
+]
+Sinks = Annotated[
+    int | None, typer.Option("--sinks", help="First tokens that stay visible (default: 4).", rich_help_panel=ATTENTION)
+]
+Mix = Annotated[
+    str | None, typer.Option("--mix", help="sum or outside (default: outside).", rich_help_panel=ATTENTION)
+]
+KeepSoftmax = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-softmax",
+        help="none, all, every:N, layers 0,7,18, or layer:key/value-head pairs 18:2,17:1 (default: none).",
+        rich_help_panel=ATTENTION,
+    ),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any config key, key=value; repeatable.", rich_help_panel=ATTENTION)
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=SOURCE)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Allow a model that brings code of its own.", rich_help_panel=SOURCE),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog=examples(
+            "linearize convert HuggingFaceTB/SmolLM2-135M-Instruct --config smollm2-135m",
+            "linearize convert ./llama-3.2-1b -o out --keep-softmax 18:2,17:1 --window 128",
+            "linearize convert model.gguf --set mix_options.log_mass=-4 --dry-run --json",
+        )
+    )(convert)
+    app.command(
+        epilog=examples(
+            "linearize plan HuggingFaceTB/SmolLM2-135M-Instruct",
+            "linearize plan ./model --keep-softmax every:4 --json",
+            "linearize plan ./model --config liger",
+        )
+    )(plan)
+
+
+def convert(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write (default: linearized/NAME-converted).", rich_help_panel=OUTPUT)
+    ] = None,
+    config: Config = None,
+    mixer: Mixer = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    mix: Mix = None,
+    keep_softmax: KeepSoftmax = None,
+    set_: Set = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    link: Annotated[
+        str, typer.Option("--link", help="auto, hard or copy: how base weights get there.", rich_help_panel=OUTPUT)
+    ] = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Check the result in a fresh process.", rich_help_panel=OUTPUT)
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output.", rich_help_panel=OUTPUT)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate and print the plan; write nothing.", rich_help_panel=OUTPUT)
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Replace softmax attention by gated linear attention; weights in, a complete checkpoint out."""
+    from linearize.errors import ConfigError
+
+    if link not in ("auto", "hard", "copy"):
+        raise ConfigError(f"--link: got '{link}', allowed are auto, hard, copy")
+    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, set_)
+    if dry_run:
+        from linearize.checkpoint.writing import check_target
+
+        if out is not None:
+            check_target(out, overwrite=overwrite)
+        _print_plan(model, settings, revision, json_)
+        return
+    from linearize.convert import convert as run
+
+    result = run(
+        model,
+        settings,
+        out=out,
+        revision=revision,
+        link=link,
+        verify=verify,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=note,
+    )
+    if json_:
+        emit_json(result)
+        return
+    coverage = result["coverage"]
+    emit(
+        f"converted {coverage['layers_converted']} of {coverage['layers_planned']} planned layers and "
+        f"{coverage['heads_converted']} of {coverage['heads_planned']} planned key/value heads; "
+        f"{result['parameters_added']:,} parameters added; weights: {result['weights']['placed']}"
+    )
+    if "verification" in result:
+        check = result["verification"]
+        emit(
+            f"verified over {check['tokens']} tokens: softmax everywhere differs from the base by "
+            f"{check['softmax_everywhere_max_difference']:g}, cached decode from the full forward by "
+            f"{check['cached_decode_max_difference']:.1e}"
+        )
+    emit(result["output"])
+
+
+def plan(
+    model: Model,
+    config: Config = None,
+    mixer: Mixer = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    mix: Mix = None,
+    keep_softmax: KeepSoftmax = None,
+    set_: Set = None,
+    revision: Revision = None,
+    json_: Json = False,
+) -> None:
+    """Print what a conversion would do, from config.json and safetensors headers alone."""
+    _print_plan(model, _settings(config, mixer, window, sinks, mix, keep_softmax, set_), revision, json_)
+
+
+def _settings(config, mixer, window, sinks, mix, keep_softmax, sets) -> Any:
+    from linearize.recipe import load_config
+
+    flags = {"mixer": mixer, "window": window, "sinks": sinks, "mix": mix, "keep_softmax": keep_softmax}
+    return load_config(config, flags, sets)
+
+
+def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) -> None:
+    quiet_libraries()
+    from linearize.checkpoint.source import open_source
+    from linearize.convert import inspect_source
+
+    with open_source(model, revision=revision, dtype=settings.dtype) as source:
+        shown = inspect_source(source, settings).to_dict()
+    if json_:
+        emit_json(shown)
+        return
+    coverage = shown["coverage"]
+    emit(f"{shown['model']} ({shown['family']}): {coverage['heads_planned']} of {coverage['heads']} key/value heads in "
+         f"{coverage['layers_planned']} of {coverage['layers']} layers become linear")
+    emit("layer  softmax heads  linear heads")
+    for layer in shown["layers"]:
+        kept, linear = ((",".join(map(str, layer[key])) or "-") for key in ("softmax_heads", "linear_heads"))
+        what = f"{layer['mixer']} {layer['mix']}, window {layer['window']} + {layer['sinks']} sinks"
+        emit(f"{layer['layer']:5}  {kept:13}  {linear:13} {what if layer['linear_heads'] else 'unchanged'}")
+    emit(f"parameters: {shown['parameters_base']:,} and {shown['parameters_added']:,} added")
+    for length, sizes in shown["cache_bytes"].items():
+        emit(
+            f"cache at {int(length) // 1024}K: {sizes['student'] / 2**20:,.1f} MiB beside the base's "
+            f"{sizes['base'] / 2**20:,.1f} MiB (ratio {sizes['student'] / sizes['base']:.3f})"
+        )
+    emit(
+        f"disk: {shown['disk_bytes_linking'] / 2**20:,.2f} MiB linking, {shown['disk_bytes_copying'] / 2**20:,.1f} MiB copying; "
+        f"memory: about {shown['peak_memory_bytes'] / 2**20:,.0f} MiB"
+    )

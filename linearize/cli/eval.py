@@ -1,0 +1,104 @@
+"""`linearize eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linearize.cli.output import emit, emit_json, examples, note, progress_line, quiet_libraries
+from linearize.errors import ConfigError
+
+MEASURE, JUDGE, OUTPUT = "What is measured", "Judging", "Output"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "eval",
+        epilog=examples(
+            "linearize eval",
+            "linearize eval linearized/my-model-lora --data wikitext.txt --lengths 512,2048 --recall 64,1024",
+            "linearize eval OUT --gate 'perplexity@2048.ratio<=1.10' --min-recovery 0.5 --json",
+        ),
+    )(evaluate)
+
+
+def evaluate(
+    model: Annotated[
+        Path | None, typer.Argument(help="A linearized folder (default: the newest under ./linearized/).", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base model (default: the one recorded at conversion).", rich_help_panel=MEASURE)
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="sample-eval, a file or a hub id; repeatable.", rich_help_panel=MEASURE),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Window lengths for perplexity, in tokens.", rich_help_panel=MEASURE)
+    ] = "512,2048",
+    recall: Annotated[
+        str, typer.Option("--recall", help="Distances for copy recall, in tokens.", rich_help_panel=MEASURE)
+    ] = "64,256,1024",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Text tokens for each length.", rich_help_panel=MEASURE)
+    ] = 16384,
+    seed: Annotated[int, typer.Option("--seed", help="Of the recall rows.", rich_help_panel=MEASURE)] = 0,
+    min_recovery: Annotated[
+        float | None,
+        typer.Option("--min-recovery", help="Least recovery of perplexity at every length.", rich_help_panel=JUDGE),
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", help="METRIC[.FIELD]>=NUMBER; repeatable.", rich_help_panel=JUDGE)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder for results.json and report.md (default: MODEL/eval).", rich_help_panel=OUTPUT),
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> int:
+    """Measure the student beside its base on the same data, with a verdict."""
+    from linearize.convert import newest_output
+    from linearize.evaluate import Suite
+    from linearize.evaluate import evaluate as run
+    from linearize.report.markdown import summary_table
+    from linearize.report.results import GATE_FAILED
+
+    suite = Suite(
+        data=tuple(data or ["sample-eval"]),
+        lengths=_numbers("--lengths", lengths, least=2),
+        recall=_numbers("--recall", recall, least=1) if recall else (),
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    if model is None:
+        model = newest_output()
+        note(f"MODEL: {model} (the newest output)")
+    quiet_libraries()
+    results = run(
+        model,
+        suite,
+        base=base,
+        gates=gate,
+        min_recovery=min_recovery,
+        out=out or model / "eval",
+        progress=progress_line,
+    )
+    if json_:
+        emit_json(results.to_dict())
+    else:
+        emit(summary_table(results))
+        emit(f"verdict: {results.verdict}")
+        emit(str((out or model / "eval").resolve() / "report.md"))
+    return 0 if results.passed else GATE_FAILED
+
+
+def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option}: got '{text}', allowed are whole numbers with commas between, as 512,2048") from None
+    if min(numbers) < least:
+        raise ConfigError(f"{option}: got {min(numbers)}, allowed are numbers of at least {least}")
+    return numbers

@@ -1,0 +1,65 @@
+"""What is printed where: results to standard output, everything else to standard error."""
+
+import json
+import os
+import sys
+from typing import Any
+
+EXIT_CODES = "Exit codes: 0 done, 1 failure, 2 usage, 3 gate failed, 4 unsupported model, 5 out of memory or disk, 130 interrupted."
+
+
+def note(message: str) -> None:
+    """A line for people, on standard error."""
+    clear_progress()
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit(text: str) -> None:
+    clear_progress()
+    print(text, flush=True)
+
+
+def emit_json(value: Any) -> None:
+    """The command's one JSON document."""
+    clear_progress()
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+_open_line = False
+
+
+def progress_line(message: str, *, final: bool = False) -> None:
+    """One line that replaces itself on a terminal, plain lines elsewhere."""
+    global _open_line
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{message}", end="\n" if final else "", file=sys.stderr, flush=True)
+        _open_line = not final
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def clear_progress() -> None:
+    global _open_line
+    if _open_line:
+        print(file=sys.stderr)
+        _open_line = False
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' own bars and advice out of the way; what matters is said by this package."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*was not found in your environment.*")
+
+
+def examples(*commands: str) -> str:
+    """The epilog of a command: its examples and the exit codes."""
+    lines = "\n\n".join(f"  [cyan]{command}[/cyan]" for command in commands)
+    return f"[bold]Examples[/bold]\n\n{lines}\n\n{EXIT_CODES}"

@@ -1,0 +1,76 @@
+"""Perplexity at given lengths and by position, and the divergence from the base model, on the same tokens.
+
+Text is cut into windows of `length` tokens, each predicted from its own start. Sums are kept per window, so that the
+standard error is over windows (tokens of one window are not independent).
+
+Shapes: B windows, T tokens, D hidden size, C vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK_TOKENS = 256
+BUCKETS = 8
+
+
+@dataclass
+class WindowScores:
+    """Per-window sums of one model: losses [windows, length - 1] and, beside the base, KL and agreement per window."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    agreement: list[float] = field(default_factory=list)
+
+
+def windows_of(token_ids: Tensor, length: int, max_tokens: int) -> Tensor:
+    """[windows, length] consecutive windows, at most max_tokens tokens in all and at least one window."""
+    count = min(token_ids.numel() // length, max(1, max_tokens // length))
+    return token_ids[: count * length].view(count, length)
+
+
+def score_window(
+    ids: Tensor, base_hidden: Tensor, base_head: Tensor, forwards: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
+    scores: dict[str, WindowScores],
+) -> None:  # fmt: skip
+    """Adds one window's figures for the base and every other model.
+
+    Args:
+        ids: [1, T]. base_hidden: [T, D] final hidden states of the base, base_head: [C, D].
+        forwards: name -> function from ids to (hidden states [T, D], head [C, D]).
+    """
+    targets = ids[0, 1:]
+    scores["base"].losses.append(_losses(base_hidden[:-1], base_head, targets))
+    for name, forward in forwards.items():
+        hidden, head = forward(ids)
+        kl, same, losses = 0.0, 0, []
+        for start in range(0, targets.numel(), CHUNK_TOKENS):
+            rows = slice(start, min(start + CHUNK_TOKENS, targets.numel()))
+            base_log = F.log_softmax((base_hidden[rows] @ base_head.T).float(), dim=-1)
+            log = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
+            kl += (base_log.exp() * (base_log - log)).sum().item()
+            same += (base_log.argmax(-1) == log.argmax(-1)).sum().item()
+            losses.append(-log.gather(-1, targets[rows, None])[:, 0])
+        scores[name].losses.append(torch.cat(losses).double().cpu())
+        scores[name].kl.append(kl / targets.numel())
+        scores[name].agreement.append(same / targets.numel())
+
+
+def _losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    pieces = []
+    for start in range(0, targets.numel(), CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        log = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
+        pieces.append(-log.gather(-1, targets[rows, None])[:, 0])
+    return torch.cat(pieces).double().cpu()
+
+
+def position_buckets(length: int) -> Iterator[tuple[int, int]]:
+    """Position ranges [start, end) that double towards the end: the first 64, then 64 to 128, and so on."""
+    start, end = 1, 64
+    while start < length:
+        yield start, min(end, length)
+        start, end = end, end * 2
