@@ -12,6 +12,6 @@ __version__ = "0.1.0"
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")
 def _register(module) -> None:
-    from linearize.modeling.factory import register_all
+    from linearize.modeling.export import register_all
 
     register_all()

@@ -320,7 +320,7 @@ def convert(
 
 def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict[str, Any]:
     """Step 4. Returns the manifest that becomes linearize.json."""
-    from linearize.modeling.export import PORTABLE_FILE, portable_source
+    from linearize.modeling.export import write_portable
     from linearize.report.card import conversion_card
 
     placed, shard_names = _place_weights(folder, inspection, link)
@@ -330,7 +330,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict
         shutil.copyfile(inspection.source.folder / asset, folder / asset)
     config = student_config(inspection)
     write_json(folder / "config.json", config)
-    write_text(folder / PORTABLE_FILE, portable_source(inspection.plan.base_model_type))
+    write_portable(folder, inspection.plan.base_model_type)
     manifest = {
         "format_version": 1,
         "kind": "converted",

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from linearize.checkpoint.weights import read_weights
-from linearize.modeling.factory import register_all
+from linearize.modeling.export import register_all
 
 STREAM_ABOVE = 1 << 30
 # of the largest logit; float32 and two summation orders

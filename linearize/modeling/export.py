@@ -43,6 +43,22 @@ def auto_map(model_type: str) -> dict[str, str]:
     return {"AutoConfig": f"{module}.{names['config']}", "AutoModelForCausalLM": f"{module}.{names['causal_lm']}"}
 
 
+def register_all() -> None:
+    """Makes AutoConfig and AutoModelForCausalLM know the linearized form of every supported family."""
+    from linearize.modeling import factory
+
+    factory.PORTABLE_WRITER = write_portable
+    for family in FAMILIES.values():
+        factory.linearized_classes(family)
+
+
+def write_portable(folder: Path, model_type: str) -> dict[str, str]:
+    """Writes the portable file of one family into `folder`; returns the auto_map that names its classes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PORTABLE_FILE).write_text(portable_source(model_type), encoding="utf-8")
+    return auto_map(model_type)
+
+
 def portable_source(model_type: str) -> str:
     """The text of the portable file for one family."""
     from linearize import __version__

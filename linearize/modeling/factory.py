@@ -9,8 +9,9 @@ import contextlib
 import copy
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from linearize.modeling.branch import LinearHeads
 from linearize.modeling.plan import Plan
 
 PREFIX = "linearized_"
+# writes the portable file and returns its auto_map; set by modeling/export.py, which a portable file does without
+PORTABLE_WRITER: Callable[[Path, str], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ class LinearizedForCausalLM:
 
     def init_continuous_batching(self, *args, **kwargs):
         return self.generate_batch()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves as transformers does, with the portable file and `auto_map` beside the weights."""
+        if self._auto_class is None:  # loaded from a portable file, transformers copies that file itself
+            self.config.auto_map = PORTABLE_WRITER(Path(save_directory), self.config.plan.base_model_type)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def linear_attentions(self) -> Iterator[tuple[str, LinearizedAttention]]:
         """Every layer's attention that has linear heads, with its module name."""
@@ -177,12 +186,6 @@ def linearized_classes(family: Family) -> LinearizedClasses:
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     return LinearizedClasses(config, attention, decoder, causal_lm)
-
-
-def register_all() -> None:
-    """Makes AutoConfig and AutoModelForCausalLM know the linearized form of every supported family."""
-    for family in FAMILIES.values():
-        linearized_classes(family)
 
 
 def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:

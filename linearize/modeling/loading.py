@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from linearize.checkpoint.source import Source, open_source
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import FAMILIES
-from linearize.modeling.factory import linearized_classes, register_all
+from linearize.modeling.export import register_all
+from linearize.modeling.factory import linearized_classes
 from linearize.modeling.plan import Plan
 
 MANIFEST = "linearize.json"

@@ -1,0 +1,424 @@
+"""The linearized model: against a plain loop, against the base, cached against full, padded, packed, batched, reloaded."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SHAPES, VOCABULARY, tiny_base, tiny_student
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from linearize.modeling.plan import LayerPlan, Plan
+
+LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
+
+
+def plan_for(mix: str, key_value_heads: int, window: int = 8, sinks: int = 2) -> Plan:
+    """Three layers: all heads linear, one head kept (where there are several), all kept."""
+    options = LOUD if mix == "outside" else {}
+    every = tuple(range(key_value_heads))
+    layers = (
+        LayerPlan((), window=window, sinks=sinks, mix=mix, mix_options=options),
+        LayerPlan(every[1:2], window=window - 3, sinks=sinks + 1, mix=mix, mix_options=options),
+        LayerPlan(every),
+    )
+    return Plan("llama", layers)
+
+
+@pytest.fixture(params=["outside", "sum"])
+def mix(request):
+    return request.param
+
+
+@pytest.fixture(params=list(SHAPES))
+def pair(request, mix):
+    """(base, student) of one shape and one mix."""
+    base = tiny_base(request.param)
+    return base, tiny_student(plan_for(mix, base.config.num_key_value_heads), base)
+
+
+def tokens(batch: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loop_attention(q, k, v, q_rotary, k_rotary, plan: LayerPlan, scale: float, log_mass: float, normalizer: float):
+    """One head of methods.md, a token at a time in float64. All inputs [T, K]; returns [T, K]."""
+    outputs = []
+    W = plan.window
+    for t in range(len(q)):
+        window = list(range(max(0, t - W + 1), t + 1))
+        keys = [j for j in range(plan.sinks) if j <= t - W] + window
+        weights = torch.softmax(torch.stack([q_rotary[t] @ k_rotary[j] * scale for j in keys]), 0)
+        windowed = sum(w * v[j] for w, j in zip(weights, keys))
+        last = t if plan.mix == "sum" else t - W
+        past = [j for j in range(last + 1) if plan.mix == "sum" or j >= plan.sinks]
+        numerator, mass = torch.zeros_like(v[0]), torch.zeros((), dtype=v.dtype)
+        for j in past:
+            decay = sum((torch.nn.functional.logsigmoid(k[i]) / normalizer for i in range(j + 1, last + 1)), torch.zeros_like(k[0]))
+            f = (torch.softmax(q[t], -1) * torch.softmax(k[j], -1) * decay.exp()).sum()
+            numerator, mass = numerator + f * v[j], mass + f
+        if plan.mix == "sum":
+            outputs.append(0.5 * windowed + 0.5 * numerator)
+        else:
+            c = torch.tensor(log_mass, dtype=v.dtype).exp()
+            outputs.append((windowed + c * numerator) / (1 + c * mass))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LayerPlan((), window=8, sinks=2, mix="outside", mix_options=LOUD),
+        LayerPlan((), window=5, sinks=0, mix="outside", mix_options=LOUD, mixer_options={"gate_logit_normalizer": 4.0}),
+        LayerPlan((1,), window=8, sinks=2, mix="outside", mix_options=LOUD),
+        # configs/liger: 64 earlier keys and self, no sinks, halves, gate / 16
+        LayerPlan((), window=65, sinks=0, mix="sum"),
+        LayerPlan((2,), window=7, sinks=3, mix="sum"),
+    ],
+)
+def test_attention_equals_a_plain_loop(layer):
+    base = tiny_base("gqa", num_hidden_layers=1)
+    student = tiny_student(Plan("llama", (layer,)), base).double()
+    attention, reference = student.model.layers[0].self_attn, base.double().model.layers[0].self_attn
+    T = layer.window + 20
+    hidden = torch.randn(1, T, base.config.hidden_size, dtype=torch.float64)
+    rotary = base.model.rotary_emb(hidden, position_ids=torch.arange(T)[None])
+    with torch.no_grad():
+        got, _ = attention(hidden, position_embeddings=rotary, attention_mask=None)
+        q, k, v = (
+            p(hidden).view(1, T, -1, reference.head_dim).transpose(1, 2)
+            for p in (reference.q_proj, reference.k_proj, reference.v_proj)
+        )
+        q_rotary, k_rotary = apply_rotary_pos_emb(q, k, *rotary)
+        group = base.config.num_attention_heads // base.config.num_key_value_heads
+        heads = []
+        for h in range(base.config.num_attention_heads):
+            j = h // group
+            if j in layer.softmax_heads:
+                scores = q_rotary[0, h] @ k_rotary[0, j].T * reference.scaling
+                scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))
+                heads.append(scores.softmax(-1) @ v[0, j])
+            else:
+                heads.append(
+                    loop_attention(
+                        q[0, h], k[0, j], v[0, j], q_rotary[0, h], k_rotary[0, j], layer, reference.scaling,
+                        layer.mix_options.get("log_mass", 0.0), layer.mixer_options.get("gate_logit_normalizer", 16.0),
+                    )  # fmt: skip
+                )
+        wanted = reference.o_proj(torch.stack(heads, 1).flatten(1)[None])
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_softmax_everywhere_is_the_base(pair):
+    base, student = pair
+    ids = tokens()
+    reference = base(ids).logits
+    everywhere = tiny_student(student.config.plan.keep_all_softmax(base.config.num_key_value_heads), base)
+    assert torch.equal(everywhere(ids).logits, reference)
+    with student.softmax_attention():
+        assert torch.equal(student(ids).logits, reference)
+    assert not torch.equal(student(ids).logits, reference)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [3] * 13 + [1], [20, 20], [9, 1, 1, 12, 17], [39, 1]])
+def test_cached_decode_equals_full_forward(pair, chunks):
+    _, student = pair
+    ids = tokens()
+    full = student(ids, use_cache=False).logits
+    cache, pieces = None, []
+    for piece in ids.split(chunks, dim=1):
+        output = student(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        pieces.append(output.logits)
+    assert cache.get_seq_length() == 40
+    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-5)
+
+
+def left_padded(lengths=(40, 33, 5)):
+    ids, mask = tokens(len(lengths)), torch.ones(len(lengths), 40, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, : 40 - length] = 0
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(pair):
+    _, student = pair
+    ids, mask, positions = left_padded()
+    full = student(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    cache, pieces, start = None, [], 0
+    for length in (3, 11, 1, 1, 10, 14):
+        end = start + length
+        output = student(
+            ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache = output.past_key_values
+        pieces.append(output.logits)
+        start = end
+    cached = torch.cat(pieces, 1)
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        alone = student(ids[row : row + 1, 40 - length :]).logits[0]
+        torch.testing.assert_close(full[row, 40 - length :], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cached[row, 40 - length :], alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_right_padding_and_holes_are_not_seen(pair):
+    _, student = pair
+    ids, mask = tokens(2), torch.ones(2, 40, dtype=torch.long)
+    mask[0, 30:] = 0
+    other = ids.clone()
+    other[0, 30:] = 5
+    first, second = (student(x, attention_mask=mask, use_cache=False).logits for x in (ids, other))
+    assert torch.equal(first[0, :30], second[0, :30])
+    torch.testing.assert_close(first[0, :30], student(ids[:1, :30]).logits[0], rtol=1e-4, atol=1e-5)
+    mask[:] = 1
+    mask[0, 12:15] = 0
+    other = ids.clone()
+    other[0, 12:15] = 7
+    first, second = (student(x, attention_mask=mask, use_cache=False).logits for x in (ids, other))
+    torch.testing.assert_close(first[0, 15:], second[0, 15:])
+
+
+@torch.no_grad()
+def test_batch_equals_single(pair):
+    _, student = pair
+    ids = tokens(4)
+    batch = student(ids).logits
+    for row in range(4):
+        torch.testing.assert_close(batch[row], student(ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_documents_equal_separate_ones(pair):
+    """Values and gradients; nothing of one document reaches another, through the window, the sinks or the state."""
+    _, student = pair
+    ids = tokens(1, 60)
+    lengths = (3, 24, 1, 32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = student(ids, position_ids=positions, use_cache=False).logits[0]
+    separate = torch.cat([student(x, use_cache=False).logits[0] for x in ids.split(lengths, dim=1)])
+    torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-5)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    weights = torch.randn_like(packed)
+    one, other = (
+        torch.autograd.grad((logits * weights).sum(), parameters, allow_unused=True) for logits in (packed, separate)
+    )
+    for a, b in zip(one, other):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-6))
+
+
+@torch.no_grad()
+def test_generate_greedy_beam_and_sampling(pair):
+    _, student = pair
+    ids, mask, _ = left_padded()
+    options = {"max_new_tokens": 14, "pad_token_id": 1, "eos_token_id": None}
+    together = student.generate(ids, attention_mask=mask, do_sample=False, **options)
+    beams = student.generate(ids, attention_mask=mask, do_sample=False, num_beams=3, **options)
+    chunked = student.generate(ids, attention_mask=mask, do_sample=False, prefill_chunk_size=7, **options)
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        alone = ids[row : row + 1, 40 - length :]
+        whole = student.generate(alone, do_sample=False, **options)
+        assert torch.equal(together[row, 40 - length :], whole[0])
+        assert torch.equal(chunked[row, 40 - length :], whole[0])
+        assert torch.equal(beams[row, 40 - length :], student.generate(alone, do_sample=False, num_beams=3, **options)[0])
+        for _ in range(14):  # by hand, without a cache
+            alone = torch.cat([alone, student(alone, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(alone[0], whole[0])
+    torch.manual_seed(0)
+    with_cache = student.generate(ids[:1], do_sample=True, top_k=20, **options)
+    torch.manual_seed(0)
+    assert torch.equal(with_cache, student.generate(ids[:1], do_sample=True, top_k=20, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_generate_continues_a_returned_cache(pair):
+    _, student = pair
+    ids = tokens(1)
+    options = {"do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    whole = student.generate(ids, max_new_tokens=20, **options)
+    first = student.generate(ids, max_new_tokens=9, return_dict_in_generate=True, **options)
+    # a mask of its own, because generate takes a generated padding token for padding
+    again = student.generate(
+        first.sequences,
+        attention_mask=torch.ones_like(first.sequences),
+        past_key_values=first.past_key_values,
+        max_new_tokens=11,
+        **options,
+    )
+    assert torch.equal(again, whole)
+
+
+@torch.no_grad()
+def test_cache_of_linear_heads_does_not_grow():
+    base = tiny_base("gqa", num_hidden_layers=1)
+    student = tiny_student(Plan("llama", (LayerPlan((), window=8, sinks=2),)), base)
+    sizes = []
+    cache = None
+    for piece in tokens(1, 200).split(20, dim=1):
+        cache = student(piece, past_key_values=cache, use_cache=True).past_key_values
+        sizes.append(cache.layers[0].nbytes())
+    assert len(set(sizes)) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mix_name", ["outside", "sum"])
+def test_planned_cache_bytes_are_the_real_ones(mix_name):
+    from linearize import convert
+
+    base = tiny_base("gqa")
+    plan = plan_for(mix_name, 3)
+    student = tiny_student(plan, base)
+    cache = student(tokens(1, 100), use_cache=True).past_key_values
+    held = sum(
+        layer.nbytes() if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers
+    )
+    contexts, convert.CONTEXTS = convert.CONTEXTS, (100,)
+    try:
+        planned = convert.cache_sizes(base.config.to_dict(), plan, width=4)[100]["student"]
+    finally:
+        convert.CONTEXTS = contexts
+    assert held == planned
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(pair):
+    _, student = pair
+    ids = tokens()
+
+    def gradients():
+        student.train()
+        student.zero_grad()
+        student(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value)
+
+
+def test_every_added_parameter_gets_a_gradient(pair):
+    _, student = pair
+    student(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    added = {name: p for name, p in student.named_parameters() if ".mixer." in name}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in added.values())
+    if student.config.plan.layers[0].mix == "outside":
+        assert added
+
+
+@torch.no_grad()
+def test_branch_off_is_the_window_and_a_vanishing_mass_comes_close():
+    base = tiny_base("gqa", num_hidden_layers=2)
+    plan = Plan("llama", (LayerPlan((), window=8, sinks=2, mix_options={"log_mass": -25.0}),) * 2)
+    student = tiny_student(plan, base)
+    with student.recurrent_branch_off():
+        off = student(tokens()).logits
+    torch.testing.assert_close(student(tokens()).logits, off, rtol=1e-4, atol=1e-4)
+    for _, attention in student.linear_attentions():
+        attention.mixer.log_mass.fill_(1.0)
+    assert (student(tokens()).logits - off).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_output_hidden_states_and_eager_attention(pair):
+    base, student = pair
+    assert len(student(tokens(), output_hidden_states=True).hidden_states) == base.config.num_hidden_layers + 1
+    config = student.config
+    eager = type(student)(type(config).from_dict({**config.to_dict()}, attn_implementation="eager")).eval()
+    eager.load_state_dict(student.state_dict())
+    torch.testing.assert_close(eager(tokens()).logits, student(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_cannot_work_is_refused():
+    base = tiny_base("gqa")
+    student = tiny_student(plan_for("outside", 3), base)
+    ids = tokens(1)
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        student.generate_batch([ids[0].tolist()])
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        student.generate(ids, assistant_model=base, max_new_tokens=4, pad_token_id=1)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        student.generate(ids, cache_implementation="static", max_new_tokens=4, pad_token_id=1)
+    with pytest.raises(ValueError, match="2-D attention mask"):
+        student(ids, attention_mask=torch.ones(1, 1, 40, 40))
+    cache = student(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-3)
+    with student.softmax_attention(), pytest.raises(ValueError, match="filled in linear mode"):
+        student(ids, past_key_values=cache)
+    used = base(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cache of its own"):
+        student(ids, past_key_values=used)
+    assert not type(student).is_backend_compatible() and not student._can_set_attn_implementation()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_reload(pair, tmp_path, dtype):
+    _, student = pair
+    student.to(dtype).save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert all(p.dtype == torch.float32 for n, p in again.named_parameters() if ".mixer." in n)
+    if dtype == torch.float32:
+        assert torch.equal(again.eval()(tokens()).logits, student(tokens()).logits)
+    assert (tmp_path / "modeling_linearized.py").is_file()
+
+
+def test_missing_mixer_parameters_start_at_their_initial_value(tmp_path):
+    base = tiny_base("gqa")
+    base.save_pretrained(tmp_path)
+    plan = plan_for("outside", 3)
+    student = tiny_student(plan, base)
+    loaded = type(student).from_pretrained(tmp_path, config=student.config)
+    assert torch.equal(loaded.model.layers[0].self_attn.mixer.log_mass, torch.full((6,), LOUD["log_mass"]))
+
+
+def test_portable_file_loads_without_the_package(pair, tmp_path):
+    _, student = pair
+    student.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = student(tokens()).logits
+    from safetensors.torch import save_file
+
+    save_file({"ids": tokens(), "logits": wanted}, tmp_path / "wanted.safetensors")
+    script = f"""
+import sys, importlib.abc
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "linearize":
+            raise ModuleNotFoundError("linearize is blocked")
+sys.meta_path.insert(0, Block())
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
+wanted = load_file({str(tmp_path / "wanted.safetensors")!r})
+with torch.no_grad():
+    assert torch.equal(model(wanted["ids"]).logits, wanted["logits"])
+    model.generate(wanted["ids"], max_new_tokens=3, pad_token_id=1)
+model.save_pretrained({str(tmp_path / "again")!r})
+assert "linearize" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "again" / "modeling_linearized.py").is_file()
+
+
+@pytest.mark.parametrize("linearize_first", [True, False])
+def test_importing_the_package_registers_the_classes(tmp_path, linearize_first):
+    base = tiny_base("gqa")
+    tiny_student(plan_for("outside", 3), base).save_pretrained(tmp_path)
+    imports = ["import linearize", "from transformers import AutoModelForCausalLM"]
+    lines = imports if linearize_first else imports[::-1]
+    script = ";".join([*lines, f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"])
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "LinearizedLlamaForCausalLM", run.stderr[-2000:]

@@ -1,0 +1,195 @@
+"""Every fast operator against its naive twin: values and gradients, odd lengths, states, documents, extreme gates."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from linearize.ops.gla import gla, gla_chunked, gla_naive
+from linearize.ops.window import window_attention, window_attention_naive
+
+LENGTHS = (1, 63, 64, 65, 500)
+
+
+def gla_inputs(T, B=2, J=2, G=3, K=8, V=5, dtype=torch.float64, key_scale=1.0, state=True, documents=False, seed=0):
+    torch.manual_seed(seed)
+    q, k = torch.randn(B, T, J * G, K, dtype=dtype), torch.randn(B, T, J, K, dtype=dtype)
+    v, log_decay = torch.randn(B, T, J, V, dtype=dtype), F.logsigmoid(key_scale * torch.randn(B, T, J, K, dtype=dtype))
+    initial = torch.randn(B, J, K, V, dtype=torch.promote_types(dtype, torch.float32)) if state else None
+    segments = (torch.rand(B, T) < 0.05).cumsum(-1) if documents else None
+    return [q, k, v, log_decay], initial, segments
+
+
+def assert_same_with_gradients(fast, naive, inputs, tolerance=1e-10):
+    tensors = [x.requires_grad_() for x in inputs if x is not None]
+    got, wanted = fast(), naive()
+    loss_weights = [torch.randn_like(x) for x in wanted]
+    gradients = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(result, loss_weights)), tensors, allow_unused=True)
+        for result in (got, wanted)
+    ]
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for a, b in zip(*gradients):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize(("state", "documents"), [(False, False), (True, False), (True, True)])
+def test_gla_chunked_equals_naive(T, state, documents):
+    inputs, initial, segments = gla_inputs(T, state=state, documents=documents)
+    keywords = {"scale": 0.7, "initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: gla_chunked(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial]
+    )
+
+
+@pytest.mark.parametrize("key_scale", [0.0, 30.0, 300.0])
+def test_gla_extreme_gates(key_scale):
+    inputs, initial, _ = gla_inputs(130, key_scale=key_scale)
+    keywords = {"initial_state": initial}
+    assert_same_with_gradients(
+        lambda: gla_chunked(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial], 1e-8
+    )
+
+
+def test_gla_has_no_nan_at_key_scale_50():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4096, 2, 16), 50 * torch.randn(1, 4096, 2, 16)
+    v, log_decay = torch.randn(1, 4096, 2, 16), F.logsigmoid(k)
+    for x in (q, k, v, log_decay):
+        x.requires_grad_()
+    output, state = gla_chunked(q, k, v, log_decay)
+    (output.sum() + state.sum()).backward()
+    assert output.isfinite().all() and state.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    reference, _ = gla_naive(*(x.detach().double() for x in (q, k, v, log_decay)))
+    torch.testing.assert_close(output.double(), reference, rtol=1e-3, atol=1e-2)
+
+
+def test_gla_float32_and_bf16_inputs():
+    inputs, initial, _ = gla_inputs(200, dtype=torch.float32)
+    wanted, wanted_state = gla_naive(*(x.double() for x in inputs), initial_state=initial.double())
+    got, got_state = gla_chunked(*inputs, initial_state=initial)
+    assert got.dtype == got_state.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+    halves = [x.bfloat16() for x in inputs]
+    wanted, _ = gla_naive(*halves, initial_state=initial)
+    got, got_state = gla_chunked(*halves, initial_state=initial)
+    assert got.dtype == torch.bfloat16 and got_state.dtype == torch.float32
+    torch.testing.assert_close(got.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_gla_state_stays_float32_under_autocast():
+    inputs, initial, _ = gla_inputs(70, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, state = gla(*inputs, initial_state=initial)
+    wanted, wanted_state = gla(*inputs, initial_state=initial)
+    assert state.dtype == torch.float32
+    assert torch.equal(got, wanted) and torch.equal(state, wanted_state)
+
+
+def test_gla_prefix_then_rest_equals_whole():
+    inputs, initial, _ = gla_inputs(150)
+    whole, final = gla(*inputs, initial_state=initial)
+    state, pieces, start = initial, [], 0
+    for length in (1, 64, 1, 1, 83):
+        output, state = gla(*(x[:, start : start + length] for x in inputs), initial_state=state)
+        pieces.append(output)
+        start += length
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    torch.testing.assert_close(state, final)
+
+
+def test_gla_documents_do_not_see_each_other():
+    inputs, _, _ = gla_inputs(120, B=1, state=False)
+    cut = 47
+    segments = (torch.arange(120) >= cut).long()[None]
+    packed, _ = gla(*inputs, segments=segments)
+    first, _ = gla(*(x[:, :cut] for x in inputs))
+    second, _ = gla(*(x[:, cut:] for x in inputs))
+    torch.testing.assert_close(packed, torch.cat([first, second], 1))
+
+
+def test_gla_of_no_tokens():
+    inputs, initial, _ = gla_inputs(0)
+    output, state = gla(*inputs, initial_state=initial)
+    assert output.shape == (2, 0, 6, 5) and torch.equal(state, initial)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 90), B=st.integers(1, 3), J=st.integers(1, 3), G=st.integers(1, 3), K=st.integers(1, 9),
+    V=st.integers(1, 9), documents=st.booleans(), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_gla_any_shape(T, B, J, G, K, V, documents, seed):
+    inputs, initial, segments = gla_inputs(T, B, J, G, K, V, documents=documents, seed=seed)
+    keywords = {"initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: gla_chunked(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial]
+    )
+
+
+def test_gla_against_flash_linear_attention():
+    reference = pytest.importorskip("fla.ops.gla.naive", reason="flash-linear-attention is not installed")
+    (q, k, v, g), _, _ = gla_inputs(100, G=1, dtype=torch.float32, state=False)
+    wanted = reference.naive_recurrent_gla(*(x.transpose(1, 2) for x in (q, k, v, g)))[0].transpose(1, 2)
+    got, _ = gla(q, k, v, g, scale=q.shape[-1] ** -0.5)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=True, seed=0):
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, n, h, 8, dtype=torch.float64) for n, h in ((T, J * G), (S, J), (S, J)))
+    keywords = {
+        "key_mask": torch.rand(2, S) > 0.3 if padding else None,
+        "segments": (torch.rand(2, S) < 0.1).cumsum(-1) if documents else None,
+    }
+    if sinks:
+        keywords["sink_keys"], keywords["sink_values"] = (torch.randn(2, N, J, 8, dtype=torch.float64) for _ in range(2))
+        keywords["sink_mask"] = torch.rand(2, T, N) > 0.5
+    return [q, k, v], keywords
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize(("padding", "documents", "sinks"), [(False, False, False), (True, False, True), (True, True, True)])
+@pytest.mark.parametrize(("window", "past"), [(1, 0), (16, 9), (16, 31), (200, 200)])
+def test_window_equals_naive(T, padding, documents, sinks, window, past):
+    inputs, keywords = window_inputs(T, T + past, padding=padding, documents=documents, sinks=sinks)
+    keywords |= {"window": window, "scale": 0.3}
+    assert_same_with_gradients(
+        lambda: [window_attention(*inputs, **keywords)], lambda: [window_attention_naive(*inputs, **keywords)], inputs
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 200), past=st.integers(0, 60), window=st.integers(1, 150), J=st.integers(1, 2), G=st.integers(1, 3),
+    padding=st.booleans(), documents=st.booleans(), sinks=st.booleans(), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_window_any_shape(T, past, window, J, G, padding, documents, sinks, seed):
+    inputs, keywords = window_inputs(T, T + past, J, G, 2, padding, documents, sinks, seed)
+    keywords |= {"window": window, "scale": 0.5}
+    assert_same_with_gradients(
+        lambda: [window_attention(*inputs, **keywords)], lambda: [window_attention_naive(*inputs, **keywords)], inputs
+    )
+
+
+def test_window_as_long_as_the_text_is_causal_attention():
+    (q, k, v), _ = window_inputs(70, 70, G=1, sinks=False)
+    wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.3)
+    torch.testing.assert_close(window_attention(q, k, v, window=70, scale=0.3), wanted.transpose(1, 2))
+
+
+def test_window_never_makes_a_square():
+    """A [T, T] float32 array of 64K tokens would take 16 GiB; the whole call stays far below."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x = torch.randn(1, 65536, 1, 8)
+    with torch.no_grad():
+        window_attention(x, x, x, window=64, scale=1.0)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 2 * 2**20
