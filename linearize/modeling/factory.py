@@ -101,7 +101,7 @@ class LinearizedForCausalLM:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves as transformers does, with the portable file and `auto_map` beside the weights."""
-        if self._auto_class is None:  # loaded from a portable file, transformers copies that file itself
+        if PORTABLE_WRITER is not None:  # of a model loaded from a portable file transformers copies that file itself
             self.config.auto_map = PORTABLE_WRITER(Path(save_directory), self.config.plan.base_model_type)
         super().save_pretrained(save_directory, *args, **kwargs)
 
