@@ -1,0 +1,22 @@
+#!/bin/bash
+# The whole job on a real model: set up, convert SmolLM2-135M-Instruct, recover it on a small budget, evaluate it.
+# Everything lands in the current folder: .venv, models/ and linearized/.
+set -euo pipefail
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+started=$SECONDS
+
+bash "$scripts/setup.sh" .venv
+linearize=.venv/bin/linearize
+model=$(.venv/bin/python "$scripts/get_model.py")
+echo "== $((SECONDS - started)) s: installed; base model: $model"
+
+out=linearized/demo tuned=linearized/demo-lora
+"$linearize" convert "$model" --config smollm2-135m -o "$out" --overwrite
+echo "== $((SECONDS - started)) s: converted"
+"$linearize" finetune "$out" --recipe lora -o "$tuned" --tokens "${DEMO_TOKENS:-24576}" --overwrite
+echo "== $((SECONDS - started)) s: finetuned"
+"$linearize" eval "$tuned" --max-tokens "${DEMO_EVAL_TOKENS:-8192}"
+echo "== $((SECONDS - started)) s: done"
+echo "converted: $PWD/$out"
+echo "finetuned: $PWD/$tuned (adapter in $tuned/adapter)"
+echo "report:    $PWD/$tuned/eval/report.md"

@@ -1,0 +1,228 @@
+"""Conversion: what is written, how, and that nothing half-written stays."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPES
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.checkpoint.weights import read_weights
+from linearize.convert import convert
+from linearize.errors import CheckpointError, ConfigError
+from linearize.placement import softmax_heads
+from linearize.recipe import load_config
+
+
+def quiet(message: str) -> None:
+    pass
+
+
+def settings(**flags):
+    return load_config(None, {"window": 8, "sinks": 2, **flags})
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize(("mix", "shards"), [("outside", 1), ("outside", 3), ("sum", 1)])
+def test_a_complete_checkpoint(base_folder, tmp_path, shape, mix, shards):
+    base = base_folder(shape, shards=shards, dtype=torch.bfloat16)
+    out = tmp_path / "out"
+    result = convert(str(base), settings(mix=mix), out=out, verify=False, progress=quiet)
+    heads = 3 * SHAPES[shape]["num_key_value_heads"]
+    assert result["coverage"] == {
+        "layers": 3, "layers_planned": 3, "heads": heads, "heads_planned": heads, "layers_converted": 3,
+        "heads_converted": heads,
+    }  # fmt: skip
+    # base tensors under their own names and with their own bytes
+    before, after = read_weights(base), read_weights(out)
+    for name in before.tensors:
+        with safe_open(base / before.tensors[name].file, "pt") as a, safe_open(out / after.tensors[name].file, "pt") as b:
+            assert torch.equal(a.get_tensor(name), b.get_tensor(name))
+    added = set(after.tensors) - set(before.tensors)
+    assert added == ({f"model.layers.{i}.self_attn.mixer.log_mass" for i in range(3)} if mix == "outside" else set())
+    assert (out / "model.safetensors").is_file() == (mix == "sum" and shards == 1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "chat_template.jinja"):
+        assert digest(out / name) == digest(base / name)
+    manifest = json.loads((out / "linearize.json").read_bytes())
+    for name, wanted in manifest["sha256"].items():
+        assert digest(out / name) == wanted
+    assert "config.json" in manifest["sha256"] and manifest["settings"]["mix"] == mix
+    config, original = (json.loads((folder / "config.json").read_bytes()) for folder in (out, base))
+    changed = {key for key in config.keys() | original.keys() if config.get(key) != original.get(key)}
+    assert changed == {"model_type", "architectures", "auto_map", "linearize"}
+    assert "base_model: base" in (out / "README.md").read_text()
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=20, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_verification_passes_and_records_zero(base_folder, tmp_path):
+    result = convert(str(base_folder()), settings(keep_softmax="1:2"), out=tmp_path / "out", progress=quiet)
+    check = result["verification"]
+    assert check["softmax_everywhere_max_difference"] == 0.0
+    assert 0 <= check["cached_decode_max_difference"] < 1e-5
+
+
+def test_verification_fails_on_weights_that_are_not_finite(base_folder, tmp_path):
+    """One flipped exponent bit is enough, and nothing is left behind."""
+    base = base_folder()
+    path = base / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\x00\x00\x80\x7f"  # an infinity in the last tensor
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not finite"):
+        convert(str(base), settings(), out=tmp_path / "out", progress=quiet)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_verification_fails_when_decode_differs(base_folder, tmp_path):
+    """A check that cannot fail is no check: a portable cache bug is simulated in the verifying process."""
+    out = tmp_path / "out"
+    base = base_folder()
+    convert(str(base), settings(), out=out, verify=False, progress=quiet)
+    script = (
+        "import sys; from linearize.modeling import cache; real = cache.LinearizedLayer.extend\n"
+        "def broken(self, k, v, raw, mask):\n"
+        "    context = real(self, k, v, raw, mask); self.recurrent_state = None; return context\n"
+        "cache.LinearizedLayer.extend = broken\n"
+        f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]\n"
+        "from linearize.verify import main; main()"
+    )
+    # only a branch that matters can show a lost state
+    from safetensors.torch import load_file, save_file
+
+    added = out / "model-00002-of-00002.safetensors"
+    tensors = {name: torch.full_like(value, 2.0) for name, value in load_file(added).items()}
+    save_file(tensors, added, metadata={"format": "pt"})
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "cached decode differs" in json.loads(run.stdout)["failure"]
+
+
+@pytest.mark.parametrize(("link", "same_file"), [("auto", True), ("hard", True), ("copy", False)])
+def test_link_modes(base_folder, tmp_path, link, same_file):
+    base, out = base_folder(), tmp_path / "out"
+    convert(str(base), settings(), out=out, link=link, verify=False, progress=quiet)
+    written = out / "model-00001-of-00002.safetensors"
+    assert os.path.samefile(base / "model.safetensors", written) == same_file
+    assert digest(written) == digest(base / "model.safetensors")
+
+
+def test_a_hub_cache_of_symbolic_links_leaves_no_dangling_link(base_folder, tmp_path):
+    base = base_folder(name="blobs")
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in base.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    convert(str(snapshot), settings(), out=tmp_path / "out", verify=False, progress=quiet)
+    written = list((tmp_path / "out").iterdir())
+    assert written and not any(path.is_symlink() for path in written)
+    assert json.loads((tmp_path / "out" / "linearize.json").read_bytes())["base"]["name"] == "owner/tiny"
+
+
+def test_tied_embeddings_stay_tied(base_folder, tmp_path):
+    out = tmp_path / "out"
+    convert(str(base_folder("mqa_tied")), settings(), out=out, verify=False, progress=quiet)
+    assert "lm_head.weight" not in read_weights(out).tensors
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_existing_output(base_folder, tmp_path):
+    base, out = str(base_folder()), tmp_path / "out"
+    convert(base, settings(), out=out, verify=False, progress=quiet)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        convert(base, settings(), out=out, verify=False, progress=quiet)
+    convert(base, settings(window=9), out=out, verify=False, overwrite=True, progress=quiet)
+    assert json.loads((out / "linearize.json").read_bytes())["settings"]["window"] == 9
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(ConfigError, match="not written by linearize"):
+        convert(base, settings(), out=foreign, verify=False, overwrite=True, progress=quiet)
+    assert (foreign / "thesis.tex").read_text() == "irreplaceable"
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_finished(base_folder, tmp_path):
+    base, out = base_folder(), tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-m", "linearize", "convert", str(base), "-o", str(out), "--window", "8"])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and (tmp_path / ".out.partial").exists()
+    convert(str(base), settings(), out=out, verify=False, progress=quiet)
+    assert out.exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_an_interrupted_conversion_leaves_nothing(base_folder, tmp_path, monkeypatch):
+    def interrupt(folder, base):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linearize.convert.run_verification", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(base_folder()), settings(), out=tmp_path / "out", progress=quiet)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_dry_run_and_plan_write_nothing(base_folder, cli, tmp_path):
+    base = base_folder()
+    before = sorted(tmp_path.rglob("*"))
+    for command in (("convert", base, "--dry-run"), ("plan", base)):
+        code, out, err = cli(*command, "--keep-softmax", "every:2", "--json")
+        assert code == 0, err
+        plan = json.loads(out)
+        assert [len(layer["softmax_heads"]) for layer in plan["layers"]] == [3, 0, 3]
+        assert plan["parameters_added"] == 6 and plan["coverage"]["heads_planned"] == 3
+        assert plan["cache_bytes"]["32768"]["student"] < plan["cache_bytes"]["32768"]["base"]
+    code, out, _ = cli("plan", base)
+    assert code == 0 and "window 256 + 4 sinks" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ("none", ((), (), ())),
+        ("all", ((0, 1), (0, 1), (0, 1))),
+        ("every:2", ((0, 1), (), (0, 1))),
+        ("1", ((), (0, 1), ())),
+        ("0, 2", ((0, 1), (), (0, 1))),
+        ("2:1,0:0,2:0", ((0,), (), (0, 1))),
+        ("1:1,0", ((0, 1), (1,), ())),
+    ],
+)
+def test_placement(spec, wanted):
+    assert softmax_heads(spec, 3, 2) == wanted
+
+
+@pytest.mark.parametrize("spec", ["some", "every:0", "every:x", "3", "0:2", "-1", "1:", ":1", "", "0,,1", "every:", "1.5"])
+def test_bad_placement(spec):
+    with pytest.raises(ConfigError, match="keep_softmax"):
+        softmax_heads(spec, 3, 2)
+
+
+def test_old_llama_buffers_are_ignored_by_name(base_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = base_folder()
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    result = convert(str(base), settings(), out=tmp_path / "out", progress=quiet)
+    assert result["ignored_tensors"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
