@@ -1,17 +1,26 @@
 """linearize: turns a pretrained causal language model into a linear-time, constant-memory one.
 
-Importing the package registers the linearized classes with transformers, as soon as transformers is imported, so that
-AutoModelForCausalLM.from_pretrained loads converted checkpoints. The import itself stays light: the command line
-answers `--help` without loading torch.
+Importing the package makes AutoModelForCausalLM.from_pretrained load converted checkpoints, whether transformers is
+imported before or after it. The import itself stays light: the command line answers `--help` without loading torch.
 """
 
 import wrapt
 
+from linearize.families.registry import FAMILIES
+
 __version__ = "0.1.0"
 
 
-@wrapt.when_imported("transformers.models.auto.modeling_auto")
 def _register(module) -> None:
-    from linearize.modeling.export import register_all
+    from linearize.modeling.register import register_configs
 
-    register_all()
+    register_configs()
+
+
+# whichever of these comes last in an import under way finds the others complete; see modeling/register.py
+for _name in (
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.modeling_auto",
+    *(f"transformers.models.{family}.configuration_{family}" for family in FAMILIES),
+):
+    wrapt.when_imported(_name)(_register)

@@ -97,6 +97,21 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
+def reshard(folder: Path, shards: int) -> None:
+    """Splits model.safetensors into `shards` files with an index."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(shards):
+        names = sorted(tensors)[number::shards]
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
 @pytest.fixture
 def base_folder(tmp_path, tokenizer_folder):
     """Makes a complete base checkpoint folder: make(shape, dtype=..., shards=..., **config)."""
@@ -105,8 +120,9 @@ def base_folder(tmp_path, tokenizer_folder):
     def make(shape: str = "gqa", name: str = "base", dtype=torch.float32, shards: int = 1, **changes) -> Path:
         folder = tmp_path / name
         model = tiny_base(shape, **changes).to(dtype)
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        model.save_pretrained(folder, max_shard_size=max(1, size // shards) if shards > 1 else "5GB")
+        model.save_pretrained(folder)
+        if shards > 1:
+            reshard(folder, shards)
         for path in tokenizer_folder.iterdir():
             shutil.copyfile(path, folder / path.name)
         (folder / "LICENSE").write_text("the licence\n")

@@ -5,12 +5,14 @@ import json
 import sys
 import traceback
 
-import click
 import typer
 
 from linearize.cli import convert, eval as evaluation, finetune, info
 from linearize.cli.output import emit_json, note
 from linearize.errors import INTERRUPTED, LinearizeError, ResourceError
+
+# typer carries its own copy of click in new versions and uses the package in old ones
+UsageFailure = typer.BadParameter.__mro__[-4]
 
 app = typer.Typer(
     name="linearize",
@@ -36,11 +38,11 @@ def run(arguments: list[str]) -> int:
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="linearize", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
+    except UsageFailure as error:
         return _fail(error.format_message(), 2, wants_json)
-    except (KeyboardInterrupt, click.Abort) as stop:
+    except (KeyboardInterrupt, typer.Abort) as stop:
         return _fail(str(stop) or "interrupted", INTERRUPTED, wants_json)
     except LinearizeError as error:
         return _fail(str(error), error.exit_code, wants_json)

@@ -9,7 +9,7 @@ class Family:
 
     Attributes:
         model_type: as in its config.json.
-        causal_lm_class, decoder_class, attention_class: names in transformers.models.<model_type>.
+        config_class, causal_lm_class, decoder_class, attention_class: names in transformers.models.<model_type>.
         attention_attribute: where a decoder layer holds its attention.
         lora_targets: projections of an attention block, for LoRA.
         ignorable_tensors: patterns of buffers that old checkpoints saved and the model computes itself.
@@ -17,6 +17,7 @@ class Family:
     """
 
     model_type: str
+    config_class: str
     causal_lm_class: str
     decoder_class: str
     attention_class: str

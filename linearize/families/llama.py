@@ -4,6 +4,7 @@ from linearize.families.family import Family
 
 LLAMA = Family(
     model_type="llama",
+    config_class="LlamaConfig",
     causal_lm_class="LlamaForCausalLM",
     decoder_class="LlamaModel",
     attention_class="LlamaAttention",

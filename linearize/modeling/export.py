@@ -16,7 +16,8 @@ PORTABLE_FILE = "modeling_linearized.py"
 # in dependency order; mixers follow ops
 BEFORE_MIXERS = ("ops/dispatch.py", "ops/gla.py", "ops/window.py")
 AFTER_MIXERS = (
-    "modeling/plan.py", "modeling/cache.py", "modeling/branch.py", "modeling/attention.py", "families/family.py",
+    "modeling/plan.py", "families/family.py", "modeling/configuration.py", "modeling/cache.py", "modeling/branch.py",
+    "modeling/attention.py",
 )  # fmt: skip
 
 HEADER = '''"""Linearized {family} models: gated linear attention in place of softmax attention, for transformers.
@@ -31,7 +32,7 @@ def class_names(model_type: str) -> dict[str, str]:
     """Names of the linearized classes of a family."""
     family = FAMILIES[model_type]
     return {
-        "config": "Linearized" + family.causal_lm_class.removesuffix("ForCausalLM") + "Config",
+        "config": "Linearized" + family.config_class,
         "causal_lm": "Linearized" + family.causal_lm_class,
     }
 
@@ -41,15 +42,6 @@ def auto_map(model_type: str) -> dict[str, str]:
     module = PORTABLE_FILE.removesuffix(".py")
     names = class_names(model_type)
     return {"AutoConfig": f"{module}.{names['config']}", "AutoModelForCausalLM": f"{module}.{names['causal_lm']}"}
-
-
-def register_all() -> None:
-    """Makes AutoConfig and AutoModelForCausalLM know the linearized form of every supported family."""
-    from linearize.modeling import factory
-
-    factory.PORTABLE_WRITER = write_portable
-    for family in FAMILIES.values():
-        factory.linearized_classes(family)
 
 
 def write_portable(folder: Path, model_type: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -23,29 +23,21 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from linearize.families.registry import FAMILIES, Family
 from linearize.modeling.attention import IMPLEMENTATION, LinearizedAttention
 from linearize.modeling.branch import LinearHeads
+from linearize.modeling.configuration import config_class
 from linearize.modeling.plan import Plan
 
-PREFIX = "linearized_"
 # writes the portable file and returns its auto_map; set by modeling/export.py, which a portable file does without
 PORTABLE_WRITER: Callable[[Path, str], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
 class LinearizedClasses:
+    """The classes of one linearized family."""
+
     config: type
     attention: type
     decoder: type
     causal_lm: type
-
-
-class LinearizedConfig:
-    """Mixed into the family's config: the plan rides in `linearize`, checked when it is read."""
-
-    linearize: dict | None = None
-
-    @property
-    def plan(self) -> Plan:
-        return Plan.from_dict(self.linearize)
 
 
 class LinearizedDecoder:
@@ -161,21 +153,17 @@ def linearized_classes(family: Family) -> LinearizedClasses:
     base_causal_lm = getattr(module, family.causal_lm_class)
     base_decoder = getattr(module, family.decoder_class)
     base_attention = getattr(module, family.attention_class)
-    base_config = base_causal_lm.config_class
 
     def derive(mixin: type, base: type, **attributes) -> type:
         name = f"Linearized{base.__name__}"
-        return type(name, (mixin, base), {"__module__": __name__, "__qualname__": name, **attributes})
+        cls = type(name, (mixin, base), {"__module__": __name__, "__qualname__": name, **attributes})
+        globals()[name] = cls
+        return cls
 
-    config = derive(
-        LinearizedConfig, base_config, model_type=PREFIX + family.model_type,
-        __annotations__={"linearize": dict | None}, linearize=None,
-    )
+    config = config_class(family)
     attention = derive(LinearizedAttention, base_attention)
     decoder = derive(LinearizedDecoder, base_decoder, config_class=config)
     causal_lm = derive(LinearizedForCausalLM, base_causal_lm, config_class=config)
-    for cls in (config, attention, decoder, causal_lm):
-        globals()[cls.__name__] = cls
 
     # keyed by class name; a probe instance is not needed, only the name it would print
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(decoder), base_decoder._can_record_outputs)
@@ -183,7 +171,6 @@ def linearized_classes(family: Family) -> LinearizedClasses:
     if mapping is not None:
         for name in (config.model_type, causal_lm.__name__):
             register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
-    AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     return LinearizedClasses(config, attention, decoder, causal_lm)
 

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from linearize.checkpoint.source import Source, open_source
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import FAMILIES
-from linearize.modeling.export import register_all
 from linearize.modeling.factory import linearized_classes
 from linearize.modeling.plan import Plan
 
@@ -42,7 +41,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def load_student(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """A converted or finetuned checkpoint, every key accounted for. An adapter-only folder is merged in memory."""
-    register_all()
     manifest = read_manifest(folder)
     if (folder / "config.json").is_file():
         return _load_exactly(folder, dtype=dtype)

@@ -1,0 +1,52 @@
+"""The config classes of linearized models: the family's own config, with the plan in `linearize`."""
+
+import importlib
+from collections.abc import Callable
+from typing import ClassVar
+
+from transformers import AutoConfig
+
+from linearize.families.family import Family
+from linearize.modeling.plan import Plan
+
+PREFIX = "linearized_"
+
+
+class LinearizedConfig:
+    """Mixed into the family's config class."""
+
+    linearize: dict | None = None
+    # called with the base model type when a config is made; the package registers the model classes then
+    on_creation: ClassVar[Callable[[str], None] | None] = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if LinearizedConfig.on_creation is not None:
+            LinearizedConfig.on_creation(self.model_type.removeprefix(PREFIX))
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_dict(self.linearize)
+
+
+def config_class(family: Family) -> type:
+    """Builds and registers the config class of one family; needs none of its modelling code."""
+    if family.model_type in _CONFIGS:
+        return _CONFIGS[family.model_type]
+    module = importlib.import_module(f"transformers.models.{family.model_type}.configuration_{family.model_type}")
+    base = getattr(module, family.config_class)
+    name = f"Linearized{base.__name__}"
+    attributes = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__annotations__": {"linearize": dict | None},
+        "model_type": PREFIX + family.model_type,
+        "linearize": None,
+    }
+    cls = _CONFIGS[family.model_type] = type(name, (LinearizedConfig, base), attributes)
+    globals()[name] = cls
+    AutoConfig.register(cls.model_type, cls, exist_ok=True)
+    return cls
+
+
+_CONFIGS: dict[str, type] = {}
