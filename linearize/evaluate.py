@@ -147,16 +147,13 @@ def _measure(suite, text_ids, tokenizer, reference, student, device, progress) -
         scores = {name: WindowScores() for name in (BASE, *forwards)}
         windows = windows_of(text_ids, length, suite.max_tokens)
         for i, window in enumerate(windows):
-            ids = window[None].to(device)
-            hidden, head = base_forward(ids)
-            score_window(ids, hidden, head, forwards, scores)
+            score_window(window[None].to(device), base_forward, forwards, scores)
             _tick(progress, f"perplexity@{length}", i + 1, len(windows))
         losses = {name: [x.mean().item() for x in score.losses] for name, score in scores.items()}
         _require_finite(losses, length)
         metrics.append(make_metric(f"perplexity@{length}", "lower", losses, exponentiate=True))
-        others = [name for name in forwards]
-        metrics.append(make_metric(f"kl@{length}", "lower", {name: scores[name].kl for name in others}))
-        metrics.append(make_metric(f"agreement@{length}", "higher", {name: scores[name].agreement for name in others}))
+        metrics.append(make_metric(f"kl@{length}", "lower", {name: scores[name].kl for name in forwards}))
+        metrics.append(make_metric(f"agreement@{length}", "higher", {name: scores[name].agreement for name in forwards}))
         positions[f"perplexity@{length}"] = _by_position(scores, position_buckets(length))
     every = {BASE: base_forward, **forwards}
     for distance in suite.recall:

@@ -46,6 +46,7 @@ def loop_attention(q, k, v, q_rotary, k_rotary, plan: LayerPlan, scale: float, l
     """One head of methods.md, a token at a time in float64. All inputs [T, K]; returns [T, K]."""
     outputs = []
     W = plan.window
+    log_decay = (torch.nn.functional.logsigmoid(k) / normalizer).cumsum(0)
     for t in range(len(q)):
         window = list(range(max(0, t - W + 1), t + 1))
         keys = [j for j in range(plan.sinks) if j <= t - W] + window
@@ -55,7 +56,7 @@ def loop_attention(q, k, v, q_rotary, k_rotary, plan: LayerPlan, scale: float, l
         past = [j for j in range(last + 1) if plan.mix == "sum" or j >= plan.sinks]
         numerator, mass = torch.zeros_like(v[0]), torch.zeros((), dtype=v.dtype)
         for j in past:
-            decay = sum((torch.nn.functional.logsigmoid(k[i]) / normalizer for i in range(j + 1, last + 1)), torch.zeros_like(k[0]))
+            decay = log_decay[last] - log_decay[j]  # of the tokens after j
             f = (torch.softmax(q[t], -1) * torch.softmax(k[j], -1) * decay.exp()).sum()
             numerator, mass = numerator + f * v[j], mass + f
         if plan.mix == "sum":

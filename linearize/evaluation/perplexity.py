@@ -33,39 +33,37 @@ def windows_of(token_ids: Tensor, length: int, max_tokens: int) -> Tensor:
 
 
 def score_window(
-    ids: Tensor, base_hidden: Tensor, base_head: Tensor, forwards: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
+    ids: Tensor,
+    base: Callable[[Tensor], tuple[Tensor, Tensor]],
+    others: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
     scores: dict[str, WindowScores],
-) -> None:  # fmt: skip
+) -> None:
     """Adds one window's figures for the base and every other model.
 
     Args:
-        ids: [1, T]. base_hidden: [T, D] final hidden states of the base, base_head: [C, D].
-        forwards: name -> function from ids to (hidden states [T, D], head [C, D]).
+        ids: [1, T].
+        base, others: functions from ids to (final hidden states [T, D], output embeddings [C, D]).
     """
     targets = ids[0, 1:]
-    scores["base"].losses.append(_losses(base_hidden[:-1], base_head, targets))
-    for name, forward in forwards.items():
-        hidden, head = forward(ids)
-        kl, same, losses = 0.0, 0, []
-        for start in range(0, targets.numel(), CHUNK_TOKENS):
-            rows = slice(start, min(start + CHUNK_TOKENS, targets.numel()))
-            base_log = F.log_softmax((base_hidden[rows] @ base_head.T).float(), dim=-1)
-            log = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
-            kl += (base_log.exp() * (base_log - log)).sum().item()
-            same += (base_log.argmax(-1) == log.argmax(-1)).sum().item()
-            losses.append(-log.gather(-1, targets[rows, None])[:, 0])
-        scores[name].losses.append(torch.cat(losses).double().cpu())
-        scores[name].kl.append(kl / targets.numel())
-        scores[name].agreement.append(same / targets.numel())
-
-
-def _losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    pieces = []
+    base_hidden, base_head = base(ids)
+    outputs = {name: forward(ids) for name, forward in others.items()}
+    losses: dict[str, list[Tensor]] = {name: [] for name in scores}
+    kl, same = dict.fromkeys(others, 0.0), dict.fromkeys(others, 0)
     for start in range(0, targets.numel(), CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
-        log = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
-        pieces.append(-log.gather(-1, targets[rows, None])[:, 0])
-    return torch.cat(pieces).double().cpu()
+        rows = slice(start, min(start + CHUNK_TOKENS, targets.numel()))
+        base_log = F.log_softmax((base_hidden[rows] @ base_head.T).float(), dim=-1)
+        base_probs, base_best = base_log.exp(), base_log.argmax(-1)
+        losses["base"].append(-base_log.gather(-1, targets[rows, None])[:, 0])
+        for name, (hidden, head) in outputs.items():
+            log = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
+            losses[name].append(-log.gather(-1, targets[rows, None])[:, 0])
+            same[name] += (base_best == log.argmax(-1)).sum().item()
+            kl[name] += (base_probs * (base_log - log)).sum().item()
+    for name, pieces in losses.items():
+        scores[name].losses.append(torch.cat(pieces).double().cpu())
+    for name in others:
+        scores[name].kl.append(kl[name] / targets.numel())
+        scores[name].agreement.append(same[name] / targets.numel())
 
 
 def position_buckets(length: int) -> Iterator[tuple[int, int]]:
