@@ -42,7 +42,10 @@ class CoverageError(LinearizeError):
     """Planned and converted heads differ, or keys are missing or unexpected. Exit code 1."""
 
 
-INTERRUPTED = 130
+class Interrupted(LinearizeError):
+    """Stopped by the user; the work so far is kept. Exit code 130."""
+
+    exit_code = 130
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

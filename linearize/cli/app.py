@@ -9,7 +9,7 @@ import typer
 
 from linearize.cli import convert, eval as evaluation, finetune, info
 from linearize.cli.output import emit_json, note
-from linearize.errors import INTERRUPTED, LinearizeError, ResourceError
+from linearize.errors import Interrupted, LinearizeError, ResourceError
 
 # typer carries its own copy of click in new versions and uses the package in old ones
 UsageFailure = typer.BadParameter.__mro__[-4]
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     except UsageFailure as error:
         return _fail(error.format_message(), 2, wants_json)
     except (KeyboardInterrupt, typer.Abort) as stop:
-        return _fail(str(stop) or "interrupted", INTERRUPTED, wants_json)
+        return _fail(str(stop) or "interrupted", Interrupted.exit_code, wants_json)
     except LinearizeError as error:
         return _fail(str(error), error.exit_code, wants_json)
     except MemoryError:
@@ -63,7 +63,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int, wants_json: bool) -> int:
-    note(f"error: {message}" if code != INTERRUPTED else message)
+    note(f"error: {message}" if code != Interrupted.exit_code else message)
     if wants_json:
         emit_json({"error": message, "exit_code": code})
     return code

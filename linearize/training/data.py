@@ -85,10 +85,10 @@ def open_dataset(name: str) -> Any:
 
 def documents(dataset: str, tokenizer, *, text_field: str, completion_only: bool, seed: int | None) -> Iterator[tuple]:
     """Token ids and which of them count, document by document: ([T], [T] bool). Shuffled unless seed is None."""
-    rows = open_dataset(dataset)
-    if seed is not None:
-        rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     try:
+        rows = open_dataset(dataset)
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for number, row in enumerate(rows):
             yield _tokenise(row, number, dataset, tokenizer, text_field, completion_only)
     except (ConfigError, CheckpointError):

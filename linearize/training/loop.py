@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from linearize.errors import ConfigError, LinearizeError
+from linearize.errors import ConfigError, Interrupted, LinearizeError
 from linearize.recipe import Recipe
 from linearize.training.data import Batch, join
 from linearize.training.model import Distiller
@@ -37,10 +37,6 @@ class Progress:
     tokens_per_second: float
     eta_seconds: float
     memory_bytes: int
-
-
-class Interrupted(KeyboardInterrupt):
-    """Stopped by the user; the state is saved."""
 
 
 def total_steps(recipe: Recipe) -> int:

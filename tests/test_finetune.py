@@ -1,0 +1,362 @@
+"""Training: losses, data, exact resumption, equal loss over processes, and what is written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.convert import convert
+from linearize.errors import ConfigError
+from linearize.finetune import finetune
+from linearize.modeling.loading import load_student
+from linearize.recipe import Recipe, load_config, load_recipe
+from linearize.training.data import IGNORED, documents, packed_rows
+from linearize.training.losses import chunked_cross_entropy, chunked_kl
+
+SETTINGS = ["seq_len=48", "batch_size=2", "tokens=960", "checkpoint_every=2", "lora.rank=2", "optimizer.lr=0.01"]
+
+
+def quiet(*_) -> None:
+    pass
+
+
+def recipe(*sets: str) -> Recipe:
+    return load_recipe("lora", {}, [*SETTINGS, *sets])
+
+
+@pytest.fixture
+def converted(base_folder, tmp_path):
+    out = tmp_path / "converted"
+    settings = load_config(None, {"window": 12, "sinks": 2, "keep_softmax": "1:0"}, ["mix_options.log_mass=-1"])
+    convert(str(base_folder(tie_word_embeddings=True)), settings, out=out, verify=False, progress=quiet)
+    return out
+
+
+def run(converted, out, settings=None, **options):
+    return finetune(
+        converted, settings or recipe(), recipe_name="lora", out=out, progress=quiet, report=quiet, **options
+    )
+
+
+def command(converted, out, *sets) -> list[str]:
+    flags = [part for item in (*SETTINGS, *sets) for part in ("--set", item)]
+    return [sys.executable, "-m", "linearize", "finetune", str(converted), "-o", str(out), *flags]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_chunked_losses_equal_the_whole_and_reach_every_position(kind, chunk):
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(29, 6, requires_grad=True), torch.randn(29, 5)
+    head, teacher_head = torch.randn(11, 6, requires_grad=True), torch.randn(11, 5)
+    weights, targets = torch.rand(29) + 0.1, torch.randint(11, (29,))
+    log = (hidden @ head.T).log_softmax(-1)
+    if kind == "kl":
+        reference = (teacher @ teacher_head.T).log_softmax(-1)
+        wanted = (weights[:, None] * reference.exp() * (reference - log)).sum()
+        got = chunked_kl(hidden, teacher, head, teacher_head, weights, chunk)
+    else:
+        wanted = -(weights * log.gather(-1, targets[:, None])[:, 0]).sum()
+        got = chunked_cross_entropy(hidden, head, targets, weights, chunk)
+    torch.testing.assert_close(got, wanted)
+    wanted_gradients = torch.autograd.grad(3 * wanted, (hidden, head))
+    gradients = torch.autograd.grad(3 * got, (hidden, head))
+    for a, b in zip(gradients, wanted_gradients):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (gradients[0].abs().sum(-1) > 0).all()
+
+
+def test_an_uncounted_position_gets_no_gradient():
+    hidden, head = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    weights = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    chunked_cross_entropy(hidden, head, torch.tensor([1, IGNORED, 2, IGNORED]), weights, 2).backward()
+    assert (hidden.grad.abs().sum(-1) > 0).tolist() == [True, False, True, False]
+
+
+def test_finetuning_improves_and_writes_a_complete_checkpoint(converted, tmp_path):
+    out = tmp_path / "tuned"
+    result = run(converted, out, recipe("tokens=4800"))
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(1, 51))
+    assert {"tokens", "loss", "lr", "tokens_per_second", "eta_seconds", "memory_bytes"} <= metrics[0].keys()
+    mean = lambda rows: sum(m["loss"] for m in rows) / len(rows)  # noqa: E731
+    assert mean(metrics[-10:]) < 0.8 * mean(metrics[:10])
+    assert not (tmp_path / "tuned.training").exists()
+    assert json.loads((out / "linearize.json").read_bytes())["kind"] == "finetuned" == result["kind"]
+    # loads like a converted one, and equals the parent with the adapter
+    merged, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(load_student(converted, dtype=torch.float32), out / "adapter")
+    ids = torch.randint(300, (1, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    before = load_student(converted, dtype=torch.float32).state_dict()
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    kinds = {name.split("self_attn.")[-1].removesuffix(".weight") for name in changed}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "mixer.log_mass"}
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_no_merge_writes_the_adapter_and_loads(converted, tmp_path):
+    run(converted, tmp_path / "merged")
+    run(converted, tmp_path / "adapter", merge=False)
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    ids = torch.randint(300, (1, 60))
+    with torch.no_grad():
+        a, b = (load_student(tmp_path / name, dtype=torch.float32)(ids).logits for name in ("merged", "adapter"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_is_the_base_and_the_student_starts_as_converted(converted):
+    """The first loss is the divergence of the untrained conversion from the base, computed here the long way."""
+    from conftest import tiny_base
+
+    from linearize.training.model import Distiller, add_adapters
+
+    settings = recipe()
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    batch = next(packed_rows(["sample"], tokenizer, seq_len=48, text_field="text", completion_only=False, seed=0))
+    student = load_student(converted, dtype=torch.float32)
+    distiller = Distiller(add_adapters(student, settings.lora), settings.loss)
+    got = distiller(batch, torch.tensor(float(distiller.counted(batch))))
+    base = tiny_base(tie_word_embeddings=True)
+    with torch.no_grad():
+        plain = load_student(converted, dtype=torch.float32)
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        student_log, base_log = (model(**inputs).logits.log_softmax(-1) for model in (plain, base))
+    torch.testing.assert_close(got, (base_log.exp() * (base_log - student_log)).sum(-1).mean(), rtol=1e-4, atol=1e-6)
+
+
+def weights_of(folder) -> dict:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(converted, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(converted, whole), env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(command(converted, broken), env=environment, stderr=subprocess.DEVNULL)
+    work = tmp_path / "broken.training"
+    deadline = time.monotonic() + 120
+    while len(list(work.glob("step-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not broken.exists() and list(work.glob("step-*"))
+    again = subprocess.run(command(converted, broken), env=environment, check=True, capture_output=True, text=True)
+    assert "resuming" in again.stderr
+    assert weights_of(whole) == weights_of(broken)
+    steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 11))
+
+
+def test_ctrl_c_saves_and_resumes(converted, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(converted, out, "tokens=96000"), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out.training" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in err, err
+    saved = sorted((tmp_path / "out.training").glob("step-*"))
+    assert json.loads((saved[-1] / "state.json").read_bytes())["step"] == len(metrics.read_text().splitlines())
+    assert not out.exists()
+    assert not list((tmp_path / "out.training").rglob("*.pt")) + list((tmp_path / "out.training").rglob("*.bin"))
+
+
+def test_resuming_with_other_settings_names_the_field(converted, tmp_path, monkeypatch):
+    import linearize.training.loop as loop
+
+    out = tmp_path / "out"
+    real = loop._step
+    calls = []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("power cut")
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "_step", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(converted, out)
+    monkeypatch.setattr(loop, "_step", real)
+    with pytest.raises(ConfigError, match=r"recipe\.optimizer\.lr: was 0\.01, is 0\.02"):
+        run(converted, out, recipe("optimizer.lr=0.02"))
+    data = tmp_path / "mine.txt"
+    data.write_text("a text of my own, of no great length. " * 100)
+    with pytest.raises(ConfigError, match=r"data: was .*recipe\.data: was \['sample'\]"):
+        run(converted, out, recipe(f"data=['{data}']"))
+    assert run(converted, out, recipe("optimizer.lr=0.02"), restart=True)["finetune"]["steps"] == 10
+
+
+def test_two_processes_give_the_loss_of_one(converted, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    single = subprocess.run(command(converted, tmp_path / "one"), env=environment, capture_output=True, text=True)
+    assert single.returncode == 0, single.stderr[-2000:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    double = subprocess.run(
+        [*torchrun, *command(converted, tmp_path / "two")[1:]],
+        env={**environment, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert double.returncode == 0, double.stderr[-3000:]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert json.loads((tmp_path / "two" / "linearize.json").read_bytes())["finetune"]["processes"] == 2
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_and_checkpointing_change_nothing(converted, tmp_path):
+    run(converted, tmp_path / "plain")
+    run(converted, tmp_path / "split", recipe("gradient_accumulation=2", "gradient_checkpointing=true"))
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "split"))
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
+
+
+def test_liger_recipe_reproduces_the_published_settings():
+    liger = load_recipe("liger")
+    assert (liger.lora.rank, liger.lora.alpha, liger.lora.targets) == (8, 8, ["q_proj", "k_proj", "v_proj"])
+    assert (liger.optimizer.lr, liger.optimizer.warmup_fraction, liger.optimizer.schedule) == (1e-3, 0, "constant")
+    assert (liger.batch_size, liger.seq_len, liger.tokens) == (8, 1024, 20_000_000)
+    assert liger.loss.kind == "ce" and liger.loss.completion_only
+    config = load_config("liger")
+    assert (config.window, config.sinks, config.mix) == (65, 0, "sum")
+
+
+def test_liger_trains_on_instructions_by_cross_entropy(base_folder, tmp_path):
+    out = tmp_path / "liger"
+    convert(str(base_folder()), load_config("liger", {"window": 9}), out=out, verify=False, progress=quiet)
+    data = tmp_path / "alpaca.jsonl"
+    rows = [{"instruction": f"Name the number {i}.", "input": "", "output": f"It is {i}, " * 6} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ["seq_len=64", "batch_size=2", "tokens=2560", f"data=['{data}']"]
+    result = run(out, tmp_path / "tuned", load_recipe("liger", {}, sets))
+    assert result["finetune"]["last_loss"] < result["finetune"]["first_loss"]
+
+
+def test_a_fixed_sum_has_nothing_to_train_but_lora(base_folder, tmp_path):
+    """Without parameters of its own a student still trains, saves and loads."""
+    out = tmp_path / "sum"
+    convert(str(base_folder()), load_config(None, {"window": 9, "mix": "sum"}), out=out, verify=False, progress=quiet)
+    run(out, tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+
+
+def test_finetuning_a_finetuned_student_keeps_the_first_base_as_teacher(converted, tmp_path):
+    run(converted, tmp_path / "once")
+    result = run(tmp_path / "once", tmp_path / "twice")
+    assert result["finetune"]["parent"] == str(tmp_path / "once")
+    assert result["base"] == json.loads((converted / "linearize.json").read_bytes())["base"]
+
+
+DATA_ROWS = {
+    "text": {"text": "one two three"},
+    "instruction": {"instruction": "Add.", "input": "2 2", "output": "four"},
+    "messages": {"messages": [{"role": "user", "content": "Add 2 2."}, {"role": "assistant", "content": "four"}]},
+}
+
+
+@pytest.mark.parametrize("kind", list(DATA_ROWS))
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_data_formats(tmp_path, tokenizer_folder, kind, suffix):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    path = tmp_path / f"data{suffix}"
+    rows = [DATA_ROWS[kind]] * 3
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        import gzip
+
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
+    found = list(documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None))
+    assert len(found) == 3
+    ids, counted = found[0]
+    answer = tokenizer.decode([i for i, c in zip(ids, counted) if c])
+    assert answer == ("one two three</s>" if kind == "text" else "four</s>")
+
+
+def test_packing_respects_documents(tmp_path, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in range(1, 60)))
+    rows = packed_rows([str(path)], tokenizer, seq_len=32, text_field="text", completion_only=False, seed=3)
+    for _ in range(60):  # more than one pass over the data
+        row = next(rows)
+        ids, positions, labels = row.input_ids[0], row.position_ids[0], row.labels[0]
+        assert ids.shape == positions.shape == labels.shape == (32,) and positions[0] == 0
+        for t in range(31):
+            continues = positions[t + 1] == positions[t] + 1
+            assert continues or positions[t + 1] == 0
+            assert labels[t] == (ids[t + 1] if continues else IGNORED)
+        assert labels[31] == IGNORED
+
+
+BAD_DATA = {
+    "empty": ("data.jsonl", b"", "is empty"),
+    "no field": ("data.jsonl", b'{"body": "x"}\n', "has the fields body; needed is 'text'"),
+    "too short": ("data.txt", b"a few words", "fewer than one sequence of 48"),
+    "unknown type": ("data.csv", b"a,b", "allowed file types are"),
+    "not JSON": ("data.jsonl", b"{nonsense\n", "cannot be read"),
+    "not parquet": ("data.parquet", b"nonsense", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_DATA))
+def test_bad_data(converted, tmp_path, cli, case):
+    name, content, message = BAD_DATA[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    sets = [part for item in SETTINGS for part in ("--set", item)]
+    code, out, err = cli("finetune", converted, "-o", tmp_path / "out", "--data", path, *sets)
+    assert code == 2 and message in err and out == "", err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seq-len", "12"], ["never leaves the window"]),
+        (["--seq-len", "5000"], ["512 positions"]),
+        (["--batch-size", "0"], ["batch_size", "got 0"]),
+        (["--set", "lora.targets=[qproj]"], ["qproj", "did you mean 'q_proj'"]),
+        (["--set", "batch_size=3", "--set", "gradient_accumulation=2"], ["do not divide"]),
+        (["--recipe", "lorra"], ["lorra", "did you mean 'lora'"]),
+        (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--set", "loss.kind=mse"], ["loss.kind", "mse"]),
+    ],
+)
+def test_bad_training_options(converted, tmp_path, cli, options, words):
+    sets = [part for item in ("seq_len=48", "tokens=96") for part in ("--set", item)]
+    sets = [] if "--seq-len" in options else sets
+    code, _, err = cli("finetune", converted, "-o", tmp_path / "out", *sets, *options)
+    assert code == 2, err
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_finetune_needs_a_linearized_model(base_folder, cli):
+    code, _, err = cli("finetune", base_folder())
+    assert code == 2 and "linearize convert" in err
+    code, _, err = cli("finetune")
+    assert code == 2 and "none given" in err
