@@ -4,23 +4,24 @@ Importing the package makes AutoModelForCausalLM.from_pretrained load converted 
 imported before or after it. The import itself stays light: the command line answers `--help` without loading torch.
 """
 
-import wrapt
-
 from linearize.families.registry import FAMILIES
+from linearize.import_hook import AfterImport
 
 __version__ = "0.1.0"
 
 
-def _register(module) -> None:
+def _register() -> None:
     from linearize.modeling.register import register_configs
 
     register_configs()
 
 
 # whichever of these comes last in an import under way finds the others complete; see modeling/register.py
-for _name in (
-    "transformers.models.auto.configuration_auto",
-    "transformers.models.auto.modeling_auto",
-    *(f"transformers.models.{family}.configuration_{family}" for family in FAMILIES),
-):
-    wrapt.when_imported(_name)(_register)
+AfterImport(
+    {
+        "transformers.models.auto.configuration_auto",
+        "transformers.models.auto.modeling_auto",
+        *(f"transformers.models.{family}.configuration_{family}" for family in FAMILIES),
+    },
+    _register,
+).install()

@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Turn a pretrained causal language model into a linear-time, constant-memory one, and measure what it kept.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 convert.register(app)

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.output import emit, emit_json, examples, note, quiet_libraries
+from linearize.cli.help import Command, examples
+from linearize.cli.output import emit, emit_json, note, quiet_libraries
 
 ATTENTION, OUTPUT, SOURCE = "Attention", "Output", "Source"
 
@@ -46,6 +47,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 
 def register(app: typer.Typer) -> None:
     app.command(
+        cls=Command,
         epilog=examples(
             "linearize convert HuggingFaceTB/SmolLM2-135M-Instruct --config smollm2-135m",
             "linearize convert ./llama-3.2-1b -o out --keep-softmax 18:2,17:1 --window 128",
@@ -53,6 +55,7 @@ def register(app: typer.Typer) -> None:
         )
     )(convert)
     app.command(
+        cls=Command,
         epilog=examples(
             "linearize plan HuggingFaceTB/SmolLM2-135M-Instruct",
             "linearize plan ./model --keep-softmax every:4 --json",

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from linearize.cli.output import emit, emit_json, examples, note, progress_line, quiet_libraries
+from linearize.cli.help import Command, examples
+from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries
 from linearize.errors import ConfigError
 
 MEASURE, JUDGE, OUTPUT = "What is measured", "Judging", "Output"
@@ -14,6 +15,7 @@ MEASURE, JUDGE, OUTPUT = "What is measured", "Judging", "Output"
 def register(app: typer.Typer) -> None:
     app.command(
         "eval",
+        cls=Command,
         epilog=examples(
             "linearize eval",
             "linearize eval linearized/my-model-lora --data wikitext.txt --lengths 512,2048 --recall 64,1024",
@@ -65,6 +67,8 @@ def evaluate(
     from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
 
+    if max_tokens < 1:
+        raise ConfigError(f"--max-tokens: got {max_tokens}, allowed are numbers of at least 1")
     suite = Suite(
         data=tuple(data or ["sample-eval"]),
         lengths=_numbers("--lengths", lengths, least=2),

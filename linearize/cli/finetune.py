@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.output import emit, emit_json, examples, note, progress_line, quiet_libraries
+from linearize.cli.help import Command, examples
+from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries
 
 TRAINING, DATA, OUTPUT = "Training", "Data", "Output"
 SECONDS_BETWEEN_LINES = 10.0
@@ -14,6 +15,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def register(app: typer.Typer) -> None:
     app.command(
+        cls=Command,
         epilog=examples(
             "linearize finetune --recipe lora",
             "linearize finetune linearized/my-model --recipe lora --data corpus.parquet --tokens 20000000 --batch-size 8",

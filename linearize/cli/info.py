@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.output import emit, emit_json, examples
+from linearize.cli.help import Command, examples
+from linearize.cli.output import emit, emit_json
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
@@ -19,9 +20,10 @@ class Kind(StrEnum):
 
 def register(app: typer.Typer) -> None:
     app.command(
-        "list", epilog=examples("linearize list mixers", "linearize list families --json", "linearize list recipes")
+        "list", cls=Command, epilog=examples("linearize list mixers", "linearize list families --json", "linearize list recipes")
     )(list_)
     app.command(
+        cls=Command,
         epilog=examples("linearize doctor", "linearize doctor --json", "linearize doctor --json > doctor.json")
     )(doctor)
 

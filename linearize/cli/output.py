@@ -5,8 +5,6 @@ import os
 import sys
 from typing import Any
 
-EXIT_CODES = "Exit codes: 0 done, 1 failure, 2 usage, 3 gate failed, 4 unsupported model, 5 out of memory or disk, 130 interrupted."
-
 
 def note(message: str) -> None:
     """A line for people, on standard error."""
@@ -57,9 +55,3 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*was not found in your environment.*")
-
-
-def examples(*commands: str) -> str:
-    """The epilog of a command: its examples and the exit codes."""
-    lines = "\n\n".join(f"  [cyan]{command}[/cyan]" for command in commands)
-    return f"[bold]Examples[/bold]\n\n{lines}\n\n{EXIT_CODES}"

@@ -1,0 +1,209 @@
+"""Evaluation: figures against plain computations, gates, verdict and exit code from one object."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_base
+from transformers import AutoTokenizer
+
+from linearize.convert import convert
+from linearize.errors import ConfigError, LinearizeError
+from linearize.evaluate import Suite, evaluate
+from linearize.evaluation.perplexity import position_buckets, windows_of
+from linearize.evaluation.recall import accuracy, recall_task
+from linearize.recipe import load_config
+from linearize.report.gates import evaluate_gates, parse_gate
+from linearize.report.markdown import render_markdown, summary_table
+from linearize.report.results import BASE, STUDENT, WINDOW, make_metric, mean_and_error
+
+SUITE = Suite(lengths=(32, 64), recall=(8, 40), max_tokens=256, recall_rows=3)
+FLAGS = ["--lengths", "32,64", "--recall", "8,40", "--max-tokens", "256"]
+
+
+def quiet(*_) -> None:
+    pass
+
+
+@pytest.fixture
+def converted(base_folder, tmp_path):
+    out = tmp_path / "linearized" / "tiny"
+    settings = load_config(None, {"window": 12, "sinks": 2}, ["mix_options.log_mass=0.0"])
+    convert(str(base_folder()), settings, out=out, verify=False, progress=quiet)
+    return out
+
+
+def test_figures_equal_a_plain_computation(converted):
+    results = evaluate(converted, SUITE, progress=quiet)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    from linearize.samples import SAMPLES
+
+    ids = []
+    for line in SAMPLES["sample-eval"].read_text().splitlines()[:3]:
+        ids += [*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id]
+    windows = torch.tensor(ids[:256]).view(-1, 64)
+    from linearize.modeling.loading import load_student
+
+    student, base = load_student(converted, dtype=torch.float32), tiny_base()
+    with torch.no_grad():
+        logs = {name: model(windows).logits[:, :-1].log_softmax(-1) for name, model in (("student", student), ("base", base))}
+    targets = windows[:, 1:, None]
+    for name, log in logs.items():
+        value = results.metric("perplexity@64").values[name]
+        assert value.n == 4
+        assert math.isclose(value.mean, (-log.gather(-1, targets)).mean().exp().item(), rel_tol=1e-5)
+    kl = (logs["base"].exp() * (logs["base"] - logs["student"])).sum(-1).mean().item()
+    assert math.isclose(results.metric("kl@64").values["student"].mean, kl, rel_tol=1e-4)
+    same = (logs["base"].argmax(-1) == logs["student"].argmax(-1)).float().mean().item()
+    assert math.isclose(results.metric("agreement@64").values["student"].mean, same, rel_tol=1e-6)
+    # an untrained conversion is its own student
+    metric = results.metric("perplexity@64")
+    assert metric.values["student"] == metric.values["untrained"]
+    assert metric.values["window"] == metric.values["branch_off"] != metric.values["student"]
+    rows = results.positions["perplexity@64"]
+    weights = [row["end"] - row["start"] for row in rows]
+    mean = sum(math.log(row["student"]) * w for row, w in zip(rows, weights)) / sum(weights)
+    assert math.isclose(math.exp(mean), metric.values["student"].mean, rel_tol=1e-5)
+
+
+def test_recall_rows_and_their_scoring():
+    for distance in (5, 256, 700):
+        task = recall_task(distance, 2, 1000, 7, seed=1)
+        copied = task.ids[:, -task.counted :]
+        assert torch.equal(copied, task.ids[:, -task.counted - distance : -distance])
+        assert torch.equal(task.ids, recall_task(distance, 2, 1000, 7, seed=1).ids)
+        assert (task.ids[:, 0] == 7).all()
+        row, head = task.ids[0], torch.eye(1000)
+        perfect = torch.cat([torch.eye(1000)[row[1:]], torch.zeros(1, 1000)])
+        assert accuracy(perfect, head, row, task.counted) == 1.0
+        assert accuracy(perfect.roll(1, 0), head, row, task.counted) < 0.1
+
+
+def test_windows_and_buckets():
+    assert windows_of(torch.arange(100), 30, 1000).shape == (3, 30)
+    assert windows_of(torch.arange(100), 30, 60).shape == (2, 30)
+    assert list(position_buckets(200)) == [(1, 64), (64, 128), (128, 200)]
+
+
+def test_errors_ratios_recovery_and_pairs():
+    assert mean_and_error([1.0, 3.0]).error == pytest.approx(1.0)
+    assert math.isnan(mean_and_error([1.0]).error)
+    units = {BASE: [1.0, 2.0], STUDENT: [1.5, 2.5], WINDOW: [2.0, 3.0]}
+    metric = make_metric("perplexity@8", "lower", units, exponentiate=True)
+    assert metric.values[BASE].mean == pytest.approx(math.exp(1.5))
+    assert metric.ratio[STUDENT] == pytest.approx(math.exp(0.5))
+    assert metric.recovery == pytest.approx(0.5)
+    assert (metric.difference.mean, metric.difference.error) == (pytest.approx(0.5), pytest.approx(0.0))
+    flat = make_metric("recall@8", "higher", {BASE: [0.0], STUDENT: [0.0], WINDOW: [0.0]})
+    assert flat.recovery is None and flat.ratio[STUDENT] is None
+
+
+@pytest.mark.parametrize(
+    ("expression", "passed"),
+    [
+        ("perplexity@8.ratio<=1.7", True),
+        ("perplexity@8.ratio<1.6", False),
+        ("perplexity@8>=7", True),
+        ("perplexity@8.base<=4.5", True),
+        ("perplexity@8.recovery>=0.5", True),
+        ("perplexity@8.recovery>0.51", False),
+        ("recall@8.ratio>=0.1", False),  # the base recalls nothing, so there is no ratio
+        ("recall@8.untrained>=0", False),  # not measured
+    ],
+)
+def test_gates(expression, passed):
+    metrics = (
+        make_metric("perplexity@8", "lower", {BASE: [1.5], STUDENT: [2.0], WINDOW: [2.5]}, exponentiate=True),
+        make_metric("recall@8", "higher", {BASE: [0.0], STUDENT: [0.5]}),
+    )
+    assert evaluate_gates([expression], metrics)[0].passed == passed
+
+
+@pytest.mark.parametrize("text", ["perplexity", "x>=", ">=3", "x==3", "x>=y", "perplexity@8.ratoi<=1", "x.base=<3"])
+def test_malformed_gates(text):
+    with pytest.raises(ConfigError, match="--gate"):
+        parse_gate(text)
+
+
+def test_verdict_exit_code_and_files_come_from_one_object(converted, cli, tmp_path):
+    gates = ["--gate", "perplexity@64.ratio<=0.5", "--gate", "recall@8>=0"]
+    code, out, err = cli("eval", converted, *FLAGS, *gates, "-o", tmp_path / "report", "--json")
+    assert code == 3, err
+    document = json.loads(out)
+    assert document["verdict"] == "FAILED: perplexity@64.ratio<=0.5" and not document["passed"]
+    assert [gate["passed"] for gate in document["gates"]] == [False, True]
+    assert json.loads((tmp_path / "report" / "results.json").read_bytes()) == document
+    assert document["verdict"] in (tmp_path / "report" / "report.md").read_text()
+    code, out, _ = cli("eval", converted, *FLAGS, "--gate", "perplexity@64.ratio<=50")
+    assert code == 0 and "passed 1 gate(s)" in out
+    assert (converted / "eval" / "results.json").is_file()
+
+
+def test_min_recovery_is_a_gate(converted, cli):
+    code, out, _ = cli("eval", converted, *FLAGS, "--min-recovery", "2", "--json")
+    document = json.loads(out)
+    assert [gate["expression"] for gate in document["gates"]] == [
+        "perplexity@32.recovery>=2.0", "perplexity@64.recovery>=2.0",
+    ]  # fmt: skip
+    assert code == 3
+
+
+def test_the_newest_output_is_the_default(converted, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("eval", *FLAGS)
+    assert code == 0 and "MODEL: linearized/tiny (the newest output)" in err
+    assert "| perplexity@32 ↓ |" in out and "verdict: no gates were set" in out
+
+
+def test_renderers_are_pure_and_complete(converted):
+    results = evaluate(converted, SUITE, progress=quiet)
+    text = render_markdown(results)
+    assert text == render_markdown(results)
+    for metric in results.metrics:
+        assert f"| {metric.name} " in summary_table(results)
+    for part in ("by position", "Cache of one sequence", "How it was measured", "seed 0", "torch"):
+        assert part in text
+    json.dumps(results.to_dict(), allow_nan=False)
+
+
+def test_what_cannot_be_evaluated(converted, base_folder, cli, tmp_path):
+    for flags, words in (
+        (["--gate", "perplexity@99<=1"], ["perplexity@99", "did you mean"]),
+        (["--lengths", "x"], ["--lengths", "'x'"]),
+        (["--lengths", "1"], ["--lengths", "at least 2"]),
+        (["--data", "missing.txt"], ["missing.txt"]),
+        (["--base", "./gone"], ["./gone"]),
+        (["--max-tokens", "0"], ["max-tokens"]),
+    ):
+        code, out, err = cli("eval", converted, *([] if "--lengths" in flags else FLAGS), *flags)
+        assert code == 2 and out == "", err
+        assert all(word in err for word in words), err
+    short = tmp_path / "short.txt"
+    short.write_text("not much")
+    code, _, err = cli("eval", converted, *FLAGS, "--data", short)
+    assert code == 2 and "fewer than one window of 64" in err
+    code, _, err = cli("eval", base_folder(name="plain"))
+    assert code == 2 and "not a linearized checkpoint" in err
+
+
+def test_a_base_that_changed_or_went_is_noticed(converted, base_folder, tmp_path, cli):
+    config = tmp_path / "base" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"max_position_embeddings": 512', '"max_position_embeddings": 256'))
+    code, _, err = cli("eval", converted, *FLAGS)
+    assert code == 2 and "has changed since the conversion" in err
+    config.write_text(text)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    code, _, err = cli("eval", converted, *FLAGS)
+    assert code == 2 and "is gone" in err
+    assert cli("eval", converted, *FLAGS, "--base", tmp_path / "moved")[0] == 0
+
+
+def test_logits_that_are_not_finite_fail(converted):
+    from safetensors.torch import load_file, save_file
+
+    path = converted / "model-00002-of-00002.safetensors"
+    save_file({k: torch.full_like(v, float("nan")) for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(LinearizeError, match="not finite"):
+        evaluate(converted, SUITE, progress=quiet)

@@ -1,0 +1,97 @@
+"""Adding a mixer takes one new file and one registry line; adding a family takes the same. Counted on a copy."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+MIXER = '''"""A recurrence that forgets nothing."""
+
+from torch import nn
+
+from linearize.ops.gla import gla
+
+
+class Cumulative(nn.Module):
+    OPTIONS = {}
+
+    def forward(self, q, k, v, *, write_mask=None, initial_state=None, segments=None):
+        q, k, v = q.float().softmax(-1), k.float().softmax(-1), v.float()
+        if write_mask is not None:
+            k = k * write_mask[:, :, None, None]
+        return gla(q, k, v, k * 0, initial_state=initial_state, segments=segments)
+'''
+MIXER_LINE = '''    "cumulative": MixerEntry(path="linearize.mixers.cumulative:Cumulative", mixes=("sum", "outside"), options={}, state=("K", "V"), source="test", summary="no decay"),
+'''  # fmt: skip
+FAMILY = '''"""Mistral, for this test alone."""
+
+from linearize.families.family import Family
+
+MISTRAL = Family("mistral", "MistralConfig", "MistralForCausalLM", "MistralModel", "MistralAttention")
+'''
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """(package folder, runner): a copy of the package that subprocesses import instead of the installed one."""
+    shutil.copytree(ROOT / "linearize", tmp_path / "src" / "linearize", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("recipes", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / "src" / name)
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+        # safe path off, so that the copy and not an editable install is found first
+        command = [sys.executable, "-m", "linearize", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path / "src")
+
+    return tmp_path / "src" / "linearize", run
+
+
+def touched(package) -> tuple[set[str], int]:
+    """Files that are new, and lines that were added to files that are not."""
+    new, lines = set(), 0
+    for path in package.rglob("*.py"):
+        original = ROOT / "linearize" / path.relative_to(package)
+        if not original.exists():
+            new.add(str(path.relative_to(package)))
+        else:
+            lines += len(path.read_text().splitlines()) - len(original.read_text().splitlines())
+    return new, lines
+
+
+def test_a_mixer_is_one_file_and_one_line(copy, base_folder, tmp_path):
+    package, run = copy
+    (package / "mixers" / "cumulative.py").write_text(MIXER)
+    registry = package / "mixers" / "registry.py"
+    text = registry.read_text()
+    registry.write_text(text.replace("MIXERS = {\n", "MIXERS = {\n" + MIXER_LINE))
+    assert touched(package) == ({"mixers/cumulative.py"}, 1)
+    done = run("convert", base_folder(), "-o", tmp_path / "out", "--mixer", "cumulative", "--window", "8")
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    assert "class Cumulative" in (tmp_path / "out" / "modeling_linearized.py").read_text()
+
+
+def test_a_family_is_one_file_and_one_registry_entry(copy, tmp_path):
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    package, run = copy
+    (package / "families" / "mistral.py").write_text(FAMILY)
+    registry = package / "families" / "registry.py"
+    text = registry.read_text()
+    text = text.replace("import LLAMA\n", "import LLAMA\nfrom linearize.families.mistral import MISTRAL\n")
+    registry.write_text(text.replace("in (LLAMA,)}", "in (LLAMA, MISTRAL)}"))
+    assert touched(package) == ({"families/mistral.py"}, 1)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=None, max_position_embeddings=256,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path / "base")
+    done = run("convert", tmp_path / "base", "-o", tmp_path / "out", "--window", "8")
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout

@@ -1,0 +1,145 @@
+"""SmolLM2-135M-Instruct, for truth: known figures of the base, an exact conversion, a start no worse than the window."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED
+
+from linearize.convert import convert
+from linearize.modeling.loading import load_student, load_unconverted, open_base, read_manifest
+from linearize.modeling.plan import Plan
+from linearize.recipe import load_config
+
+pytestmark = pytest.mark.slow
+WIKITEXT = SHARED / "data" / "eval" / "wikitext-2" / "valid.txt"
+
+
+@pytest.fixture(scope="module")
+def converted(smollm2, tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / "converted"
+    result = convert(smollm2, load_config("smollm2-135m"), out=out, progress=lambda message: None)
+    assert result["coverage"]["heads_converted"] == 90
+    assert result["verification"]["softmax_everywhere_max_difference"] == 0.0
+    assert result["verification"]["cached_decode_max_difference"] < 1e-5
+    return out
+
+
+@pytest.fixture(scope="module")
+def student(converted):
+    return load_student(converted, dtype=torch.float32)
+
+
+def sample_ids(converted, count: int) -> torch.Tensor:
+    from linearize.modeling.loading import load_tokenizer
+    from linearize.samples import SAMPLES
+
+    text = "".join(json.loads(line)["text"] for line in SAMPLES["sample-eval"].read_text().splitlines()[:4])
+    return load_tokenizer(converted)(text[: 8 * count], return_tensors="pt").input_ids[:, :count]
+
+
+def perplexity(model, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        log = model(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    return (-log.gather(-1, ids[:, 1:, None])).mean().exp().item()
+
+
+def test_softmax_mode_is_the_base_to_the_last_bit(converted, student):
+    ids = sample_ids(converted, 300)
+    with open_base(read_manifest(converted)) as source, torch.no_grad():
+        from linearize.modeling.loading import load_base
+
+        reference = load_base(source, dtype=torch.float32)(ids).logits
+        with student.softmax_attention():
+            assert torch.equal(student(ids).logits, reference)
+
+
+def test_starts_no_worse_than_window_and_sinks(converted, student):
+    ids = sample_ids(converted, 2048)
+    with student.softmax_attention():
+        base = perplexity(student, ids)
+    with student.recurrent_branch_off():
+        window = perplexity(student, ids)
+    untrained = perplexity(student, ids)
+    assert base < untrained <= window
+
+
+def test_cached_generation_equals_the_full_forward_beyond_the_window(converted, student):
+    ids = sample_ids(converted, 400)
+    generated = student.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)
+    with torch.no_grad():
+        for length in range(400, generated.shape[1], 4):
+            assert student(generated[:, :length], use_cache=False).logits[0, -1].argmax() == generated[0, length]
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, :50] = 0
+    batch = torch.cat([ids, torch.cat([torch.full((1, 50), 2), ids[:, :350]], 1)])
+    both = student.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=2)
+    alone = student.generate(ids[:, :350], max_new_tokens=8, do_sample=False, pad_token_id=2)
+    assert torch.equal(both[0, 400:], generated[0, 400:408]) and torch.equal(both[1, 400:], alone[0, 350:])
+
+
+def test_chat_template_survives(converted):
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(converted).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert "<|im_start|>user\nHi<|im_end|>" in text
+
+
+def test_cache_is_constant_and_a_fraction(converted):
+    manifest = read_manifest(converted)
+    sizes = {int(length): value["student"] / value["base"] for length, value in manifest["cache_bytes"].items()}
+    assert sizes[32768] < 0.02 and sizes[131072] < 0.005
+
+
+def test_base_figures_on_wikitext(converted):
+    if not WIKITEXT.is_file():
+        pytest.skip(f"{WIKITEXT} is not there")
+    from linearize.modeling.loading import load_tokenizer
+
+    manifest = read_manifest(converted)
+    ids = load_tokenizer(converted)(WIKITEXT.read_text()[:60000], return_tensors="pt").input_ids[:, :8192]
+    with open_base(manifest) as source:
+        model = load_unconverted(source, Plan.from_dict(manifest["plan"]), dtype=torch.float32)
+    losses = {}
+    for name, mode in (("base", model.softmax_attention), ("window", model.recurrent_branch_off)):
+        with mode():
+            values = [torch.tensor(perplexity(model, window[None])).log() for window in ids.view(-1, 2048)]
+        losses[name] = torch.stack(values).mean().exp().item()
+    # methods.md: 14.5 and 17.7 over the whole text
+    assert 13.5 < losses["base"] < 16.5 and 1.1 < losses["window"] / losses["base"] < 1.35
+
+
+def test_a_few_steps_of_the_default_recipe_lower_the_divergence(converted, tmp_path):
+    command = [sys.executable, "-m", "linearize", "finetune", str(converted), "-o", str(tmp_path / "tuned")]
+    run = subprocess.run([*command, "--tokens", "6144", "--json"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    tuned = Path(json.loads(run.stdout)["output"])
+    # divergence from the base on held-out text, before and after
+    ids = sample_ids(converted, 1024)
+    divergence = {}
+    for folder in (converted, tuned):
+        model = load_student(folder, dtype=torch.float32)
+        with torch.no_grad():
+            log = model(ids).logits.log_softmax(-1)
+            if folder == converted:
+                with model.softmax_attention():
+                    base_log = model(ids).logits.log_softmax(-1)
+        divergence[folder] = (base_log.exp() * (base_log - log)).sum(-1).mean().item()
+    assert divergence[tuned] < divergence[converted]
+
+
+def test_portable_file_of_the_real_model(converted):
+    script = (
+        "import sys; sys.modules['linearize'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(converted)!r}, trust_remote_code=True, dtype=torch.float32).eval()\n"
+        "print(repr(m(torch.arange(300)[None]).logits.double().sum().item()))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    with torch.no_grad():
+        wanted = load_student(converted, dtype=torch.float32)(torch.arange(300)[None]).logits.double().sum().item()
+    assert float(run.stdout.strip().splitlines()[-1]) == wanted
