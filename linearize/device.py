@@ -31,3 +31,20 @@ def compute_dtype(precision: str) -> Any:
     if precision == "auto":
         precision = "bf16" if bf16_is_fast() else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep freed buffers instead of returning each to the kernel.
+
+    Activations are freed and allocated again all the time; faulting their pages in anew took a third of a training
+    step on a CPU (SmolLM2-135M, 1024 tokens, 6.5 s against 4.5 s). Elsewhere than on glibc this does nothing.
+    """
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(mmap_max, 0)

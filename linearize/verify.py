@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from linearize.checkpoint.weights import read_weights
+from linearize.device import keep_freed_memory
 
 STREAM_ABOVE = 1 << 30
 # of the largest logit; float32 and two summation orders
@@ -125,6 +126,7 @@ def _decode_difference(folder: Path, ids: torch.Tensor, offload: Path) -> float:
 
 def main() -> None:
     logging.set_verbosity_error()
+    keep_freed_memory()
     folder, base = (Path(argument) for argument in sys.argv[1:3])
     try:
         result = verify(folder, base)

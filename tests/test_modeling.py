@@ -287,6 +287,31 @@ def test_planned_cache_bytes_are_the_real_ones(mix_name):
     assert held == planned
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("segment", [7, 16, 39])
+def test_long_prefills_in_parts_equal_the_whole(pair, monkeypatch, segment):
+    """Plain, padded, packed and after a cached prefix."""
+    from linearize.modeling import branch
+
+    _, student = pair
+    ids, mask, positions = left_padded()
+    packed = torch.cat([torch.arange(n) for n in (13, 27)])[None].expand(3, -1)
+
+    def outputs():
+        cache = student(ids[:, :11], use_cache=True).past_key_values
+        return [
+            student(ids, use_cache=False).logits,
+            student(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits * mask[..., None],
+            student(ids, position_ids=packed, use_cache=False).logits,
+            student(ids[:, 11:], past_key_values=cache, use_cache=True).logits,
+        ]
+
+    whole = outputs()
+    monkeypatch.setattr(branch, "SEGMENT", segment)
+    for a, b in zip(outputs(), whole):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(pair):
     _, student = pair
     ids = tokens()

@@ -62,6 +62,7 @@ def evaluate(
 ) -> int:
     """Measure the student beside its base on the same data, with a verdict."""
     from linearize.convert import newest_output
+    from linearize.device import keep_freed_memory
     from linearize.evaluate import Suite
     from linearize.evaluate import evaluate as run
     from linearize.report.markdown import summary_table
@@ -80,6 +81,7 @@ def evaluate(
         model = newest_output()
         note(f"MODEL: {model} (the newest output)")
     quiet_libraries()
+    keep_freed_memory()
     results = run(
         model,
         suite,

@@ -78,6 +78,7 @@ def finetune(
         "data": data or None,
     }
     settings = load_recipe(recipe, flags, set_)
+    from linearize.device import keep_freed_memory
     from linearize.finetune import finetune as run
     from linearize.finetune import newest_conversion
 
@@ -85,6 +86,7 @@ def finetune(
         model = newest_conversion()
         note(f"MODEL: {model} (the newest conversion)")
     quiet_libraries()
+    keep_freed_memory()
     result = run(
         model,
         settings,

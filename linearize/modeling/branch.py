@@ -21,6 +21,10 @@ from linearize.modeling.cache import Context
 from linearize.modeling.plan import MIX_OPTIONS, LayerPlan
 from linearize.ops.window import window_attention
 
+# without gradients long prefills go through in parts this long, so that intermediate arrays stay small
+SEGMENT = 4096
+
+
 class LinearHeads(nn.Module):
     """Window, recurrent branch and their mix. Its parameters are all that a conversion adds to a layer.
 
@@ -66,6 +70,20 @@ class LinearHeads(nn.Module):
         Returns:
             output [B, T, H, K] in q's dtype, the recurrent state after the last token.
         """
+        T, cached = q.shape[1], context.length - q.shape[1]
+        if T <= SEGMENT or torch.is_grad_enabled():
+            return self._attend(q, q_rotary, context, scale, state)
+        outputs = []
+        for start in range(0, T, SEGMENT):
+            end = min(start + SEGMENT, T)
+            part = context.part(max(0, cached + start - self.window), cached + end)
+            output, state = self._attend(q[:, start:end], q_rotary[:, start:end], part, scale, state)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), state
+
+    def _attend(
+        self, q: Tensor, q_rotary: Tensor, context: Context, scale: float, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         windowed = self._window(q_rotary, context, scale)
         if not self.recurrent_enabled:
             return windowed, state

@@ -6,7 +6,7 @@ number within its document, -1 for padding. Left-padded rows share slots but not
 Shapes: B batch, S slots, J linear key/value heads, K head dim, N sink keys.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,24 @@ class Context:
     @property
     def length(self) -> int:
         return self.keys.shape[1]
+
+    def part(self, start: int, end: int) -> "Context":
+        """The context cut to slots [start, end)."""
+        lacking = self.length - self.raw_keys.shape[1]  # keys before rotary are only kept where they are needed
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, start:end]
+
+        return replace(
+            self,
+            keys=cut(self.keys),
+            values=cut(self.values),
+            raw_keys=self.raw_keys[:, max(0, start - lacking) : end - lacking],
+            ordinals=cut(self.ordinals),
+            key_mask=cut(self.key_mask),
+            segments=cut(self.segments),
+            first_slot=self.first_slot + start,
+        )
 
     def sink_mask(self, queries: int, window: int) -> Tensor:
         """[B or 1, T, N] bool: the sinks of the query's own document that have left its window."""

@@ -10,7 +10,7 @@ from typing import Any
 FORMAT_VERSION = 1
 # the ways to mix window and recurrent branch, and the settings each has (modeling/branch.py)
 MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
-    "outside": {"log_mass": -5.0},
+    "outside": {"log_mass": -6.0},
     "sum": {"window_weight": 0.5, "recurrent_weight": 0.5, "learned": False},
 }
 
