@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.source import Source, open_source
 from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, Weights, read_weights
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, place, write_json, write_text
-from linearize.errors import CheckpointError, ConfigError, CoverageError, LinearizeError, UnsupportedModelError, nearest
+from linearize.errors import CheckpointError, ConfigError, CoverageError, UnsupportedModelError, nearest
 from linearize.families.registry import FAMILIES, REFUSED
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.plan import LayerPlan, Plan
@@ -224,8 +224,10 @@ def _check_heads(source: Source, config: dict[str, Any]) -> None:
     heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
     where = source.folder / "config.json"
     if not isinstance(heads, int) or not isinstance(key_value_heads, int) or heads < 1 or key_value_heads < 1:
-        raise CheckpointError(f"{where}: num_attention_heads {heads} and num_key_value_heads {key_value_heads}, allowed "
-                              "are whole numbers above 0")
+        raise CheckpointError(
+            f"{where}: num_attention_heads {heads} and num_key_value_heads {key_value_heads}, allowed "
+            "are whole numbers above 0"
+        )
     if heads % key_value_heads:
         raise CheckpointError(
             f"{where}: {heads} query heads (num_attention_heads) do not divide over {key_value_heads} key/value heads "
@@ -344,9 +346,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict
         "vocabulary": inspection.config["vocab_size"],
         "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
         "weights": {"placed": placed, "files": shard_names, "bytes": inspection.weights.nbytes},
-        "sha256": {
-            name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()
-        },
+        "sha256": {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()},
         "versions": versions(),
     }
     write_text(folder / "README.md", conversion_card(manifest, inspection.source.folder))
@@ -400,7 +400,6 @@ def _write_added(path: Path, inspection: Inspection) -> None:
 def _assert_coverage(inspection: Inspection) -> dict[str, int]:
     """Builds the student without weights and counts what became linear; it must be exactly what was planned."""
     import torch
-    from transformers import AutoConfig
 
     from linearize.modeling.factory import linearized_classes
 

@@ -24,7 +24,9 @@ def examine() -> dict[str, Any]:
     if not cuda:
         advice.append("no CUDA device: training runs at hundreds of tokens a second; budget 50K to 300K tokens")
     elif not fla_available():
-        advice.append("no usable flash-linear-attention: the recurrent branch runs in PyTorch (pip install linearize[cuda])")
+        advice.append(
+            "no usable flash-linear-attention: the recurrent branch runs in PyTorch (pip install linearize[cuda])"
+        )
     if not bf16_is_fast():
         advice.append("bf16 is not faster than float32 here, so `auto` computes in float32")
     if not hub:

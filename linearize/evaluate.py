@@ -7,7 +7,6 @@
 """
 
 import contextlib
-import json
 import shlex
 import sys
 import time
@@ -153,7 +152,9 @@ def _measure(suite, text_ids, tokenizer, reference, student, device, progress) -
         _require_finite(losses, length)
         metrics.append(make_metric(f"perplexity@{length}", "lower", losses, exponentiate=True))
         metrics.append(make_metric(f"kl@{length}", "lower", {name: scores[name].kl for name in forwards}))
-        metrics.append(make_metric(f"agreement@{length}", "higher", {name: scores[name].agreement for name in forwards}))
+        metrics.append(
+            make_metric(f"agreement@{length}", "higher", {name: scores[name].agreement for name in forwards})
+        )
         positions[f"perplexity@{length}"] = _by_position(scores, position_buckets(length))
     every = {BASE: base_forward, **forwards}
     for distance in suite.recall:
@@ -236,5 +237,3 @@ def _data_record(suite: Suite, text_ids, dtype, device: str) -> dict[str, Any]:
 def _tick(progress: Callable[[str], None], what: str, done: int, total: int) -> None:
     if done == total or done % 4 == 0:
         progress(f"{what}: {done} of {total}")
-
-

@@ -99,9 +99,7 @@ def finetune(
         f"{recipe.seq_len} tokens, {str(dtype).removeprefix('torch.')} on {accelerator.device}"
     )
     started = time.monotonic()
-    losses = train(
-        distiller, optimizer, rows, recipe, accelerator, work, fingerprint=fingerprint, report=report
-    )
+    losses = train(distiller, optimizer, rows, recipe, accelerator, work, fingerprint=fingerprint, report=report)
     seconds = time.monotonic() - started
     if not main:
         accelerator.wait_for_everyone()
@@ -169,7 +167,9 @@ def newest_conversion() -> Path:
         if not path.parent.name.startswith(".") and json.loads(path.read_bytes()).get("kind") == "converted":
             found.append(path)
     if not found:
-        raise ConfigError("MODEL: none given and no conversion under ./linearized/; run `linearize convert MODEL` first")
+        raise ConfigError(
+            "MODEL: none given and no conversion under ./linearized/; run `linearize convert MODEL` first"
+        )
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent
 
 

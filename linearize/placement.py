@@ -1,6 +1,6 @@
 """`--keep-softmax`: which key/value heads keep softmax attention.
 
-    none | all | every:N | 0,7,18 (whole layers) | 18:2,17:1,8:0 (layer:key/value head)
+none | all | every:N | 0,7,18 (whole layers) | 18:2,17:1,8:0 (layer:key/value head)
 """
 
 from linearize.errors import ConfigError

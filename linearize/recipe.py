@@ -68,7 +68,9 @@ def _check_options(group: str, given: dict, allowed: dict) -> list[str]:
         if key not in allowed:
             problems.append(_unknown(f"{group}.{key}", key, allowed))
         elif isinstance(allowed[key], bool) != isinstance(value, bool):
-            problems.append(f"{group}.{key}: got {value!r}, allowed is {'true or false' if isinstance(allowed[key], bool) else 'a number'}")
+            problems.append(
+                f"{group}.{key}: got {value!r}, allowed is {'true or false' if isinstance(allowed[key], bool) else 'a number'}"
+            )
         elif isinstance(allowed[key], float) and not (isinstance(value, int | float) and math.isfinite(value)):
             problems.append(f"{group}.{key}: got {value!r}, allowed is a finite number")
         elif key in POSITIVE_OPTIONS and value <= 0:

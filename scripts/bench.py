@@ -91,7 +91,8 @@ def bench_decode(model, lengths: list[int]) -> list[dict]:
                     cache = model.base_model(piece, past_key_values=cache, use_cache=True).past_key_values
                 step = ids[:, :1]
                 row[f"{name}_ms_per_token"] = 1e3 * best_of(
-                    lambda cache=cache, step=step: model.base_model(step, past_key_values=cache, use_cache=True), repeats=8
+                    lambda cache=cache, step=step: model.base_model(step, past_key_values=cache, use_cache=True),
+                    repeats=8,
                 )
                 row[f"{name}_cache_mib"] = cache_bytes(cache) / 2**20
             del cache
@@ -111,7 +112,7 @@ def bench_training(model, length: int) -> dict:
     ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
     seconds = {"base": [], "student": []}
     adapted.train()
-    for _ in range(4):
+    for _ in range(8):
         for name, mode in modes(model):
             with mode():
                 started = time.perf_counter()
@@ -154,21 +155,32 @@ def cache_bytes(cache) -> int:
 
 
 def render(record: dict) -> str:
-    lines = [f"{record['layers']} layers, {record['machine']}", "", "| prefill | base, µs/token | student, µs/token | ratio |"]
+    lines = [
+        f"{record['layers']} layers, {record['machine']}",
+        "",
+        "| prefill | base, µs/token | student, µs/token | ratio |",
+    ]
     lines.append("|---|---|---|---|")
     for row in record["prefill"]:
         lines.append(
             f"| {row['length']} | {row['base_us_per_token']:.0f} | {row['student_us_per_token']:.0f} | {row['ratio']:.2f} |"
         )
-    lines += ["", "| decode at | base, ms/token | student, ms/token | base cache, MiB | student cache, MiB |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| decode at | base, ms/token | student, ms/token | base cache, MiB | student cache, MiB |",
+        "|---|---|---|---|---|",
+    ]
     for row in record["decode"]:
         lines.append(
             f"| {row['length']} | {row['base_ms_per_token']:.1f} | {row['student_ms_per_token']:.1f} | "
             f"{row['base_cache_mib']:.1f} | {row['student_cache_mib']:.1f} |"
         )
     training = record["training"]
-    lines += ["", f"training at {training['length']} tokens (all layers): base {training['base_tokens_per_second']:.0f} tokens/s, "
-              f"student {training['student_tokens_per_second']:.0f} tokens/s, ratio {training['ratio']:.2f}"]
+    lines += [
+        "",
+        f"training at {training['length']} tokens (all layers): base {training['base_tokens_per_second']:.0f} tokens/s, "
+        f"student {training['student_tokens_per_second']:.0f} tokens/s, ratio {training['ratio']:.2f}",
+    ]
     return "\n".join(lines)
 
 

@@ -35,8 +35,11 @@ def main() -> None:
         "post_attention_layernorm.weight": (HIDDEN,),
     }
     per_layer = 2 * sum(torch.Size(shape).numel() for shape in layer.values())
-    outer = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN),
-             "model.norm.weight": (HIDDEN,)}
+    outer = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     layers = max(1, round((arguments.gib * 2**30 - 4 * VOCABULARY * HIDDEN) / per_layer))
     shapes = {**outer, **{f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}}
 

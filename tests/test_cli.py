@@ -103,7 +103,10 @@ def test_readme_commands_exist():
     for name, rest in lines:
         assert name in COMMANDS, name
         shown = subprocess.run(
-            [sys.executable, "-m", "linearize", name, "--help"], capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""}
+            [sys.executable, "-m", "linearize", name, "--help"],
+            capture_output=True,
+            text=True,
+            env={"COLUMNS": "200", "PATH": ""},
         ).stdout
         for option in re.findall(r"(?<=\s)--[a-z-]+", rest):
             assert option in shown, f"{name} {option}"

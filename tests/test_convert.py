@@ -48,7 +48,10 @@ def test_a_complete_checkpoint(base_folder, tmp_path, shape, mix, shards):
     # base tensors under their own names and with their own bytes
     before, after = read_weights(base), read_weights(out)
     for name in before.tensors:
-        with safe_open(base / before.tensors[name].file, "pt") as a, safe_open(out / after.tensors[name].file, "pt") as b:
+        with (
+            safe_open(base / before.tensors[name].file, "pt") as a,
+            safe_open(out / after.tensors[name].file, "pt") as b,
+        ):
             assert torch.equal(a.get_tensor(name), b.get_tensor(name))
     added = set(after.tensors) - set(before.tensors)
     assert added == ({f"model.layers.{i}.self_attn.mixer.log_mass" for i in range(3)} if mix == "outside" else set())
@@ -159,7 +162,9 @@ def test_existing_output(base_folder, tmp_path):
 
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(base_folder, tmp_path):
     base, out = base_folder(), tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-m", "linearize", "convert", str(base), "-o", str(out), "--window", "8"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "linearize", "convert", str(base), "-o", str(out), "--window", "8"]
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out.partial/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -211,7 +216,9 @@ def test_placement(spec, wanted):
     assert softmax_heads(spec, 3, 2) == wanted
 
 
-@pytest.mark.parametrize("spec", ["some", "every:0", "every:x", "3", "0:2", "-1", "1:", ":1", "", "0,,1", "every:", "1.5"])
+@pytest.mark.parametrize(
+    "spec", ["some", "every:0", "every:x", "3", "0:2", "-1", "1:", ":1", "", "0,,1", "every:", "1.5"]
+)
 def test_bad_placement(spec):
     with pytest.raises(ConfigError, match="keep_softmax"):
         softmax_heads(spec, 3, 2)

@@ -47,7 +47,10 @@ def test_figures_equal_a_plain_computation(converted):
 
     student, base = load_student(converted, dtype=torch.float32), tiny_base()
     with torch.no_grad():
-        logs = {name: model(windows).logits[:, :-1].log_softmax(-1) for name, model in (("student", student), ("base", base))}
+        logs = {
+            name: model(windows).logits[:, :-1].log_softmax(-1)
+            for name, model in (("student", student), ("base", base))
+        }
     targets = windows[:, 1:, None]
     for name, log in logs.items():
         value = results.metric("perplexity@64").values[name]
@@ -204,6 +207,8 @@ def test_logits_that_are_not_finite_fail(converted):
     from safetensors.torch import load_file, save_file
 
     path = converted / "model-00002-of-00002.safetensors"
-    save_file({k: torch.full_like(v, float("nan")) for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    save_file(
+        {k: torch.full_like(v, float("nan")) for k, v in load_file(path).items()}, path, metadata={"format": "pt"}
+    )
     with pytest.raises(LinearizeError, match="not finite"):
         evaluate(converted, SUITE, progress=quiet)

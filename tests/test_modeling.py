@@ -103,8 +103,15 @@ def test_attention_equals_a_plain_loop(layer):
             else:
                 heads.append(
                     loop_attention(
-                        q[0, h], k[0, j], v[0, j], q_rotary[0, h], k_rotary[0, j], layer, reference.scaling,
-                        layer.mix_options.get("log_mass", 0.0), layer.mixer_options.get("gate_logit_normalizer", 16.0),
+                        q[0, h],
+                        k[0, j],
+                        v[0, j],
+                        q_rotary[0, h],
+                        k_rotary[0, j],
+                        layer,
+                        reference.scaling,
+                        layer.mix_options.get("log_mass", 0.0),
+                        layer.mixer_options.get("gate_logit_normalizer", 16.0),
                     )  # fmt: skip
                 )
         wanted = reference.o_proj(torch.stack(heads, 1).flatten(1)[None])
@@ -227,7 +234,9 @@ def test_generate_greedy_beam_and_sampling(pair):
         whole = student.generate(alone, do_sample=False, **options)
         assert torch.equal(together[row, 40 - length :], whole[0])
         assert torch.equal(chunked[row, 40 - length :], whole[0])
-        assert torch.equal(beams[row, 40 - length :], student.generate(alone, do_sample=False, num_beams=3, **options)[0])
+        assert torch.equal(
+            beams[row, 40 - length :], student.generate(alone, do_sample=False, num_beams=3, **options)[0]
+        )
         for _ in range(14):  # by hand, without a cache
             alone = torch.cat([alone, student(alone, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(alone[0], whole[0])
@@ -277,7 +286,8 @@ def test_planned_cache_bytes_are_the_real_ones(mix_name):
     student = tiny_student(plan, base)
     cache = student(tokens(1, 100), use_cache=True).past_key_values
     held = sum(
-        layer.nbytes() if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers
+        layer.nbytes() if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes
+        for layer in cache.layers
     )
     contexts, convert.CONTEXTS = convert.CONTEXTS, (100,)
     try:

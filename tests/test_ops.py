@@ -72,7 +72,7 @@ def test_gla_has_no_nan_at_key_scale_50():
 
 def test_gla_float32_and_bf16_inputs():
     inputs, initial, _ = gla_inputs(200, dtype=torch.float32)
-    wanted, wanted_state = gla_naive(*(x.double() for x in inputs), initial_state=initial.double())
+    wanted, _ = gla_naive(*(x.double() for x in inputs), initial_state=initial.double())
     got, got_state = gla_chunked(*inputs, initial_state=initial)
     assert got.dtype == got_state.dtype == torch.float32
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -149,13 +149,17 @@ def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=Tru
         "segments": (torch.rand(2, S) < 0.1).cumsum(-1) if documents else None,
     }
     if sinks:
-        keywords["sink_keys"], keywords["sink_values"] = (torch.randn(2, N, J, 8, dtype=torch.float64) for _ in range(2))
+        keywords["sink_keys"], keywords["sink_values"] = (
+            torch.randn(2, N, J, 8, dtype=torch.float64) for _ in range(2)
+        )
         keywords["sink_mask"] = torch.rand(2, T, N) > 0.5
     return [q, k, v], keywords
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-@pytest.mark.parametrize(("padding", "documents", "sinks"), [(False, False, False), (True, False, True), (True, True, True)])
+@pytest.mark.parametrize(
+    ("padding", "documents", "sinks"), [(False, False, False), (True, False, True), (True, True, True)]
+)
 @pytest.mark.parametrize(("window", "past"), [(1, 0), (16, 9), (16, 31), (200, 200)])
 def test_window_equals_naive(T, padding, documents, sinks, window, past):
     inputs, keywords = window_inputs(T, T + past, padding=padding, documents=documents, sinks=sinks)

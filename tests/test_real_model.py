@@ -94,7 +94,9 @@ def test_cached_generation_equals_the_full_forward_beyond_the_window(converted, 
 def test_chat_template_survives(converted):
     from transformers import AutoTokenizer
 
-    text = AutoTokenizer.from_pretrained(converted).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    text = AutoTokenizer.from_pretrained(converted).apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
     assert "<|im_start|>user\nHi<|im_end|>" in text
 
 

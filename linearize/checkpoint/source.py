@@ -123,7 +123,11 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=HUB_FILES, local_files_only=not answers, etag_timeout=HUB_SECONDS
+                model,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                local_files_only=not answers,
+                etag_timeout=HUB_SECONDS,
             )
         )
     except GatedRepoError:

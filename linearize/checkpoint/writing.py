@@ -76,9 +76,7 @@ def check_space(where: Path, needed: int) -> None:
         where = where.parent
     free = shutil.disk_usage(where).free
     if free < needed:
-        raise ResourceError(
-            f"{where}: needs {needed / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free"
-        )
+        raise ResourceError(f"{where}: needs {needed / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free")
 
 
 def place(source: Path, target: Path, link: str) -> str:

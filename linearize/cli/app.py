@@ -1,13 +1,13 @@
 """The command line: one thin file a command, and one place where failures become exit codes."""
 
 import errno
-import json
 import sys
 import traceback
 
 import typer
 
-from linearize.cli import convert, eval as evaluation, finetune, info
+from linearize.cli import convert, finetune, info
+from linearize.cli import eval as evaluation
 from linearize.cli.output import emit_json, note
 from linearize.errors import Interrupted, LinearizeError, ResourceError
 

@@ -11,19 +11,18 @@ from linearize.cli.output import emit, emit_json, note, quiet_libraries
 ATTENTION, OUTPUT, SOURCE = "Attention", "Output", "Source"
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder of safetensors, or .gguf file.", show_default=False)]
-Config = Annotated[
-    str | None, typer.Option("--config", help="Named config or YAML file.", rich_help_panel=ATTENTION)
+Config = Annotated[str | None, typer.Option("--config", help="Named config or YAML file.", rich_help_panel=ATTENTION)]
+Mixer = Annotated[
+    str | None, typer.Option("--mixer", help="Gated structure (default: gla).", rich_help_panel=ATTENTION)
 ]
-Mixer = Annotated[str | None, typer.Option("--mixer", help="Gated structure (default: gla).", rich_help_panel=ATTENTION)]
 Window = Annotated[
-    int | None, typer.Option("--window", help="Keys a linear head sees through softmax (default: 256).", rich_help_panel=ATTENTION)
+    int | None,
+    typer.Option("--window", help="Keys a linear head sees through softmax (default: 256).", rich_help_panel=ATTENTION),
 ]
 Sinks = Annotated[
     int | None, typer.Option("--sinks", help="First tokens that stay visible (default: 4).", rich_help_panel=ATTENTION)
 ]
-Mix = Annotated[
-    str | None, typer.Option("--mix", help="sum or outside (default: outside).", rich_help_panel=ATTENTION)
-]
+Mix = Annotated[str | None, typer.Option("--mix", help="sum or outside (default: outside).", rich_help_panel=ATTENTION)]
 KeepSoftmax = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +51,7 @@ def register(app: typer.Typer) -> None:
             "linearize convert HuggingFaceTB/SmolLM2-135M-Instruct --config smollm2-135m",
             "linearize convert ./llama-3.2-1b -o out --keep-softmax 18:2,17:1 --window 128",
             "linearize convert model.gguf --set mix_options.log_mass=-4 --dry-run --json",
-        )
+        ),
     )(convert)
     app.command(
         cls=Command,
@@ -60,14 +59,17 @@ def register(app: typer.Typer) -> None:
             "linearize plan HuggingFaceTB/SmolLM2-135M-Instruct",
             "linearize plan ./model --keep-softmax every:4 --json",
             "linearize plan ./model --config liger",
-        )
+        ),
     )(plan)
 
 
 def convert(
     model: Model,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder to write (default: linearized/NAME-converted).", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="Folder to write (default: linearized/NAME-converted).", rich_help_panel=OUTPUT
+        ),
     ] = None,
     config: Config = None,
     mixer: Mixer = None,
@@ -171,8 +173,10 @@ def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) ->
         emit_json(shown)
         return
     coverage = shown["coverage"]
-    emit(f"{shown['model']} ({shown['family']}): {coverage['heads_planned']} of {coverage['heads']} key/value heads in "
-         f"{coverage['layers_planned']} of {coverage['layers']} layers become linear")
+    emit(
+        f"{shown['model']} ({shown['family']}): {coverage['heads_planned']} of {coverage['heads']} key/value heads in "
+        f"{coverage['layers_planned']} of {coverage['layers']} layers become linear"
+    )
     emit("layer  softmax heads  linear heads")
     for layer in shown["layers"]:
         kept, linear = ((",".join(map(str, layer[key])) or "-") for key in ("softmax_heads", "linear_heads"))

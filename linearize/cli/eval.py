@@ -26,10 +26,14 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[
-        Path | None, typer.Argument(help="A linearized folder (default: the newest under ./linearized/).", show_default=False)
+        Path | None,
+        typer.Argument(help="A linearized folder (default: the newest under ./linearized/).", show_default=False),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="The base model (default: the one recorded at conversion).", rich_help_panel=MEASURE)
+        str | None,
+        typer.Option(
+            "--base", help="The base model (default: the one recorded at conversion).", rich_help_panel=MEASURE
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -54,7 +58,9 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder for results.json and report.md (default: MODEL/eval).", rich_help_panel=OUTPUT),
+        typer.Option(
+            "-o", "--out", help="Folder for results.json and report.md (default: MODEL/eval).", rich_help_panel=OUTPUT
+        ),
     ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)
@@ -104,7 +110,9 @@ def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
     try:
         numbers = tuple(int(item) for item in text.split(","))
     except ValueError:
-        raise ConfigError(f"{option}: got '{text}', allowed are whole numbers with commas between, as 512,2048") from None
+        raise ConfigError(
+            f"{option}: got '{text}', allowed are whole numbers with commas between, as 512,2048"
+        ) from None
     if min(numbers) < least:
         raise ConfigError(f"{option}: got {min(numbers)}, allowed are numbers of at least {least}")
     return numbers

@@ -20,39 +20,46 @@ def register(app: typer.Typer) -> None:
             "linearize finetune --recipe lora",
             "linearize finetune linearized/my-model --recipe lora --data corpus.parquet --tokens 20000000 --batch-size 8",
             "torchrun --standalone --nproc_per_node 2 -m linearize finetune OUT --recipe lora --batch-size 2",
-        )
+        ),
     )(finetune)
 
 
 def finetune(
     model: Annotated[
         Path | None,
-        typer.Argument(help="A converted folder (default: the newest conversion under ./linearized/).", show_default=False),
+        typer.Argument(
+            help="A converted folder (default: the newest conversion under ./linearized/).", show_default=False
+        ),
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="Named recipe or YAML file.", rich_help_panel=TRAINING)
     ] = "lora",
     tokens: Annotated[int | None, typer.Option("--tokens", help="Budget.", rich_help_panel=TRAINING)] = None,
-    seq_len: Annotated[
-        int | None, typer.Option("--seq-len", help="Tokens a row.", rich_help_panel=TRAINING)
-    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens a row.", rich_help_panel=TRAINING)] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows a step, over all processes.", rich_help_panel=TRAINING)
     ] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Rate of LoRA.", rich_help_panel=TRAINING)] = None,
     teacher: Annotated[
         str | None,
-        typer.Option("--teacher", help="Another teacher for KL (default: the base model inside the student).", rich_help_panel=TRAINING),
+        typer.Option(
+            "--teacher",
+            help="Another teacher for KL (default: the base model inside the student).",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any recipe key, key=value; repeatable.", rich_help_panel=TRAINING)
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="sample, a file (txt, jsonl, parquet), or a hub id; repeatable.", rich_help_panel=DATA),
+        typer.Option(
+            "--data", help="sample, a file (txt, jsonl, parquet), or a hub id; repeatable.", rich_help_panel=DATA
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder to write (default: linearized/NAME-RECIPE).", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option("-o", "--out", help="Folder to write (default: linearized/NAME-RECIPE).", rich_help_panel=OUTPUT),
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run.", rich_help_panel=OUTPUT)
@@ -61,7 +68,10 @@ def finetune(
         bool, typer.Option("--overwrite", help="Replace an earlier output.", rich_help_panel=OUTPUT)
     ] = False,
     merge: Annotated[
-        bool, typer.Option("--merge/--no-merge", help="Write a merged checkpoint beside the adapter.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--merge/--no-merge", help="Write a merged checkpoint beside the adapter.", rich_help_panel=OUTPUT
+        ),
     ] = True,
     json_: Annotated[
         bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)

@@ -20,11 +20,13 @@ class Kind(StrEnum):
 
 def register(app: typer.Typer) -> None:
     app.command(
-        "list", cls=Command, epilog=examples("linearize list mixers", "linearize list families --json", "linearize list recipes")
+        "list",
+        cls=Command,
+        epilog=examples("linearize list mixers", "linearize list families --json", "linearize list recipes"),
     )(list_)
     app.command(
         cls=Command,
-        epilog=examples("linearize doctor", "linearize doctor --json", "linearize doctor --json > doctor.json")
+        epilog=examples("linearize doctor", "linearize doctor --json", "linearize doctor --json > doctor.json"),
     )(doctor)
 
 
@@ -45,14 +47,21 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
         from linearize.mixers.registry import MIXERS
 
         return [
-            {"name": name, "summary": entry.summary, "mixes": ", ".join(entry.mixes), "options": entry.options,
-             "source": entry.source}
+            {
+                "name": name,
+                "summary": entry.summary,
+                "mixes": ", ".join(entry.mixes),
+                "options": entry.options,
+                "source": entry.source,
+            }
             for name, entry in MIXERS.items()
         ]
     if kind is Kind.families:
         from linearize.families.registry import FAMILIES, REFUSED
 
-        supported = [{"name": name, "status": "supported", "covers": family.covers} for name, family in FAMILIES.items()]
+        supported = [
+            {"name": name, "status": "supported", "covers": family.covers} for name, family in FAMILIES.items()
+        ]
         return supported + [{"name": name, "status": "refused", "why": why} for name, why in REFUSED.items()]
     from linearize.recipe import load_config, load_recipe, packaged
 

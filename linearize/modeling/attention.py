@@ -77,7 +77,8 @@ class LinearizedAttention:
         cache = kwargs.pop(cache_name) if cache_name else None
         cos, sin = kwargs["position_embeddings"]
         call = AttentionCall(cache, (cos, sin), padding_mask, segments)
-        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        # one position is enough to say "no rotation" to all of them
+        kwargs["position_embeddings"] = (torch.ones_like(cos[:, :1]), torch.zeros_like(sin[:, :1]))
         return super().forward(**kwargs, linearize_call=call)
 
     def attend(
@@ -133,9 +134,7 @@ class LinearizedAttention:
             )
             return self.mixer(q, q_rotary, context, scale=scaling, state=None)[0]
         context = layer.extend(k_rotary, v, k, padding_mask)
-        output, layer.recurrent_state = self.mixer(
-            q, q_rotary, context, scale=scaling, state=layer.recurrent_state
-        )
+        output, layer.recurrent_state = self.mixer(q, q_rotary, context, scale=scaling, state=layer.recurrent_state)
         return output
 
     def _heads(self, x: Tensor, key_value_heads: tuple[int, ...]) -> Tensor:

@@ -26,10 +26,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ConfigError: no such folder, or not one that linearize wrote.
     """
     if not folder.is_dir():
-        raise ConfigError(f"MODEL: no folder '{folder}'; finetune and eval take a folder that `linearize convert` wrote")
+        raise ConfigError(
+            f"MODEL: no folder '{folder}'; finetune and eval take a folder that `linearize convert` wrote"
+        )
     path = folder / MANIFEST
     if not path.is_file():
-        raise ConfigError(f"MODEL: {folder} is not a linearized checkpoint (no {MANIFEST}); run `linearize convert` first")
+        raise ConfigError(
+            f"MODEL: {folder} is not a linearized checkpoint (no {MANIFEST}); run `linearize convert` first"
+        )
     try:
         manifest = json.loads(path.read_bytes())
         if not isinstance(manifest, dict) or "kind" not in manifest or "base" not in manifest:

@@ -76,7 +76,7 @@ def gla_chunked(
         state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         return v.new_zeros(B, 0, q.shape[2], V), state
     padding = -T % CHUNK
-    # [B, J, N, (G,) C, ·]: chunks are a batch dimension
+    # [B, J, N, C, (G,) ·]: chunks are a batch dimension
     q_ = _chunks(_group(q, k).to(dtype) * scale, padding)
     k_, v_, g_ = (_chunks(x.to(dtype), padding) for x in (k, v, log_decay))
     state = q_.new_zeros(B, J, K, V) if initial_state is None else initial_state.to(dtype)
@@ -84,7 +84,7 @@ def gla_chunked(
     if segments is not None:
         segment_chunks = F.pad(segments[:, None], (0, padding), mode="replicate").view(B, 1, -1, CHUNK)
     output, final = _ChunkedGLA.apply(q_, k_, v_, g_, state, segment_chunks)
-    output = output.permute(0, 2, 4, 1, 3, 5).reshape(B, T + padding, q.shape[2], V)
+    output = output.permute(0, 2, 3, 1, 4, 5).reshape(B, T + padding, q.shape[2], V)
     return output[:, :T].to(v.dtype), final
 
 
@@ -117,119 +117,127 @@ def gla(
 
 
 class _ChunkedGLA(torch.autograd.Function):
-    """Forward and backward over chunks. Tensors are [B, J, N, (G,) C, ·]; see `gla_chunked`."""
+    """Forward and backward over chunks; see `gla_chunked`.
+
+    q is [B, J, N, C, G, K], k v g are [B, J, N, C, ·]. Rows and group are adjacent, so that flattening the two, which
+    every product does, copies nothing.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, g, state, segments):
         b, b_end = _cumulative(g)
         keep_in, keep_out, carry, same = _segment_masks(segments, q.dtype)
-        scores = _intra_scores(q, k, b, same)
-        output = scores @ v[:, :, :, None]
-        q_in = q * b.exp()[:, :, :, None]
-        k_out = k * (b_end - b).exp()
-        if keep_in is not None:
-            q_in = q_in * keep_in[..., None, :, None]
-            k_out = k_out * keep_out[..., None]
+        scores = _intra_scores(q, k, b)
+        if same is not None:
+            scores = scores * same
+        q_in, k_out, decay = q * b.exp()[..., None, :], k * (b_end - b).exp(), _decay_of_chunk(b_end, carry)
+        if segments is not None:
+            q_in, k_out = q_in * keep_in[..., None, None], k_out * keep_out[..., None]
         writes = k_out.transpose(-1, -2) @ v
-        decay = b_end.squeeze(-2).exp().unsqueeze(-1)
-        if carry is not None:
-            decay = decay * carry[..., None, None]
         states = []
         for n in range(q.shape[2]):
             states.append(state)
             state = torch.addcmul(writes[:, :, n], decay[:, :, n], state)
         states = torch.stack(states, dim=2)
-        output = output + q_in @ states[:, :, :, None]
-        ctx.save_for_backward(q, k, v, g, states, segments)
-        return output, state
+        output = scores.flatten(3, 4) @ v
+        output += q_in.flatten(3, 4) @ states
+        ctx.save_for_backward(q, k, v, g, states, segments, scores)
+        return output.unflatten(3, q.shape[3:5]), state
 
     @staticmethod
     def backward(ctx, d_output, d_state):
-        q, k, v, g, states, segments = ctx.saved_tensors
+        q, k, v, g, states, segments, scores = ctx.saved_tensors
         b, b_end = _cumulative(g)
         keep_in, keep_out, carry, same = _segment_masks(segments, q.dtype)
-        in_decay, out_decay = b.exp(), (b_end - b).exp()
-        if keep_in is not None:
+        in_decay, out_decay, decay = b.exp(), (b_end - b).exp(), _decay_of_chunk(b_end, carry)
+        if segments is not None:
             in_decay, out_decay = in_decay * keep_in[..., None], out_decay * keep_out[..., None]
-        decay = b_end.squeeze(-2).exp().unsqueeze(-1)
-        if carry is not None:
-            decay = decay * carry[..., None, None]
+        in_decay = in_decay[..., None, :]
+        d_output = d_output.flatten(3, 4)
 
         # [B, J, N, K, V]: what each chunk's entering state receives from its own queries, all groups at once
-        q_in = q * in_decay[:, :, :, None]
-        d_reads = q_in.flatten(3, 4).transpose(-1, -2) @ d_output.flatten(3, 4)
+        d_reads = (q * in_decay).flatten(3, 4).transpose(-1, -2) @ d_output
         d_next = []
         for n in reversed(range(q.shape[2])):
             d_next.append(d_state)
             d_state = torch.addcmul(d_reads[:, :, n], decay[:, :, n], d_state)
         d_next = torch.stack(d_next[::-1], dim=2)
 
-        scores = _intra_scores(q, k, b, same)
-        d_scores = d_output @ v[:, :, :, None].transpose(-1, -2)
-        dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output.flatten(3, 4) + (k * out_decay) @ d_next
+        dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
+        dv += (k * out_decay) @ d_next
         dk_out = (v @ d_next.transpose(-1, -2)) * out_decay
-        dq = (d_output @ states[:, :, :, None].transpose(-1, -2)) * in_decay[:, :, :, None]
-        dq_intra, dk_intra = _intra_backward(q, k, b, d_scores, same)
-        dq, dk = dq + dq_intra, dk_out + dk_intra
+        d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5])
+        if same is not None:
+            d_scores *= same
+        dq, dk = _intra_backward(q, k, b, d_scores)
+        dq += (d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]) * in_decay
+        dk += dk_out
 
         # b enters every term as +b with q and -b with k, so its gradient needs no further products (2312.06635, C.2)
-        db = (q * dq).sum(3) - k * dk
+        db = (q * dq).sum(4) - k * dk
         db_end = (k * dk_out).sum(-2) + (decay * states * d_next).sum(-1)
         dg = db.flip(-2).cumsum(-2).flip(-2) + db_end.unsqueeze(-2)
         return dq, dk, dv, dg, d_state, None
 
 
-def _intra_scores(q: Tensor, k: Tensor, b: Tensor, same: Tensor | None) -> Tensor:
-    """A_ij = sum_K q_i k_j exp(b_i - b_j) for j <= i inside a chunk: [B, J, N, G, C, C].
+def _intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    """A_ij = sum_K q_i k_j exp(b_i - b_j) for j <= i inside a chunk: [B, J, N, C, G, C].
 
     Rows are taken a sub-chunk at a time. Earlier sub-chunks meet it through the decay at its first token; inside
     it the differences are formed directly.
     """
     scores = q.new_zeros(*q.shape[:-1], CHUNK)
-    causal = torch.ones(SUBCHUNK, SUBCHUNK, dtype=torch.bool, device=q.device).tril()
+    flat = scores.flatten(3, 4)
+    G = q.shape[4]
     for start in range(0, CHUNK, SUBCHUNK):
         rows, past = slice(start, start + SUBCHUNK), slice(0, start)
         if start:
-            reference = b[..., start - 1 : start, :]
-            q_rows = q[..., rows, :] * (b[..., rows, :] - reference).exp()[:, :, :, None]
-            k_past = k[..., past, :] * (reference - b[..., past, :]).exp()
-            scores[..., rows, past] = q_rows @ k_past[:, :, :, None].transpose(-1, -2)
-        # [B, J, N, c, c, K] then one product per row over all query groups
-        k_inside = _decay_inside(b, rows, causal) * k[..., None, rows, :]
-        inside = q[..., rows, :].transpose(3, 4) @ k_inside.transpose(-1, -2)
-        scores[..., rows, rows] = inside.transpose(3, 4)
-    return scores if same is None else scores * same
+            row_decay, past_decay = _decay_between(b, rows, past)
+            q_rows = (q[..., rows, :, :] * row_decay).flatten(3, 4)
+            k_past = k[..., past, :] * past_decay
+            flat[..., G * start : G * (start + SUBCHUNK), past] = q_rows @ k_past.transpose(-1, -2)
+        # [B, J, N, c, c, K], then one product per row over all query groups
+        k_inside = _decay_inside(b, rows) * k[..., None, rows, :]
+        scores[..., rows, :, rows] = q[..., rows, :, :] @ k_inside.transpose(-1, -2)
+    return scores
 
 
-def _intra_backward(q, k, b, d_scores, same) -> tuple[Tensor, Tensor]:
+def _intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `_intra_scores` with respect to q and k (b follows from them)."""
-    d_scores = d_scores if same is None else d_scores * same
-    dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-    causal = torch.ones(SUBCHUNK, SUBCHUNK, dtype=torch.bool, device=q.device).tril()
+    dq, dk = torch.empty_like(q), torch.zeros_like(k)
     for start in range(0, CHUNK, SUBCHUNK):
         rows, past = slice(start, start + SUBCHUNK), slice(0, start)
-        if start:
-            reference = b[..., start - 1 : start, :]
-            row_decay = (b[..., rows, :] - reference).exp()[:, :, :, None]
-            past_decay = (reference - b[..., past, :]).exp()
-            block = d_scores[..., rows, past]
-            k_past = (k[..., past, :] * past_decay)[:, :, :, None]
-            dq[..., rows, :] += (block @ k_past) * row_decay
-            q_rows = q[..., rows, :] * row_decay
-            dk[..., past, :] += (block.flatten(3, 4).transpose(-1, -2) @ q_rows.flatten(3, 4)) * past_decay
-        decay = _decay_inside(b, rows, causal)
+        q_rows, decay = q[..., rows, :, :], _decay_inside(b, rows)
         # [B, J, N, c (row), G, c (column)]
-        block = d_scores[..., rows, rows].transpose(3, 4)
-        dq[..., rows, :] += (block @ (decay * k[..., None, rows, :])).transpose(3, 4)
-        by_row = block.transpose(-1, -2) @ q[..., rows, :].transpose(3, 4)
-        dk[..., rows, :] += (by_row * decay).sum(3)
+        inside = d_scores[..., rows, :, rows]
+        dq_rows = inside @ (decay * k[..., None, rows, :])
+        dk[..., rows, :] += ((inside.transpose(-1, -2) @ q_rows) * decay).sum(3)
+        if start:
+            row_decay, past_decay = _decay_between(b, rows, past)
+            block = d_scores[..., rows, :, past].flatten(3, 4)
+            dq_rows += (block @ (k[..., past, :] * past_decay)).unflatten(3, q_rows.shape[3:5]) * row_decay
+            dk[..., past, :] += (block.transpose(-1, -2) @ (q_rows * row_decay).flatten(3, 4)) * past_decay
+        dq[..., rows, :, :] = dq_rows
     return dq, dk
 
 
-def _decay_inside(b: Tensor, rows: slice, causal: Tensor) -> Tensor:
+def _decay_between(b: Tensor, rows: slice, past: slice) -> tuple[Tensor, Tensor]:
+    """Decay from the last token before `rows` to each row, and from each past token to it; both at most one."""
+    reference = b[..., rows.start - 1 : rows.start, :]
+    return (b[..., rows, :] - reference).exp_()[..., None, :], (reference - b[..., past, :]).exp_()
+
+
+def _decay_inside(b: Tensor, rows: slice) -> Tensor:
     """exp(b_i - b_j) for j <= i and zero above, inside one sub-chunk: [B, J, N, c, c, K]."""
     difference = b[..., rows, None, :] - b[..., None, rows, :]
-    return difference.masked_fill_(~causal[..., None], float("-inf")).exp_()
+    later = torch.ones(SUBCHUNK, SUBCHUNK, dtype=torch.bool, device=b.device).triu(1)
+    return difference.masked_fill_(later[..., None], float("-inf")).exp_()
+
+
+def _decay_of_chunk(b_end: Tensor, carry: Tensor | None) -> Tensor:
+    """What a whole chunk leaves of the entering state: [B, J, N, K, 1]."""
+    decay = b_end.squeeze(-2).exp().unsqueeze(-1)
+    return decay if carry is None else decay * carry[..., None, None]
 
 
 def _cumulative(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +254,7 @@ def _segment_masks(segments: Tensor | None, dtype: torch.dtype):
     keep_in = (segments == before).to(dtype)
     keep_out = (segments == last).to(dtype)
     carry = (before == last).squeeze(-1).to(dtype)
-    same = (segments[..., :, None] == segments[..., None, :]).to(dtype)[:, :, :, None]
+    same = (segments[..., :, None] == segments[..., None, :]).to(dtype)[..., None, :]
     return keep_in, keep_out, carry, same
 
 
@@ -260,9 +268,6 @@ def _group(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, padding: int) -> Tensor:
-    """[B, T, J, (G,) D] -> [B, J, N, (G,) C, D], zero-padded to whole chunks."""
-    if x.dim() == 5:
-        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, padding))
-        return x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 4, 2, 5).contiguous()
-    x = F.pad(x, (0, 0, 0, 0, 0, padding))
-    return x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4).contiguous()
+    """[B, T, J, (G,) D] -> [B, J, N, C, (G,) D], zero-padded to whole chunks."""
+    x = F.pad(x, (*(0, 0) * (x.dim() - 2), 0, padding)).unflatten(1, (-1, CHUNK))
+    return x.movedim(3, 1).contiguous()

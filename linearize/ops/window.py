@@ -130,7 +130,6 @@ def window_attention(
     return output.reshape(B, blocks * C, H, -1)[:, :T]
 
 
-
 def _windows(x: Tensor, span: int, step: int) -> Tensor:
     """Overlapping stretches of dimension 1: [B, L, ...] -> [B, blocks, span, ...] (a view)."""
     x = x.unfold(1, span, step)

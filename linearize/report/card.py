@@ -30,9 +30,9 @@ tags: [linearize, linear-attention]
 
 # {name}, linearized
 
-[{name}]({_link(base)}) with softmax attention replaced by {settings['mixer']} in {coverage['heads_converted']} of
-{coverage['heads']} key/value heads: a window of {settings['window']} keys, {settings['sinks']} sinks, and a recurrent
-branch mixed by `{settings['mix']}`. Base weights are unchanged; {manifest['parameters_added']:,} parameters were added.
+[{name}]({_link(base)}) with softmax attention replaced by {settings["mixer"]} in {coverage["heads_converted"]} of
+{coverage["heads"]} key/value heads: a window of {settings["window"]} keys, {settings["sinks"]} sinks, and a recurrent
+branch mixed by `{settings["mix"]}`. Base weights are unchanged; {manifest["parameters_added"]:,} parameters were added.
 {recovery}
 | context | base cache, MiB | this model's cache, MiB | ratio |
 |---|---|---|---|
@@ -46,7 +46,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 `linearize eval PATH` measures it beside its base model.
-""".replace("Base weights are unchanged", "Base weights are merged with LoRA" if recovery else "Base weights are unchanged")
+""".replace(
+        "Base weights are unchanged", "Base weights are merged with LoRA" if recovery else "Base weights are unchanged"
+    )
 
 
 def _metadata(base: dict[str, Any], base_folder: Path) -> str:

@@ -30,8 +30,9 @@ def parse_gate(expression: str) -> tuple[str, str, str, float]:
         ) from None
     name = name or STUDENT
     if name not in FIELDS:
-        raise ConfigError(f"--gate: got the field '{name}' in '{expression}', allowed are {', '.join(FIELDS)}"
-                          f"{nearest(name, FIELDS)}")
+        raise ConfigError(
+            f"--gate: got the field '{name}' in '{expression}', allowed are {', '.join(FIELDS)}{nearest(name, FIELDS)}"
+        )
     return metric, name, comparison, number
 
 
@@ -40,8 +41,9 @@ def check_gates(expressions: list[str], names: list[str]) -> None:
     for expression in expressions:
         metric = parse_gate(expression)[0]
         if metric not in names:
-            raise ConfigError(f"--gate: '{metric}' is not measured here, allowed are {', '.join(names)}"
-                              f"{nearest(metric, names)}")
+            raise ConfigError(
+                f"--gate: '{metric}' is not measured here, allowed are {', '.join(names)}{nearest(metric, names)}"
+            )
 
 
 def evaluate_gates(expressions: list[str], metrics: tuple[Metric, ...]) -> tuple[Gate, ...]:

@@ -7,7 +7,14 @@ from linearize.report.results import BASE, MODELS, STUDENT, Metric, Results
 
 def render_markdown(results: Results) -> str:
     """The report."""
-    lines = [f"# {results.model} beside {results.base}", "", f"**Verdict: {results.verdict}.**", "", summary_table(results), ""]
+    lines = [
+        f"# {results.model} beside {results.base}",
+        "",
+        f"**Verdict: {results.verdict}.**",
+        "",
+        summary_table(results),
+        "",
+    ]
     lines += [
         "Figures are means; ± is one standard error over windows or rows. Ratio is to the base in the same run. Recovery is "
         "the share of what window + sinks lost that the student has: 0 is window + sinks without training, 1 is the base. "
@@ -16,14 +23,17 @@ def render_markdown(results: Results) -> str:
     ]
     if results.gates:
         lines += ["## Gates", "", "| gate | value | |", "|---|---|---|"]
-        lines += [f"| `{g.expression}` | {_number(g.value)} | {'passed' if g.passed else 'FAILED'} |" for g in results.gates]
+        lines += [
+            f"| `{g.expression}` | {_number(g.value)} | {'passed' if g.passed else 'FAILED'} |" for g in results.gates
+        ]
         lines.append("")
     for name, rows in results.positions.items():
         models = [model for model in MODELS if model in rows[0]]
         lines += [f"## {name} by position", "", "| positions | " + " | ".join(MODELS[m] for m in models) + " |"]
         lines.append("|---" * (len(models) + 1) + "|")
         lines += [
-            f"| {int(row['start'])}–{int(row['end']) - 1} | " + " | ".join(_number(row[m]) for m in models) + " |" for row in rows
+            f"| {int(row['start'])}–{int(row['end']) - 1} | " + " | ".join(_number(row[m]) for m in models) + " |"
+            for row in rows
         ]
         lines.append("")
     lines += ["## Cache of one sequence", "", "| context | base, MiB | student, MiB | ratio |", "|---|---|---|---|"]
@@ -36,7 +46,9 @@ def render_markdown(results: Results) -> str:
     lines += [f"- {key}: {value}" for key, value in results.data.items()]
     lines += [f"- heads linear: {results.coverage['heads_converted']} of {results.coverage['heads']}"]
     lines += [f"- settings: {', '.join(f'{k} {v}' for k, v in results.settings.items() if v not in ('', {}))}"]
-    lines += [f"- seed {results.seed}; {results.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in results.versions.items())]
+    lines += [
+        f"- seed {results.seed}; {results.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in results.versions.items())
+    ]
     lines += [f"- command: `{results.command}`"]
     lines += [f"- {note}" for note in results.notes]
     return "\n".join(lines) + "\n"

@@ -37,7 +37,9 @@ class Batch:
         return Batch(self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device))
 
     def split(self, size: int) -> list["Batch"]:
-        return [Batch(*parts) for parts in zip(*(x.split(size) for x in (self.input_ids, self.position_ids, self.labels)))]
+        return [
+            Batch(*parts) for parts in zip(*(x.split(size) for x in (self.input_ids, self.position_ids, self.labels)))
+        ]
 
 
 def data_fingerprint(datasets: list[str]) -> str:
@@ -70,7 +72,9 @@ def open_dataset(name: str) -> Any:
             raise ConfigError(f"--data: the folder {name} holds no .parquet files")
         return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     if suffix in FORMATS or name.count("/") != 1:
-        raise ConfigError(f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)")
+        raise ConfigError(
+            f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"
+        )
     from linearize.checkpoint.source import HUB_SECONDS, hub_answers
 
     if not hub_answers():

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from linearize.errors import ConfigError, nearest
 from linearize.families.registry import FAMILIES
-from linearize.recipe import Loss, Lora, Recipe
+from linearize.recipe import Lora, Loss, Recipe
 from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 

@@ -26,7 +26,9 @@ def save_state(
 ) -> Path:
     """Writes the state after `step` optimizer steps and drops all but the newest two."""
     names = _names(model)
-    tensors = {f"parameter/{name}": value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad}
+    tensors = {
+        f"parameter/{name}": value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad
+    }
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"optimizer/{key}/{names[parameter]}"] = torch.as_tensor(value).detach().cpu()
