@@ -70,7 +70,9 @@ def bench_prefill(model, lengths: list[int]) -> list[dict]:
         row = {"length": length}
         for name, mode in modes(model):
             with mode():
-                row[f"{name}_us_per_token"] = 1e6 * best_of(lambda: model.base_model(ids, use_cache=False)) / length
+                row[f"{name}_us_per_token"] = (
+                    1e6 * best_of(lambda ids=ids: model.base_model(ids, use_cache=False)) / length
+                )
         row["ratio"] = row["student_us_per_token"] / row["base_us_per_token"]
         rows.append(row)
         print(row, file=sys.stderr, flush=True)

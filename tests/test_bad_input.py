@@ -287,7 +287,7 @@ def test_failures_in_json(base_folder, cli):
     base = base_folder()
     edit_config(model_type="gpt2")(base)
     for arguments, wanted in ((("convert", base), 4), (("convert",), 2), (("nonsense",), 2)):
-        code, out, err = cli(*arguments, "--json")
+        code, out, _ = cli(*arguments, "--json")
         assert code == wanted
         document = json.loads(out)
         assert document["exit_code"] == wanted and document["error"]

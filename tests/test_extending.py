@@ -16,8 +16,6 @@ from linearize.ops.gla import gla
 
 
 class Cumulative(nn.Module):
-    OPTIONS = {}
-
     def forward(self, q, k, v, *, write_mask=None, initial_state=None, segments=None):
         q, k, v = q.float().softmax(-1), k.float().softmax(-1), v.float()
         if write_mask is not None:

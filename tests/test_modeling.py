@@ -110,9 +110,9 @@ def test_attention_equals_a_plain_loop(layer):
                         k_rotary[0, j],
                         layer,
                         reference.scaling,
-                        layer.mix_options.get("log_mass", 0.0),
-                        layer.mixer_options.get("gate_logit_normalizer", 16.0),
-                    )  # fmt: skip
+                        log_mass=layer.mix_options.get("log_mass", 0.0),
+                        normalizer=layer.mixer_options.get("gate_logit_normalizer", 16.0),
+                    )
                 )
         wanted = reference.o_proj(torch.stack(heads, 1).flatten(1)[None])
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)

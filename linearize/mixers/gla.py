@@ -23,8 +23,6 @@ class GatedLinearAttention(nn.Module):
         gate_logit_normalizer: divides the log-decay; 16 in GLA and Liger. A larger one remembers longer.
     """
 
-    OPTIONS = {"gate_logit_normalizer": 16.0}
-
     def __init__(self, gate_logit_normalizer: float = 16.0):
         super().__init__()
         self.gate_logit_normalizer = gate_logit_normalizer
