@@ -296,6 +296,8 @@ def convert(
     if out is not None:
         check_target(out, overwrite=overwrite)
     with open_source(model, revision=revision, dtype=settings.dtype) as source:
+        if source.kind == "gguf":
+            progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
         if source.read_config().get("auto_map") and not trust_remote_code:
             progress(f"{source.name} brings modelling code of its own, which is not run (--trust-remote-code)")
         inspection = inspect_source(source, settings)

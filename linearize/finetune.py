@@ -61,6 +61,8 @@ def finetune(
     dtype = compute_dtype(recipe.precision)
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
     main = accelerator.is_main_process
+    if not main:
+        progress = _silent
     tokenizer = load_tokenizer(model)
     rows = packed_rows(
         recipe.data,
@@ -229,6 +231,10 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
             (folder / asset).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(parent / asset, folder / asset)
     return {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()}
+
+
+def _silent(message: str) -> None:
+    """What the other processes say."""
 
 
 def _peeked(rows):

@@ -109,6 +109,7 @@ def convert(
         return
     from linearize.convert import convert as run
 
+    quiet_libraries()
     result = run(
         model,
         settings,
