@@ -116,6 +116,17 @@ def test_verification_fails_when_decode_differs(base_folder, tmp_path):
     assert "cached decode differs" in json.loads(run.stdout)["failure"]
 
 
+def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_path):
+    out, base = tmp_path / "out", base_folder("mqa_tied", shards=2, dtype=torch.bfloat16)
+    convert(str(base), settings(), out=out, verify=False, progress=quiet)
+    script = (
+        "import sys; from linearize import verify; verify.STREAM_ABOVE = 0\n"
+        f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]; verify.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert json.loads(run.stdout)["softmax_everywhere_max_difference"] == 0.0, run.stderr[-2000:]
+
+
 @pytest.mark.parametrize(("link", "same_file"), [("auto", True), ("hard", True), ("copy", False)])
 def test_link_modes(base_folder, tmp_path, link, same_file):
     base, out = base_folder(), tmp_path / "out"

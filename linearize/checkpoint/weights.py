@@ -23,9 +23,10 @@ FLOATING = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: where it lies, its dtype name, shape and size in bytes."""
+    """One tensor of a checkpoint: its file and first byte there, dtype name, shape and size in bytes."""
 
     file: str
+    offset: int
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
@@ -100,7 +101,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
-        infos = {name: _tensor_info(path.name, entry) for name, entry in header.items()}
+        infos = {name: _tensor_info(path.name, 8 + length, entry) for name, entry in header.items()}
         spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged header ({error})") from None
@@ -116,13 +117,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _tensor_info(file: str, entry: dict) -> TensorInfo:
+def _tensor_info(file: str, data_start: int, entry: dict) -> TensorInfo:
     if entry["dtype"] not in BITS:
         raise ValueError(f"unknown dtype '{entry['dtype']}'")
     shape = tuple(entry["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"impossible shape {list(shape)}")
-    return TensorInfo(file, entry["dtype"], shape, math.prod(shape) * BITS[entry["dtype"]] // 8)
+    nbytes = math.prod(shape) * BITS[entry["dtype"]] // 8
+    return TensorInfo(file, data_start + entry["data_offsets"][0], entry["dtype"], shape, nbytes)
 
 
 def _no_duplicates(pairs: list) -> dict:
