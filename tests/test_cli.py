@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -17,7 +16,7 @@ def test_help_is_light_and_complete(command):
     script = (
         "import sys; from linearize.cli.app import run\n"
         f"code = run({[*command, '--help']!r})\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'safetensors'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'safetensors', 'rich', 'yaml'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy), code)"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
@@ -26,16 +25,6 @@ def test_help_is_light_and_complete(command):
         shown = out[out.index("Examples") :]
         assert len(re.findall(r"^\s*(linearize|torchrun)", shown, re.MULTILINE)) == 3
         assert "Exit codes" in shown and "--json" in out
-
-
-def test_help_answers_quickly():
-    """The least of several runs, since this is about what is imported, not about how busy the machine is."""
-    seconds = []
-    for _ in range(8):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "linearize", "convert", "--help"], capture_output=True, check=True)
-        seconds.append(time.monotonic() - started)
-    assert min(seconds) < 0.3
 
 
 @pytest.mark.parametrize("kind", ["mixers", "families", "recipes", "configs"])
