@@ -16,12 +16,6 @@ class ConfigError(LinearizeError):
     exit_code = 2
 
 
-class GateError(LinearizeError):
-    """A quality gate was not met. Exit code 3."""
-
-    exit_code = 3
-
-
 class UnsupportedModelError(LinearizeError):
     """A model that cannot be converted, and why. Exit code 4."""
 

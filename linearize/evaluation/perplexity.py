@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_TOKENS = 256
-BUCKETS = 8
 
 
 @dataclass
