@@ -27,7 +27,7 @@ from linearize.checkpoint.assets import asset_files
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.source import Source, open_source
 from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, Weights, read_weights
-from linearize.checkpoint.writing import atomic_folder, check_space, check_target, place, write_json, write_text
+from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
 from linearize.errors import CheckpointError, ConfigError, CoverageError, UnsupportedModelError, nearest
 from linearize.families.registry import FAMILIES, REFUSED
 from linearize.mixers.registry import MIXERS
@@ -109,11 +109,16 @@ class Inspection:
         }
 
 
-def inspect_source(source: Source, settings: ConversionConfig) -> Inspection:
-    """Steps 1 to 3: everything that can be checked without writing."""
-    config, family_name = _checked_config(source)
+def inspect_source(source: Source, settings: ConversionConfig, weights: Weights | None = None) -> Inspection:
+    """Steps 1 to 3: everything that can be checked without writing.
+
+    Args:
+        weights: what `read_weights` found, where it has been called already.
+    """
+    raw = checked_model_type(source)
+    weights = weights or read_weights(source.folder)
+    config, family_name = _full_config(source, raw), raw["model_type"]
     plan = make_plan(family_name, config, settings)
-    weights = read_weights(source.folder)
     ignored = _check_tensors(source, config, family_name, weights)
     added = added_parameters(config, plan)
     dtype = PLAIN_DTYPES.get(next(iter(weights.tensors.values())).dtype, "bfloat16")
@@ -191,8 +196,8 @@ def _added_tensors(config: dict[str, Any], plan: Plan, device: str) -> dict[str,
     return tensors
 
 
-def _checked_config(source: Source) -> tuple[dict[str, Any], str]:
-    """The base's config with the family's defaults filled in, after every refusal that it can cause."""
+def checked_model_type(source: Source) -> dict[str, Any]:
+    """The base's config.json, if it is of a model that can be converted. Needs no torch."""
     raw = source.read_config()
     model_type = raw.get("model_type")
     if "linearize" in raw or str(model_type).startswith("linearized_"):
@@ -210,6 +215,11 @@ def _checked_config(source: Source) -> tuple[dict[str, Any], str]:
             f"{source.name}: model_type '{model_type}' is not supported; supported are {', '.join(FAMILIES)}"
             f"{nearest(str(model_type), FAMILIES)}"
         )
+    return raw
+
+
+def _full_config(source: Source, raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the family's defaults filled in."""
     from transformers import AutoConfig
 
     try:
@@ -217,7 +227,7 @@ def _checked_config(source: Source) -> tuple[dict[str, Any], str]:
     except Exception as error:  # strict configs raise their own types for impossible values
         raise CheckpointError(f"{source.folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
     _check_heads(source, config)
-    return config, model_type
+    return config
 
 
 def _check_heads(source: Source, config: dict[str, Any]) -> None:
@@ -300,21 +310,26 @@ def convert(
             progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
         if source.read_config().get("auto_map") and not trust_remote_code:
             progress(f"{source.name} brings modelling code of its own, which is not run (--trust-remote-code)")
-        inspection = inspect_source(source, settings)
-        coverage = inspection.coverage()
-        if coverage["heads_planned"] == 0 and settings.keep_softmax != "all":
-            raise CoverageError("nothing to convert: the plan leaves every head as it is")
+        checked_model_type(source)
+        weights = read_weights(source.folder)
         out = out or default_output(source.name, "converted")
         check_target(out, overwrite=overwrite)
-        # a link may fail and fall back to copying, so the disk must be able to take a copy
         if link == "copy":
-            check_space(out.parent, inspection.weights.nbytes + 4 * inspection.added_parameters)
-        progress(
-            f"{source.name}: {coverage['layers_planned']} of {coverage['layers']} layers, {coverage['heads_planned']} of "
-            f"{coverage['heads']} key/value heads become linear"
-        )
-        with atomic_folder(out, overwrite=overwrite) as folder:
-            manifest = write_checkpoint(folder, inspection, link=link)
+            check_space(out.parent, weights.nbytes)
+        with (
+            atomic_folder(out, overwrite=overwrite) as folder,
+            # the bytes flow while torch and transformers are being imported
+            placing({weights.folder / name: folder / name for name in weights.files}, link) as placed,
+        ):
+            inspection = inspect_source(source, settings, weights)
+            coverage = inspection.coverage()
+            if coverage["heads_planned"] == 0 and settings.keep_softmax != "all":
+                raise CoverageError("nothing to convert: the plan leaves every head as it is")
+            progress(
+                f"{source.name}: {coverage['layers_planned']} of {coverage['layers']} layers, "
+                f"{coverage['heads_planned']} of {coverage['heads']} key/value heads become linear"
+            )
+            manifest = write_checkpoint(folder, inspection, placed)
             if verify:
                 progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
                 manifest["verification"] = run_verification(folder, source.folder)
@@ -322,12 +337,11 @@ def convert(
     return {"output": str(out.resolve()), **manifest}
 
 
-def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict[str, Any]:
-    """Step 4. Returns the manifest that becomes linearize.json."""
+def write_checkpoint(folder: Path, inspection: Inspection, placed: Callable[[], str]) -> dict[str, Any]:
+    """Step 4, the base's shards being on their way. Returns the manifest that becomes linearize.json."""
     from linearize.modeling.export import write_portable
     from linearize.report.card import conversion_card
 
-    placed, shard_names = _place_weights(folder, inspection, link)
     converted = _assert_coverage(inspection)
     for asset in asset_files(inspection.source.folder):
         (folder / asset).parent.mkdir(parents=True, exist_ok=True)
@@ -335,6 +349,8 @@ def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict
     config = student_config(inspection)
     write_json(folder / "config.json", config)
     write_portable(folder, inspection.plan.base_model_type)
+    how = placed()
+    shard_names = _complete_weights(folder, inspection)
     manifest = {
         "format_version": 1,
         "kind": "converted",
@@ -347,7 +363,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, *, link: str) -> dict
         "parameters_added": inspection.added_parameters,
         "vocabulary": inspection.config["vocab_size"],
         "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
-        "weights": {"placed": placed, "files": shard_names, "bytes": inspection.weights.nbytes},
+        "weights": {"placed": how, "files": shard_names, "bytes": inspection.weights.nbytes},
         "sha256": {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()},
         "versions": versions(),
     }
@@ -370,14 +386,14 @@ def student_config(inspection: Inspection) -> dict[str, Any]:
     return config
 
 
-def _place_weights(folder: Path, inspection: Inspection, link: str) -> tuple[str, list[str]]:
-    """Links or copies the base shards and writes the added parameters and the index; returns how, and the files."""
+def _complete_weights(folder: Path, inspection: Inspection) -> list[str]:
+    """Writes the added parameters and the index beside the base's shards; returns all weight files."""
     weights = inspection.weights
     names = dict.fromkeys(weights.files)
     if weights.files == (SINGLE,) and inspection.added:
         # readers take a lone model.safetensors for the whole model, so beside a second file it needs a shard's name
         names = {SINGLE: "model-00001-of-00002.safetensors"}
-    how = {place(weights.folder / old, folder / (new or old), link) for old, new in names.items()}
+        (folder / SINGLE).rename(folder / names[SINGLE])
     weight_map = {name: names[info.file] or info.file for name, info in weights.tensors.items()}
     files = [new or old for old, new in names.items()]
     if inspection.added:
@@ -390,7 +406,7 @@ def _place_weights(folder: Path, inspection: Inspection, link: str) -> tuple[str
         parameters = sum(_product(info.shape) for info in weights.tensors.values()) + inspection.added_parameters
         metadata = {"total_parameters": parameters, "total_size": total}
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    return "+".join(sorted(how)), files
+    return files
 
 
 def _write_added(path: Path, inspection: Inspection) -> None:

@@ -6,13 +6,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from linearize.errors import ConfigError, ResourceError
 
 FICLONE = 0x40049409
+COPY_BYTES = 2**27
 
 
 @contextlib.contextmanager
@@ -79,12 +83,29 @@ def check_space(where: Path, needed: int) -> None:
         raise ResourceError(f"{where}: needs {needed / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free")
 
 
-def place(source: Path, target: Path, link: str) -> str:
+@contextlib.contextmanager
+def placing(files: dict[Path, Path], link: str) -> Iterator[Callable[[], str]]:
+    """Places files, source -> target, in the background; see `place` for `link`.
+
+    Yields a function that waits for the last of them and returns how they were placed, "hard", "copy" or several with
+    a plus. Leaving the block before that stops the copying.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(lambda: {place(source, target, link, stop) for source, target in files.items()})
+        try:
+            yield lambda: "+".join(sorted(future.result()))
+        finally:
+            stop.set()
+
+
+def place(source: Path, target: Path, link: str, stop: threading.Event) -> str:
     """Puts the bytes of `source` at `target`; returns how: "hard", "reflink" or "copy".
 
     Args:
         link: "auto" tries a hard link, then a reflink, then copies; "hard" insists on the link; "copy" makes bytes of
             its own (a reflink where the file system shares them until written).
+        stop: ends a copy early, half done.
     """
     source = source.resolve()  # a hub cache holds symbolic links; link to the file itself
     if link in ("auto", "hard"):
@@ -96,14 +117,24 @@ def place(source: Path, target: Path, link: str) -> str:
                 raise ConfigError(
                     f"--link hard: {target.parent} cannot hold a hard link to {source} ({error.strerror})"
                 ) from None
-    with open(source, "rb") as read, open(target, "wb") as write:
+    with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
         try:
             fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
             return "reflink"
         except OSError:
             pass
-    shutil.copyfile(source, target)
+        _copy(read.fileno(), write.fileno(), stop)
     return "copy"
+
+
+def _copy(read: int, write: int, stop: threading.Event) -> None:
+    """Copies between descriptors in few, large steps: each one waits for the interpreter, which is importing."""
+    if sys.platform == "linux":  # elsewhere sendfile only writes to sockets
+        while not stop.is_set() and os.sendfile(write, read, None, COPY_BYTES):
+            pass
+    while not stop.is_set() and (block := os.read(read, COPY_BYTES)):
+        while block:
+            block = block[os.write(write, block) :]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """The command line: one thin file a command, and one place where failures become exit codes."""
 
 import errno
+import gc
 import sys
 import traceback
 
@@ -35,6 +36,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     wants_json = "--json" in arguments
+    gc.set_threshold(100_000)  # importing torch and transformers makes a million objects that all stay
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="linearize", standalone_mode=False)
         return result if isinstance(result, int) else 0
