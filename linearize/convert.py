@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.assets import asset_files
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
@@ -30,10 +30,12 @@ from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, Weights,
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
 from linearize.errors import CheckpointError, ConfigError, CoverageError, UnsupportedModelError, nearest
 from linearize.families.registry import FAMILIES, REFUSED
-from linearize.mixers.registry import MIXERS
 from linearize.modeling.plan import LayerPlan, Plan
 from linearize.placement import softmax_heads
-from linearize.recipe import ConversionConfig
+from linearize.recipe import ConversionConfig, layer_numbers
+
+if TYPE_CHECKING:
+    from linearize.modeling.branch import LinearHeads
 
 OUTPUT_ROOT = Path("linearized")
 PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
@@ -87,6 +89,7 @@ class Inspection:
                 "linear_heads": list(layer.linear_heads(self.key_value_heads)),
                 "mixer": layer.mixer,
                 "mix": layer.mix,
+                "gate": layer.gate,
                 "window": layer.window,
                 "sinks": layer.sinks,
             }
@@ -101,6 +104,7 @@ class Inspection:
             "layers": layers,
             "parameters_base": sum(_product(info.shape) for info in self.weights.tensors.values()),
             "parameters_added": self.added_parameters,
+            "tensors_added": {name: list(shape) for name, shape in self.added.items()},
             "cache_bytes": {str(length): sizes for length, sizes in self.cache_bytes.items()},
             "weights_bytes": self.weights.nbytes,
             "disk_bytes_copying": self.weights.nbytes + 4 * self.added_parameters,
@@ -128,44 +132,45 @@ def inspect_source(source: Source, settings: ConversionConfig, weights: Weights 
 
 def make_plan(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> Plan:
     """One LayerPlan for every layer of the model."""
-    kept = softmax_heads(settings.keep_softmax, config["num_hidden_layers"], config["num_key_value_heads"])
-    layers = tuple(
-        LayerPlan(
-            softmax_heads=heads,
-            mixer=settings.mixer,
-            window=settings.window,
-            sinks=settings.sinks,
-            mix=settings.mix,
-            mixer_options=dict(settings.mixer_options),
-            mix_options=dict(settings.mix_options),
-        )
-        for heads in kept
+    layers = config["num_hidden_layers"]
+    kept = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"])
+    changes: dict[int, dict[str, Any]] = {}
+    for spec, changed in settings.layers.items():
+        for number in layer_numbers(spec):
+            if number >= layers:
+                raise ConfigError(f"layers.{spec}: got layer {number}, the model has layers 0 to {layers - 1}")
+            changes[number] = changed.model_dump(exclude_none=True)
+    return Plan(
+        family_name,
+        tuple(LayerPlan(heads, **settings.layer_settings(changes.get(i, {}))) for i, heads in enumerate(kept)),
     )
-    return Plan(family_name, layers)
 
 
 def cache_sizes(config: dict[str, Any], plan: Plan, width: int) -> dict[int, dict[str, int]]:
     """Bytes that one sequence's cache takes at each context length, at `width` bytes a cached number."""
     J, K = config["num_key_value_heads"], config["head_dim"]
+    branches = _branches(config, plan, device="meta")
     sizes = {}
     for length in CONTEXTS:
         student = 0
-        for layer in plan.layers:
+        for i, layer in enumerate(plan.layers):
             linear = len(layer.linear_heads(J))
             student += 2 * (J - linear) * K * width * length
             if linear:
-                student += linear * _linear_head_bytes(layer, K, width, length) + layer_bookkeeping(layer, length)
+                student += linear * _linear_head_bytes(branches[i], K, width, length) + layer_bookkeeping(layer, length)
         sizes[length] = {"base": 2 * len(plan.layers) * J * K * width * length, "student": student}
     return sizes
 
 
-def _linear_head_bytes(layer: LayerPlan, head_dim: int, width: int, length: int) -> int:
-    """Window keys and values (and keys before rotary where the recurrent branch waits for them), sinks, state."""
-    delayed = layer.mix == "outside"
-    dims = {"K": head_dim, "V": head_dim + delayed}
-    state = _product(dims.get(dim, dim) for dim in MIXERS[layer.mixer].state)
-    slots = min(layer.window, length) * (3 if delayed else 2) + 2 * layer.sinks
-    return slots * head_dim * width + 4 * state
+def _linear_head_bytes(branch: "LinearHeads", head_dim: int, width: int, length: int) -> int:
+    """Window keys and values, what the recurrent branch waits for, sinks, state."""
+    slots = min(branch.window, length)
+    waiting = 0
+    if branch.keeps_raw_keys and branch.gate_projection is None:
+        waiting = head_dim * width * slots
+    elif branch.keeps_raw_keys:  # key and gate logits in float32
+        waiting = 4 * (head_dim + branch.structure.gate_width()) * slots
+    return 2 * (slots + branch.sinks) * head_dim * width + waiting + 4 * _product(branch.state_shape())
 
 
 def layer_bookkeeping(layer: LayerPlan, length: int) -> int:
@@ -179,21 +184,30 @@ def added_parameters(config: dict[str, Any], plan: Plan) -> dict[str, tuple[int,
 
 
 def _added_tensors(config: dict[str, Any], plan: Plan, device: str) -> dict[str, Any]:
+    prefix = FAMILIES[plan.base_model_type].attention_attribute
+    return {
+        f"model.layers.{i}.{prefix}.mixer.{name}": value
+        for i, branch in _branches(config, plan, device).items()
+        for name, value in branch.state_dict().items()
+    }
+
+
+def _branches(config: dict[str, Any], plan: Plan, device: str) -> dict[int, "LinearHeads"]:
+    """The linear heads of every layer that has some, with their parameters at their first values."""
     import torch
 
+    from linearize.mixers.structure import Site
     from linearize.modeling.branch import LinearHeads
 
-    family = FAMILIES[plan.base_model_type]
-    group = config["num_attention_heads"] // config["num_key_value_heads"]
-    tensors = {}
-    for i, layer in enumerate(plan.layers):
-        linear = layer.linear_heads(config["num_key_value_heads"])
-        if linear:
-            with torch.device(device):
-                heads = LinearHeads(layer, len(linear) * group)
-            for name, value in heads.state_dict().items():
-                tensors[f"model.layers.{i}.{family.attention_attribute}.mixer.{name}"] = value
-    return tensors
+    heads, layers = config["num_key_value_heads"], len(plan.layers)
+    group = config["num_attention_heads"] // heads
+    branches = {}
+    with torch.device(device):
+        for i, layer in enumerate(plan.layers):
+            if linear := layer.linear_heads(heads):
+                site = Site(linear, heads, group, config["head_dim"], i, layers)
+                branches[i] = LinearHeads(layer, site, config["hidden_size"])
+    return branches
 
 
 def checked_model_type(source: Source) -> dict[str, Any]:
@@ -348,7 +362,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, placed: Callable[[], 
         shutil.copyfile(inspection.source.folder / asset, folder / asset)
     config = student_config(inspection)
     write_json(folder / "config.json", config)
-    write_portable(folder, inspection.plan.base_model_type)
+    write_portable(folder, inspection.plan)
     how = placed()
     shard_names = _complete_weights(folder, inspection)
     manifest = {

@@ -44,5 +44,7 @@ class Interrupted(LinearizeError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the closest allowed name, or nothing."""
-    match = difflib.get_close_matches(name, list(allowed), n=1)
+    names = list(allowed)
+    swapped = [known for known in names if sorted(known) == sorted(name)]  # letters in another order
+    match = swapped or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{match[0]}'?" if match else ""

@@ -7,7 +7,7 @@ Unknown keys and wrong values are collected at every depth and reported together
 import importlib.resources
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,11 +16,24 @@ from linearize.errors import ConfigError, nearest
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.plan import MIX_OPTIONS
 
-POSITIVE_OPTIONS = {"gate_logit_normalizer"}
+ABOVE_ZERO = {"gate_logit_normalizer"}
+Options = dict[str, float | int | bool | str]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerSettings(Strict):
+    """What can differ from layer to layer; what is not said is as in the rest of the config."""
+
+    mixer: str | None = None
+    mixer_options: Options | None = None
+    gate: Literal["key", "learned"] | None = None
+    window: int | None = Field(default=None, ge=1)
+    sinks: int | None = Field(default=None, ge=0)
+    mix: Literal["sum", "outside", "joint"] | None = None
+    mix_options: Options | None = None
 
 
 class ConversionConfig(Strict):
@@ -28,11 +41,14 @@ class ConversionConfig(Strict):
 
     description: str = ""
     mixer: str = "gla"
-    mixer_options: dict[str, float | int | bool | str] = {}
+    mixer_options: Options = {}
+    gate: Literal["key", "learned"] = "key"
     window: int = Field(default=256, ge=1)
     sinks: int = Field(default=4, ge=0)
-    mix: Literal["sum", "outside"] = "outside"
-    mix_options: dict[str, float | int | bool | str] = {}
+    mix: Literal["sum", "outside", "joint"] = "outside"
+    mix_options: Options = {}
+    # layers that differ: "0-3,7" -> settings
+    layers: dict[str, LayerSettings] = {}
     keep_softmax: str = "none"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
@@ -41,40 +57,95 @@ class ConversionConfig(Strict):
     def _text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
 
-    @field_validator("mixer")
+    @field_validator("layers", mode="before")
     @classmethod
-    def _known_mixer(cls, name: str) -> str:
-        if name not in MIXERS:
-            raise ValueError(f"allowed are {', '.join(MIXERS)}{nearest(name, MIXERS)}")
-        return name
+    def _text_keys(cls, value: Any) -> Any:
+        return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _options_fit(self) -> "ConversionConfig":
-        entry = MIXERS[self.mixer]
-        problems = []
-        if self.mix not in entry.mixes:
-            problems.append(f"mix: {self.mixer} can be mixed by {', '.join(entry.mixes)}, not by {self.mix}")
-        problems += _check_options("mixer_options", self.mixer_options, entry.options)
-        problems += _check_options("mix_options", self.mix_options, MIX_OPTIONS[self.mix])
+        problems = _problems(self.layer_settings({}), "")
+        claimed: dict[int, str] = {}
+        for spec, changes in self.layers.items():
+            problems += _problems(self.layer_settings(changes.model_dump(exclude_none=True)), f"layers.{spec}.")
+            try:
+                for layer in layer_numbers(spec):
+                    if layer in claimed:
+                        problems.append(f"layers.{spec}: layer {layer} is already in '{claimed[layer]}'")
+                    claimed[layer] = spec
+            except ValueError as error:
+                problems.append(f"layers.{spec}: {error}")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
+
+    def layer_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """The settings of one layer: these, with `changes` on top. Another mixer or mix starts from its own defaults."""
+        names = ("mixer", "mixer_options", "gate", "window", "sinks", "mix", "mix_options")
+        settings = {name: getattr(self, name) for name in names}
+        for kind in ("mixer", "mix"):
+            if changes.get(kind, settings[kind]) != settings[kind]:
+                settings[f"{kind}_options"] = {}
+        for name, value in changes.items():
+            settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
+        return settings
+
+
+def layer_numbers(spec: str) -> list[int]:
+    """The layers that a key of `layers` names: "0-3,7" -> [0, 1, 2, 3, 7]."""
+    numbers: list[int] = []
+    for part in spec.split(","):
+        first, dash, last = (text.strip() for text in part.partition("-"))
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
+            raise ValueError(f"got '{spec}', allowed are layers and ranges, for example 0-3,7")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _problems(settings: dict[str, Any], prefix: str) -> list[str]:
+    """What is wrong with one layer's settings, beyond their types."""
+    name, mix = settings["mixer"], settings["mix"]
+    if name not in MIXERS:
+        return [f"{prefix}mixer: got '{name}'; allowed are {', '.join(MIXERS)}{nearest(name, MIXERS)}"]
+    entry = MIXERS[name]
+    problems = _check_options(f"{prefix}mixer_options", settings["mixer_options"], entry.options)
+    problems += _check_options(f"{prefix}mix_options", settings["mix_options"], MIX_OPTIONS[mix])
+    if not problems and mix == "joint" and not entry.shares_normaliser(settings["mixer_options"]):
+        problems.append(
+            f"{prefix}mix: {name} can give tokens negative weights or has a norm of its own, so it cannot share a "
+            "normaliser (joint); allowed are sum, outside"
+        )
+    if settings["gate"] == "learned" and not entry.gated:
+        problems.append(f"{prefix}gate: {name} has no gate to learn; allowed is key")
+    return problems
 
 
 def _check_options(group: str, given: dict, allowed: dict) -> list[str]:
     """Problems of settings whose names, types and defaults are listed in `allowed`."""
     problems = []
     for key, value in given.items():
+        dotted, default = f"{group}.{key}", allowed.get(key)
         if key not in allowed:
-            problems.append(_unknown(f"{group}.{key}", key, allowed))
-        elif isinstance(allowed[key], bool) != isinstance(value, bool):
-            problems.append(
-                f"{group}.{key}: got {value!r}, allowed is {'true or false' if isinstance(allowed[key], bool) else 'a number'}"
-            )
-        elif isinstance(allowed[key], float) and not (isinstance(value, int | float) and math.isfinite(value)):
-            problems.append(f"{group}.{key}: got {value!r}, allowed is a finite number")
-        elif key in POSITIVE_OPTIONS and value <= 0:
-            problems.append(f"{group}.{key}: got {value!r}, allowed is a number above 0")
+            problems.append(_unknown(dotted, key, allowed))
+        elif isinstance(default, tuple):
+            if value not in default:
+                problems.append(
+                    f"{dotted}: got {value!r}, allowed are {', '.join(default)}{nearest(str(value), default)}"
+                )
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
+                problems.append(f"{dotted}: got {value!r}, allowed is true or false")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            problems.append(f"{dotted}: got {value!r}, allowed is a finite number")
+        elif isinstance(default, int) and (value != int(value) or value < 1):
+            problems.append(f"{dotted}: got {value!r}, allowed is a whole number above 0")
+        elif key in ABOVE_ZERO and value <= 0:
+            problems.append(f"{dotted}: got {value!r}, allowed is a number above 0")
+        elif key == "lower_bound" and not 0 <= value < 1:
+            problems.append(f"{dotted}: got {value!r}, allowed is a number from 0 to below 1")
+    memories, top = given.get("memories", allowed.get("memories")), given.get("top", allowed.get("top"))
+    if not problems and top is not None and top > memories:
+        problems.append(f"{group}.top: got {top}, allowed is at most memories, {memories}")
     return problems
 
 
@@ -224,7 +295,8 @@ def _explain(item: dict, schema: type[BaseModel], prefix: str = "") -> str:
     if item["type"] == "extra_forbidden":
         group = schema
         for part in location[:-1]:
-            group = group.model_fields[part].annotation
+            group = LayerSettings if group is dict else group.model_fields[part].annotation
+            group = get_origin(group) or group
         return _unknown(dotted, location[-1], group.model_fields)
     message = item["msg"].removeprefix("Value error, ")
     if not location:

@@ -10,20 +10,25 @@ from conftest import ROOT
 
 MIXER = '''"""A recurrence that forgets nothing."""
 
-from torch import nn
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
 
-from linearize.ops.gla import gla
 
+class Cumulative(Structure):
+    positive = True
 
-class Cumulative(nn.Module):
-    def forward(self, q, k, v, *, write_mask=None, initial_state=None, segments=None):
-        q, k, v = q.float().softmax(-1), k.float().softmax(-1), v.float()
-        if write_mask is not None:
-            k = k * write_mask[:, :, None, None]
-        return gla(q, k, v, k * 0, initial_state=initial_state, segments=segments)
+    def update(self, state, k, v):
+        return state + outer(k.softmax(-1), v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, q.softmax(-1))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (write,) = hold(write_mask, k.softmax(-1))
+        return simple_gla(q.softmax(-1), write, v, initial_state=initial_state, segments=segments)
 '''
-MIXER_LINE = '''    "cumulative": MixerEntry(path="linearize.mixers.cumulative:Cumulative", mixes=("sum", "outside"), options={}, state=("K", "V"), source="test", summary="no decay"),
-'''  # fmt: skip
+MIXER_LINE = """    "cumulative": _entry("cumulative:Cumulative", "no decay", "test", gated=False, positive=True),
+"""
 FAMILY = '''"""Mistral, for this test alone."""
 
 from linearize.families.family import Family

@@ -22,7 +22,9 @@ Window = Annotated[
 Sinks = Annotated[
     int | None, typer.Option("--sinks", help="First tokens that stay visible (default: 4).", rich_help_panel=ATTENTION)
 ]
-Mix = Annotated[str | None, typer.Option("--mix", help="sum or outside (default: outside).", rich_help_panel=ATTENTION)]
+Mix = Annotated[
+    str | None, typer.Option("--mix", help="sum, outside or joint (default: outside).", rich_help_panel=ATTENTION)
+]
 KeepSoftmax = Annotated[
     str | None,
     typer.Option(
@@ -181,7 +183,8 @@ def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) ->
     emit("layer  softmax heads  linear heads")
     for layer in shown["layers"]:
         kept, linear = ((",".join(map(str, layer[key])) or "-") for key in ("softmax_heads", "linear_heads"))
-        what = f"{layer['mixer']} {layer['mix']}, window {layer['window']} + {layer['sinks']} sinks"
+        gate = " with learned gate" if layer["gate"] == "learned" else ""
+        what = f"{layer['mixer']}{gate} {layer['mix']}, window {layer['window']} + {layer['sinks']} sinks"
         emit(f"{layer['layer']:5}  {kept:13}  {linear:13} {what if layer['linear_heads'] else 'unchanged'}")
     emit(f"parameters: {shown['parameters_base']:,} and {shown['parameters_added']:,} added")
     for length, sizes in shown["cache_bytes"].items():

@@ -50,8 +50,9 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "summary": entry.summary,
-                "mixes": ", ".join(entry.mixes),
-                "options": entry.options,
+                "mixes": "sum, outside" + (", joint" if entry.shares_normaliser({}) else ""),
+                "gates": "key, learned" if entry.gated else "none",
+                "options": entry.defaults(),
                 "source": entry.source,
             }
             for name, entry in MIXERS.items()

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from linearize.mixers.structure import Site
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import adopt_layer, context_of
 from linearize.modeling.plan import LayerPlan
@@ -31,6 +32,7 @@ class AttentionCall:
     position_embeddings: tuple[Tensor, Tensor]
     padding_mask: Tensor | None
     segments: Tensor | None
+    hidden_states: Tensor
 
 
 def _attend(module, query, key, value, attention_mask, *, linearize_call: AttentionCall, **kwargs):
@@ -59,7 +61,15 @@ class LinearizedAttention:
         self.call_names = [name for name in inspect.signature(family.forward).parameters if name != "self"]
         self.mixer = None
         if self.linear_heads:
-            self.mixer = LinearHeads(plan, len(self.linear_heads) * self.query_group)
+            site = Site(
+                self.linear_heads,
+                key_value_heads,
+                self.query_group,
+                self.head_dim,
+                self.layer_idx,
+                config.num_hidden_layers,
+            )
+            self.mixer = LinearHeads(plan, site, config.hidden_size)
         order = [*self.softmax_heads, *self.linear_heads]
         self.restore = None if order == sorted(order) else [order.index(head) for head in range(key_value_heads)]
         self.set_linear(True)
@@ -76,7 +86,7 @@ class LinearizedAttention:
         cache_name = next((name for name in CACHE_ARGUMENTS if name in kwargs), None)
         cache = kwargs.pop(cache_name) if cache_name else None
         cos, sin = kwargs["position_embeddings"]
-        call = AttentionCall(cache, (cos, sin), padding_mask, segments)
+        call = AttentionCall(cache, (cos, sin), padding_mask, segments, kwargs["hidden_states"])
         # one position is enough to say "no rotation" to all of them
         kwargs["position_embeddings"] = (torch.ones_like(cos[:, :1]), torch.zeros_like(sin[:, :1]))
         return super().forward(**kwargs, linearize_call=call)
@@ -97,10 +107,10 @@ class LinearizedAttention:
         q_rotary, k_rotary = self.family_module.apply_rotary_pos_emb(q, k, *call.position_embeddings)
         layer = None
         if call.cache is not None:
-            window, sinks, delayed = (
-                (self.mixer.window, self.mixer.sinks, self.mixer.delayed) if self.mixer else (0, 0, False)
+            window, sinks, keeps_raw = (
+                (self.mixer.window, self.mixer.sinks, self.mixer.keeps_raw_keys) if self.mixer else (0, 0, False)
             )
-            layer = adopt_layer(call.cache, self.layer_idx, window, sinks, delayed)
+            layer = adopt_layer(call.cache, self.layer_idx, window, sinks, keeps_raw)
         outputs = []
         if self.softmax_heads:
             picked = [self._heads(x, self.softmax_heads) for x in (q_rotary, k_rotary, v)]
@@ -128,6 +138,7 @@ class LinearizedAttention:
 
     def _linear(self, q, q_rotary, k, k_rotary, v, call: AttentionCall, layer, scaling: float) -> Tensor:
         padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
+        k = self.mixer.recurrent_keys(k, k_rotary, call.hidden_states)
         if layer is None:
             context = context_of(
                 k_rotary, v, k, sinks=self.mixer.sinks, padding_mask=padding_mask, segments=call.segments

@@ -1,15 +1,20 @@
 """The linear heads of one layer: a softmax window with sinks, a recurrent branch, and the way the two are mixed.
 
-    sum      o = w_window * window + w_recurrent * recurrent     (Liger attention, arXiv 2503.01496; 0.5 and 0.5)
+    sum      o = w_window window + w_recurrent recurrent        (Liger attention, arXiv 2503.01496; 0.5 and 0.5)
     outside  o = (sum_window p_j v_j + c sum_past f_j v_j) / (sum_window p_j + c sum_past f_j)
+             o = window + s rms_norm(recurrent), where the f_j can be negative
+    joint    o = (sum_window e_j v_j + c sum_past f_j v_j) / (sum_window e_j + c sum_past f_j)
+                                                                (LoLCATs, arXiv 2410.10254, equation 6)
 
-In `outside` the recurrent branch sees only tokens that have left the window (RAttention, arXiv 2506.15545): it is the
-same causal operator run on keys, values and gates delayed by the window, sinks left out. p are the window's softmax
-weights (they sum to one), f_j = feature(q) . feature(k_j) times the decay since j, and c = exp(log_mass), one learned
-number per query head: window and past share one normaliser, counted in units of the window's own mass. The past's
-share of it comes from a column of ones appended to v. With a small c the layer starts as window + sinks.
+In `outside` and `joint` the recurrent branch sees only tokens that have left the window (RAttention, arXiv
+2506.15545): it is the same causal operator run on keys, values and gates delayed by the window, sinks left out.
+p are the window's softmax weights (they sum to one), e the exponentials they come from, and f_j is what the structure
+gives token j: feature(q) . feature(k_j) times the decay since j. c = exp(log_mass) and s are one learned number per
+query head. In `outside` window and past share one normaliser, counted in units of the window's own mass; in `joint`
+the unit is the base model's own. The past's share of it comes from a column of ones appended to v. With a small c, or
+s = 0, the layer starts as window + sinks.
 
-Shapes: B batch, T queries, S keys, H linear query heads, J linear key/value heads, K head dim.
+Shapes: B batch, T queries, S keys, H linear query heads, J linear key/value heads, K head dim, D hidden size.
 """
 
 import torch
@@ -17,12 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.mixers.registry import mixer_class
+from linearize.mixers.structure import Site
 from linearize.modeling.cache import Context
 from linearize.modeling.plan import MIX_OPTIONS, LayerPlan
+from linearize.ops.chunks import state_dtype
 from linearize.ops.window import window_attention
 
 # without gradients long prefills go through in parts this long, so that intermediate arrays stay small
 SEGMENT = 4096
+NORM_EPSILON = 1e-6
 
 
 class LinearHeads(nn.Module):
@@ -31,30 +39,64 @@ class LinearHeads(nn.Module):
     `recurrent_enabled = False` leaves window + sinks alone, the training-free baseline.
     """
 
-    def __init__(self, plan: LayerPlan, query_heads: int):
+    def __init__(self, plan: LayerPlan, site: Site, hidden_size: int):
         super().__init__()
         self.window, self.sinks, self.mix = plan.window, plan.sinks, plan.mix
         self.mix_options = {**MIX_OPTIONS[plan.mix], **plan.mix_options}
-        self.structure = mixer_class(plan.mixer)(**plan.mixer_options)
+        self.structure = mixer_class(plan.mixer)(site, **plan.mixer_options)
         self.recurrent_enabled = True
-        if self.mix == "outside":
-            self.log_mass = nn.Parameter(torch.empty(query_heads, dtype=torch.float32))
-        elif self.mix_options["learned"]:
-            self.branch_weights = nn.Parameter(torch.empty(2, query_heads, dtype=torch.float32))
+        query_heads = len(site.heads) * site.group
+        # one normaliser for window and past, which a column of ones counts
+        self.shared = self.delayed and self.structure.positive and self.structure.normalization != "rms"
+        for name, shape in {
+            "log_mass": (query_heads,) if self.shared else None,
+            "branch_scale": (query_heads,) if self.delayed and not self.shared else None,
+            "branch_weights": (2, query_heads) if self.mix == "sum" and self.mix_options["learned"] else None,
+            "gate_projection": (len(site.heads) * self.structure.gate_width(), hidden_size)
+            if plan.gate == "learned"
+            else None,
+        }.items():
+            parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32)) if shape else None
+            self.register_parameter(name, parameter)
         self.reset_parameters()
 
     @property
     def delayed(self) -> bool:
         """Whether the recurrent branch waits for tokens to leave the window."""
-        return self.mix == "outside"
+        return self.mix != "sum"
+
+    @property
+    def keeps_raw_keys(self) -> bool:
+        """Whether a cache has to keep more of the window's tokens than softmax needs."""
+        return self.delayed and not self.structure.rotary
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.mix == "outside":
-            self.log_mass.fill_(self.mix_options["log_mass"])
-        elif self.mix_options["learned"]:
+        self.structure.reset_parameters()
+        for name in ("log_mass", "branch_scale"):
+            if getattr(self, name) is not None:
+                getattr(self, name).fill_(self.mix_options[name])
+        if self.branch_weights is not None:
             self.branch_weights[0].fill_(self.mix_options["window_weight"])
             self.branch_weights[1].fill_(self.mix_options["recurrent_weight"])
+        if self.gate_projection is not None:
+            self.gate_projection.zero_()
+
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of one key/value head's recurrent state."""
+        ones = self.shared or self.structure.normalization == "sum"
+        return self.structure.state_shape(self.structure.site.head_dim + ones)
+
+    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor) -> Tensor:
+        """What the recurrent branch reads of each token besides its value: [B, T, J, K], or with a learned gate
+        [B, T, J, K + gate_width()], the projection of the hidden states [B, T, D] behind the key."""
+        if self.structure.rotary:
+            return k_rotary
+        if self.gate_projection is None:
+            return k
+        dtype = state_dtype(hidden)
+        offset = F.linear(hidden.to(dtype), self.gate_projection.to(dtype)).unflatten(-1, (k.shape[2], -1))
+        return torch.cat([k.to(dtype), offset], dim=-1)
 
     def forward(
         self, q: Tensor, q_rotary: Tensor, context: Context, *, scale: float, state: Tensor | None
@@ -84,24 +126,33 @@ class LinearHeads(nn.Module):
     def _attend(
         self, q: Tensor, q_rotary: Tensor, context: Context, scale: float, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        windowed = self._window(q_rotary, context, scale)
         if not self.recurrent_enabled:
-            return windowed, state
+            return self._window(q_rotary, context, scale)[0], state
+        windowed, log_sum = self._window(q_rotary, context, scale, with_log_sum=self.mix == "joint")
+        queries = q_rotary if self.structure.rotary else q
         if self.mix == "sum":
-            recurrent, state = self._recurrent(q, context, state, start=0, delay=0)
+            recurrent, state = self._recurrent(queries, context, state, start=0, delay=0)
             weights = self._branch_weights(windowed)
             return (weights[0] * windowed + weights[1] * recurrent).to(q.dtype), state
         # the first query with a token outside its window; before it the layer is the window alone
         start = max(0, self.window - (context.length - q.shape[1]))
         if start >= q.shape[1]:
             return windowed, state
-        past, state = self._recurrent(q, context, state, start=start, delay=self.window)
-        mass = self.log_mass.exp()[:, None]
-        numerator, normaliser = mass * past[..., :-1], mass * past[..., -1:]
-        mixed = (windowed[:, start:] + numerator) / (1.0 + normaliser)
+        past, state = self._recurrent(queries, context, state, start=start, delay=self.window)
+        if not self.shared:
+            mixed = windowed[:, start:] + self.branch_scale[:, None] * _rms_norm(past)
+        else:
+            log_mass = self.log_mass[:, None]
+            if log_sum is not None:
+                log_mass = (log_mass - log_sum[:, start:]).clamp(max=80.0)
+            mass = log_mass.exp()
+            mixed = (windowed[:, start:] + mass * past[..., :-1]) / (1.0 + mass * past[..., -1:])
         return torch.cat([windowed[:, :start], mixed.to(q.dtype)], dim=1), state
 
-    def _window(self, q: Tensor, context: Context, scale: float) -> Tensor:
+    def _window(
+        self, q: Tensor, context: Context, scale: float, with_log_sum: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The softmax window's output [B, T, H, K] and, if asked for, log sum_j exp(score_j), [B, T, H, 1]."""
         sinks = {}
         if context.sink_keys is not None and context.length + context.first_slot > self.window:
             sinks = {
@@ -117,6 +168,7 @@ class LinearHeads(nn.Module):
             scale=scale,
             key_mask=context.key_mask,
             segments=context.segments,
+            with_log_sum=with_log_sum,
             **sinks,
         )
 
@@ -125,10 +177,15 @@ class LinearHeads(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Runs the structure for queries `start`.. on the tokens `delay` before them."""
         count = q.shape[1] - start
-        values = _ending(context.values, count, delay)
+        dtype = state_dtype(q)
+        values = _ending(context.values, count, delay).to(dtype)
+        keys = _ending(context.keys if self.structure.rotary else context.raw_keys, count, delay).to(dtype)
+        offset = keys[..., q.shape[-1] :] if self.gate_projection is not None else None
+        normalised = not self.shared and self.structure.normalization == "sum"
+        if self.shared or normalised:
+            values = F.pad(values, (0, 1), value=1.0)
         write_mask = segments = None
         if self.delayed:
-            values = F.pad(values, (0, 1), value=1.0)
             write_mask = _ending(context.ordinals, count, delay) >= self.sinks
         elif context.key_mask is not None:
             write_mask = _ending(context.key_mask, count, delay)
@@ -136,14 +193,23 @@ class LinearHeads(nn.Module):
             segments = _ending(context.segments, count, 0)
             same = _ending(context.segments, count, delay) == segments
             write_mask = same if write_mask is None else write_mask & same
-        return self.structure(
-            q[:, start:],
-            _ending(context.raw_keys, count, delay),
-            values,
-            write_mask=write_mask,
-            initial_state=state,
-            segments=segments,
-        )
+        run = self.structure.naive if count == 1 else self.structure
+        # autocast does not reach inside: states and the sums they hold stay float32
+        with torch.autocast(q.device.type, enabled=False):
+            output, state = run(
+                q[:, start:].to(dtype),
+                keys[..., : q.shape[-1]],
+                values,
+                offset=offset,
+                write_mask=write_mask,
+                initial_state=state,
+                segments=segments,
+            )
+        if normalised:
+            output = output[..., :-1] / (output[..., -1:] + NORM_EPSILON)
+        if self.mix == "sum" and self.structure.normalization == "rms":
+            output = _rms_norm(output)
+        return output, state
 
     def _branch_weights(self, like: Tensor) -> Tensor:
         """[2, H, 1]: the weights of window and recurrent branch."""
@@ -151,6 +217,10 @@ class LinearHeads(nn.Module):
             return self.branch_weights[..., None]
         pair = [self.mix_options["window_weight"], self.mix_options["recurrent_weight"]]
         return torch.tensor(pair, device=like.device)[:, None, None]
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPSILON)
 
 
 def _ending(x: Tensor, count: int, skip: int) -> Tensor:

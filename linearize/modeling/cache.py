@@ -18,7 +18,8 @@ class Context:
     """The keys and values in reach of the current queries, which are its last T slots.
 
     Attributes:
-        keys, values: [B, S, J, K], keys after rotary. raw_keys: the same keys before rotary.
+        keys, values: [B, S, J, K], keys after rotary. raw_keys: what the recurrent branch reads of
+            them (`LinearHeads.recurrent_keys`), [B, S, J, ·].
         ordinals: [B or 1, S] int64.
         key_mask: [B, S] bool, None without padding. segments: [B, S] document numbers, None for one document.
         sink_keys, sink_values: [B, N, J, K] or None. sink_slots: [B or 1, N] absolute slots, -1 where there is none.

@@ -11,14 +11,16 @@ from pathlib import Path
 
 from linearize.families.registry import FAMILIES
 from linearize.mixers.registry import MIXERS
+from linearize.modeling.plan import Plan
 
 PORTABLE_FILE = "modeling_linearized.py"
-# in dependency order; mixers follow ops
-BEFORE_MIXERS = ("ops/dispatch.py", "ops/gla.py", "ops/window.py")
-AFTER_MIXERS = (
-    "modeling/plan.py", "families/family.py", "modeling/configuration.py", "modeling/cache.py", "modeling/branch.py",
-    "modeling/attention.py",
+# what follows the structures, in dependency order
+MODELING = (
+    "ops/window.py", "modeling/plan.py", "families/family.py", "modeling/configuration.py", "modeling/cache.py",
+    "modeling/branch.py", "modeling/attention.py",
 )  # fmt: skip
+# replaced by tables of what is at hand
+REPLACED = ("mixers/registry.py", "families/registry.py")
 
 HEADER = '''"""Linearized {family} models: gated linear attention in place of softmax attention, for transformers.
 
@@ -44,24 +46,31 @@ def auto_map(model_type: str) -> dict[str, str]:
     return {"AutoConfig": f"{module}.{names['config']}", "AutoModelForCausalLM": f"{module}.{names['causal_lm']}"}
 
 
-def write_portable(folder: Path, model_type: str) -> dict[str, str]:
-    """Writes the portable file of one family into `folder`; returns the auto_map that names its classes."""
+def write_portable(folder: Path, plan: Plan) -> dict[str, str]:
+    """Writes the portable file of a plan's family and structures; returns the auto_map that names its classes."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PORTABLE_FILE).write_text(portable_source(model_type), encoding="utf-8")
-    return auto_map(model_type)
+    (folder / PORTABLE_FILE).write_text(portable_source(plan), encoding="utf-8")
+    return auto_map(plan.base_model_type)
 
 
-def portable_source(model_type: str) -> str:
-    """The text of the portable file for one family."""
+def portable_source(plan: Plan) -> str:
+    """The text of the portable file for one plan."""
     from linearize import __version__
 
-    mixers = {name: entry.path.split(":") for name, entry in MIXERS.items()}
-    mixer_files = [module.removeprefix("linearize.").replace(".", "/") + ".py" for module, _ in mixers.values()]
+    model_type = plan.base_model_type
+    mixers = {name: MIXERS[name].path.split(":") for name in _structures(plan)}
+    files: dict[str, None] = {}
+    for module, _ in mixers.values():
+        _collect(_file_of(module), files)
+    for file in MODELING:
+        _collect(file, files)
     imports: set[str] = set()
-    bodies = [_body(file, imports) for file in (*BEFORE_MIXERS, *dict.fromkeys(mixer_files))]
+    first_modeling = list(files).index("modeling/plan.py")
     table = "".join(f'    "{name}": {cls},\n' for name, (_, cls) in mixers.items())
-    bodies.append(f"MIXERS = {{\n{table}}}\n\n\ndef mixer_class(name: str) -> type:\n    return MIXERS[name]\n")
-    bodies += [_body(file, imports) for file in AFTER_MIXERS]
+    bodies = [_body(file, imports) for file in files]
+    bodies.insert(
+        first_modeling, f"MIXERS = {{\n{table}}}\n\n\ndef mixer_class(name: str) -> type:\n    return MIXERS[name]\n"
+    )
     bodies.append(f"FAMILIES = {{{model_type!r}: {FAMILIES[model_type]!r}}}\n")
     bodies.append(_body("modeling/factory.py", imports))
     names = class_names(model_type)
@@ -69,13 +78,57 @@ def portable_source(model_type: str) -> str:
         f"_CLASSES = linearized_classes(FAMILIES[{model_type!r}])\n"
         f"{names['config']} = _CLASSES.config\n{names['causal_lm']} = _CLASSES.causal_lm\n"
     )
+    _assert_no_clash(bodies)
     header = HEADER.format(family=model_type, version=__version__)
     return header + "\n" + "\n".join(sorted(imports)) + "\n\n\n" + "\n\n".join(bodies)
 
 
+def _assert_no_clash(bodies: list[str]) -> None:
+    """Modules become one namespace, so no two may define the same name."""
+    names = [node.name for body in bodies for node in ast.parse(body).body if hasattr(node, "name")]
+    names += [
+        target.id
+        for body in bodies
+        for node in ast.parse(body).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    assert not twice, f"modules of the portable file define twice: {', '.join(twice)}"
+
+
+def _structures(plan: Plan) -> list[str]:
+    """The plan's structures and those that they are built around."""
+    names: dict[str, None] = {}
+    for layer in plan.layers:
+        options = {**MIXERS[layer.mixer].defaults(), **layer.mixer_options}
+        names.update(dict.fromkeys(value for value in options.values() if value in MIXERS))
+        names[layer.mixer] = None
+    return list(names)
+
+
+def _file_of(module: str) -> str:
+    return module.removeprefix("linearize.").replace(".", "/") + ".py"
+
+
+def _text(file: str) -> str:
+    return (Path(str(importlib.resources.files("linearize"))) / file).read_text(encoding="utf-8")
+
+
+def _collect(file: str, files: dict[str, None]) -> None:
+    """Adds a module to `files`, after the package's modules that it imports at the top."""
+    if file in files or file in REPLACED:
+        return
+    for node in ast.parse(_text(file)).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("linearize"):
+            _collect(_file_of(node.module), files)
+    files[file] = None
+
+
 def _body(file: str, imports: set[str]) -> str:
     """A module's text without its docstring and imports; outside imports are added to `imports`."""
-    text = (Path(str(importlib.resources.files("linearize"))) / file).read_text(encoding="utf-8")
+    text = _text(file)
     lines = text.splitlines(keepends=True)
     dropped: set[int] = set()
     for position, node in enumerate(ast.parse(text).body):

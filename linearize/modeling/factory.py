@@ -26,7 +26,7 @@ from linearize.modeling.configuration import config_class
 from linearize.modeling.plan import Plan
 
 # writes the portable file and returns its auto_map; set by modeling/export.py, which a portable file does without
-PORTABLE_WRITER: Callable[[Path, str], dict[str, str]] | None = None
+PORTABLE_WRITER: Callable[[Path, Plan], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,11 @@ class LinearizedDecoder:
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         if self.layers_linear:
-            kwargs["padding_mask"] = _padding_mask(attention_mask)
+            kwargs["padding_mask"] = padding_mask = _padding_mask(attention_mask)
+            if padding_mask is not None and position_ids is None:
+                # structures behind rotary are not all indifferent to where a row starts, as softmax is
+                tokens = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
+                position_ids = (padding_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
             kwargs["segments"] = _segments(attention_mask, position_ids, past_key_values, input_ids, kwargs)
         return super().forward(
             input_ids=input_ids,
@@ -93,7 +97,7 @@ class LinearizedForCausalLM:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves as transformers does, with the portable file and `auto_map` beside the weights."""
         if PORTABLE_WRITER is not None:  # of a model loaded from a portable file transformers copies that file itself
-            self.config.auto_map = PORTABLE_WRITER(Path(save_directory), self.config.plan.base_model_type)
+            self.config.auto_map = PORTABLE_WRITER(Path(save_directory), self.config.plan)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def linear_attentions(self) -> Iterator[tuple[str, LinearizedAttention]]:

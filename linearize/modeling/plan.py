@@ -10,7 +10,8 @@ from typing import Any
 FORMAT_VERSION = 1
 # the ways to mix window and recurrent branch, and the settings each has (modeling/branch.py)
 MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
-    "outside": {"log_mass": -6.0},
+    "outside": {"log_mass": -6.0, "branch_scale": 0.0},
+    "joint": {"log_mass": 0.0},
     "sum": {"window_weight": 0.5, "recurrent_weight": 0.5, "learned": False},
 }
 
@@ -24,7 +25,9 @@ class LayerPlan:
         mixer: name of the gated structure of the other heads (`linearize list mixers`).
         window: keys the other heads see through softmax, the query's own included.
         sinks: first tokens of a document that stay visible after they left the window.
-        mix: how window and recurrent branch become one output, "sum" or "outside" (methods: modeling/branch.py).
+        mix: how window and recurrent branch become one output: "sum", "outside" or "joint" (modeling/branch.py).
+        gate: where gate logits come from: "key", the key projection alone, or "learned", corrected by a projection of
+            the hidden states that starts at zero.
         mixer_options, mix_options: settings of the two; what is absent has its default.
     """
 
@@ -33,6 +36,7 @@ class LayerPlan:
     window: int = 256
     sinks: int = 4
     mix: str = "outside"
+    gate: str = "key"
     mixer_options: dict[str, Any] = field(default_factory=dict)
     mix_options: dict[str, Any] = field(default_factory=dict)
 

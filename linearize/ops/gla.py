@@ -12,8 +12,8 @@ serves the whole query group, so grouped-query models pay for J states, not H.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
 from linearize.ops.dispatch import fla_operator
 
 CHUNK = 32
@@ -41,8 +41,8 @@ def gla_naive(
     Returns:
         output [B, T, H, V] in v's dtype, final state [B, J, K, V].
     """
-    dtype = _state_dtype(q)
-    q_, k_, v_, decay = _group(q, k).to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp()
+    dtype = state_dtype(q)
+    q_, k_, v_, decay = grouped(q, k).to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp()
     B, T, J, K = k.shape
     state = q_.new_zeros(B, J, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     outputs = []
@@ -70,22 +70,17 @@ def gla_chunked(
     Every exponent is a difference of cumulative log-decays taken towards the past, hence at most zero: no gate,
     however strong, overflows.
     """
-    dtype = _state_dtype(q)
+    dtype = state_dtype(q)
     T, (B, _, J, K), V = q.shape[1], k.shape, v.shape[-1]
     if T == 0:
         state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         return v.new_zeros(B, 0, q.shape[2], V), state
-    padding = -T % CHUNK
     # [B, J, N, C, (G,) ·]: chunks are a batch dimension
-    q_ = _chunks(_group(q, k).to(dtype) * scale, padding)
-    k_, v_, g_ = (_chunks(x.to(dtype), padding) for x in (k, v, log_decay))
+    q_ = chunks(grouped(q, k).to(dtype) * scale, CHUNK)
+    k_, v_, g_ = (chunks(x.to(dtype), CHUNK) for x in (k, v, log_decay))
     state = q_.new_zeros(B, J, K, V) if initial_state is None else initial_state.to(dtype)
-    segment_chunks = None
-    if segments is not None:
-        segment_chunks = F.pad(segments[:, None], (0, padding), mode="replicate").view(B, 1, -1, CHUNK)
-    output, final = _ChunkedGLA.apply(q_, k_, v_, g_, state, segment_chunks)
-    output = output.permute(0, 2, 3, 1, 4, 5).reshape(B, T + padding, q.shape[2], V)
-    return output[:, :T].to(v.dtype), final
+    output, final = _ChunkedGLA.apply(q_, k_, v_, g_, state, segment_chunks(segments, CHUNK))
+    return unchunked(output, T).to(v.dtype), final
 
 
 def gla(
@@ -126,10 +121,10 @@ class _ChunkedGLA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, state, segments):
         b, b_end = _cumulative(g)
-        keep_in, keep_out, carry, same = _segment_masks(segments, q.dtype)
+        keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
         scores = _intra_scores(q, k, b)
         if same is not None:
-            scores = scores * same
+            scores = scores * same[..., None, :]
         q_in, k_out, decay = q * b.exp()[..., None, :], k * (b_end - b).exp(), _decay_of_chunk(b_end, carry)
         if segments is not None:
             q_in, k_out = q_in * keep_in[..., None, None], k_out * keep_out[..., None]
@@ -148,7 +143,7 @@ class _ChunkedGLA(torch.autograd.Function):
     def backward(ctx, d_output, d_state):
         q, k, v, g, states, segments, scores = ctx.saved_tensors
         b, b_end = _cumulative(g)
-        keep_in, keep_out, carry, same = _segment_masks(segments, q.dtype)
+        keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
         in_decay, out_decay, decay = b.exp(), (b_end - b).exp(), _decay_of_chunk(b_end, carry)
         if segments is not None:
             in_decay, out_decay = in_decay * keep_in[..., None], out_decay * keep_out[..., None]
@@ -168,7 +163,7 @@ class _ChunkedGLA(torch.autograd.Function):
         dk_out = (v @ d_next.transpose(-1, -2)) * out_decay
         d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5])
         if same is not None:
-            d_scores *= same
+            d_scores *= same[..., None, :]
         dq, dk = _intra_backward(q, k, b, d_scores)
         dq += (d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]) * in_decay
         dk += dk_out
@@ -178,6 +173,24 @@ class _ChunkedGLA(torch.autograd.Function):
         db_end = (k * dk_out).sum(-2) + (decay * states * d_next).sum(-1)
         dg = db.flip(-2).cumsum(-2).flip(-2) + db_end.unsqueeze(-2)
         return dq, dk, dv, dg, d_state, None
+
+
+class DecayedScores(torch.autograd.Function):
+    """A_ij = sum_K q_i k_j exp(b_i - b_j) for j <= i in every chunk, zero above, with b the cumulative log-decays.
+
+    q is [B, J, N, C, G, K], k and b are [B, J, N, C, K] with C = CHUNK; the result is [B, J, N, C, G, C].
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, b):
+        ctx.save_for_backward(q, k, b)
+        return _intra_scores(q, k, b)
+
+    @staticmethod
+    def backward(ctx, d_scores):
+        q, k, b = ctx.saved_tensors
+        dq, dk = _intra_backward(q, k, b, d_scores)
+        return dq, dk, (q * dq).sum(4) - k * dk
 
 
 def _intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
@@ -243,31 +256,3 @@ def _decay_of_chunk(b_end: Tensor, carry: Tensor | None) -> Tensor:
 def _cumulative(g: Tensor) -> tuple[Tensor, Tensor]:
     b = g.cumsum(-2)
     return b, b[..., -1:, :]
-
-
-def _segment_masks(segments: Tensor | None, dtype: torch.dtype):
-    """Which tokens may read the entering state, write to the leaving one, whether it survives, and who sees whom."""
-    if segments is None:
-        return None, None, None, None
-    first, last = segments[..., :1], segments[..., -1:]
-    before = torch.cat([first[:, :, :1], last[:, :, :-1]], dim=2)
-    keep_in = (segments == before).to(dtype)
-    keep_out = (segments == last).to(dtype)
-    carry = (before == last).squeeze(-1).to(dtype)
-    same = (segments[..., :, None] == segments[..., None, :]).to(dtype)[..., None, :]
-    return keep_in, keep_out, carry, same
-
-
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _group(q: Tensor, k: Tensor) -> Tensor:
-    """[B, T, H, K] -> [B, T, J, G, K]."""
-    return q.unflatten(2, (k.shape[2], -1))
-
-
-def _chunks(x: Tensor, padding: int) -> Tensor:
-    """[B, T, J, (G,) D] -> [B, J, N, C, (G,) D], zero-padded to whole chunks."""
-    x = F.pad(x, (*(0, 0) * (x.dim() - 2), 0, padding)).unflatten(1, (-1, CHUNK))
-    return x.movedim(3, 1).contiguous()

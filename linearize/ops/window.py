@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearize.ops.chunks import state_dtype
+
 MIN_BLOCK = 64
 
 
@@ -28,7 +30,8 @@ def window_attention_naive(
     sink_keys: Tensor | None = None,
     sink_values: Tensor | None = None,
     sink_mask: Tensor | None = None,
-) -> Tensor:
+    with_log_sum: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """The definition, with a full score matrix.
 
     Args:
@@ -38,9 +41,10 @@ def window_attention_naive(
         segments: [B, S] document number of each key (the last T belong to the queries).
         sink_keys, sink_values: [B, N, J, K], [B, N, J, V].
         sink_mask: [B, T, N] bool, which sink each query sees.
+        with_log_sum: whether log sum_j exp(score_j) over the visible keys is wanted too.
 
     Returns:
-        [B, T, H, V].
+        output [B, T, H, V], and [B, T, H, 1] or None.
     """
     T, S = q.shape[1], k.shape[1]
     mask = _band(T, S, window, q.device)[None]
@@ -56,8 +60,9 @@ def window_attention_naive(
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * scale
-    weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
-    return torch.einsum("bhts,bshv->bthv", weights, v)
+    scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    log_sum = scores.logsumexp(-1, keepdim=True).transpose(1, 2) if with_log_sum else None
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v), log_sum
 
 
 def window_attention(
@@ -72,7 +77,8 @@ def window_attention(
     sink_keys: Tensor | None = None,
     sink_values: Tensor | None = None,
     sink_mask: Tensor | None = None,
-) -> Tensor:
+    with_log_sum: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
@@ -119,15 +125,20 @@ def window_attention(
     rows = F.pad(q, (0, 0, 0, 0, 0, back)).unflatten(1, (blocks, C)).unflatten(3, (J, group))
     rows = rows.permute(0, 1, 3, 4, 2, 5).reshape(B * blocks, J, group * C, -1)
     mask = mask.expand(B, -1, -1, -1).flatten(0, 1)[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
-    output = F.scaled_dot_product_attention(
-        rows,
-        key_blocks.flatten(0, 1).transpose(1, 2),
-        value_blocks.flatten(0, 1).transpose(1, 2),
-        attn_mask=mask,
-        scale=scale,
-    )
-    output = output.unflatten(0, (B, blocks)).unflatten(3, (group, C)).permute(0, 1, 4, 2, 3, 5)
-    return output.reshape(B, blocks * C, H, -1)[:, :T]
+    key_rows, value_rows = (x.flatten(0, 1).transpose(1, 2) for x in (key_blocks, value_blocks))
+    log_sum = None
+    if with_log_sum:  # scaled_dot_product_attention keeps it to itself
+        scores = (rows @ key_rows.transpose(-1, -2) * scale).to(state_dtype(q)).masked_fill(~mask, float("-inf"))
+        log_sum = scores.logsumexp(-1, keepdim=True)
+        output = (scores - log_sum).exp().to(v.dtype) @ value_rows
+    else:
+        output = F.scaled_dot_product_attention(rows, key_rows, value_rows, attn_mask=mask, scale=scale)
+
+    def unblocked(x: Tensor) -> Tensor:
+        x = x.unflatten(0, (B, blocks)).unflatten(3, (group, C)).permute(0, 1, 4, 2, 3, 5)
+        return x.reshape(B, blocks * C, H, -1)[:, :T]
+
+    return unblocked(output), None if log_sum is None else unblocked(log_sum)
 
 
 def _windows(x: Tensor, span: int, step: int) -> Tensor:

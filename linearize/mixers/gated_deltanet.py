@@ -1,0 +1,45 @@
+"""Gated DeltaNet: the delta rule on a state that decays, one decay per head.
+
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t
+    alpha_t = exp(-softplus(p_t)), beta_t = sigmoid(p_t),  p_t = mean of k_t,  q_t and k_t of length 1
+
+Source: Gated DeltaNet, arXiv 2412.06464, equation 10.
+"""
+
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.delta_rule import delta_rule
+
+
+class GatedDeltaNet(Structure):
+    """One decay and one beta per head.
+
+    Args:
+        gate_logit_normalizer: divides the log-decay; 1 is Mamba-2's gate.
+        negative_eigenvalues: lets beta reach 2 (arXiv 2411.12537).
+    """
+
+    gates = ("head", "head")
+    normalization = "rms"
+
+    def __init__(self, site, gate_logit_normalizer: float = 1.0, negative_eigenvalues: bool = False):
+        super().__init__(site)
+        self.gate_logit_normalizer = gate_logit_normalizer
+        self.largest_beta = 2.0 if negative_eigenvalues else 1.0
+
+    def update(self, state, k, v, decay_logits, beta_logits):
+        k, beta = F.normalize(k, dim=-1), self.largest_beta * beta_logits.sigmoid()
+        state = (-F.softplus(decay_logits) / self.gate_logit_normalizer).exp().unsqueeze(-1) * state
+        held = (k.unsqueeze(-2) @ state).squeeze(-2)
+        return state + outer(beta * k, v - held)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, F.normalize(q, dim=-1))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        decay_logits, beta_logits = self.gate_logits(k, offset)
+        log_decay = -F.softplus(decay_logits) / self.gate_logit_normalizer
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        write, log_decay = hold(write_mask, self.largest_beta * beta_logits.sigmoid() * k, log_decay)
+        return delta_rule(q, write, v, k, log_decay, initial_state=initial_state, segments=segments)

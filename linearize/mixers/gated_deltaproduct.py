@@ -1,0 +1,81 @@
+"""Gated DeltaProduct: several delta-rule steps per token, so that the transition is a product of Householder matrices.
+
+    S_{t,0} = alpha_t S_{t-1},  S_{t,i} = (I - beta_{t,i} k_{t,i} k_{t,i}^T) S_{t,i-1} + beta_{t,i} k_{t,i} v_{t,i}^T
+    S_t = S_{t,n},  o_t = S_t^T q_t
+
+Source: DeltaProduct, arXiv 2502.10297, equation 5. The first step is Gated DeltaNet's, from the key projection alone.
+Each further step has a key map and a value map per head, parameters: k_{t,i} is a rotation of k_t that starts random,
+v_{t,i} starts at 0, so that the step begins as an erasure; its beta_{t,i} = sigmoid(p_t + c) starts small, c = -4.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.delta_rule import delta_rule
+
+EXTRA_BIAS = -4.0
+
+
+class GatedDeltaProduct(Structure):
+    """One decay per head, `steps` keys, values and betas.
+
+    Args:
+        steps: delta-rule steps per token; 2 in most of the paper.
+        gate_logit_normalizer: divides the log-decay.
+    """
+
+    gates = ("head", "head")
+    normalization = "rms"
+
+    def __init__(self, site, steps: int = 2, gate_logit_normalizer: float = 1.0):
+        super().__init__(site)
+        self.steps, self.gate_logit_normalizer = steps, gate_logit_normalizer
+        J, K = len(site.heads), site.head_dim
+        self.key_maps = nn.Parameter(torch.empty(steps - 1, J, K, K))
+        self.value_maps = nn.Parameter(torch.empty(steps - 1, J, K, K))
+        self.beta_bias = nn.Parameter(torch.empty(steps - 1, J, 1))
+
+    def reset_parameters(self):
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        shape = tuple(self.key_maps.shape)
+        self.key_maps.copy_(torch.linalg.qr(torch.randn(shape, generator=generator, device="cpu")).Q)
+        self.value_maps.zero_()
+        self.beta_bias.fill_(EXTRA_BIAS)
+
+    def _parts(self, k, v, beta_logits):
+        """Keys of length 1, values and betas of every step: [..., J, ·] -> [..., steps, J, ·]."""
+        keys, values, logits = [k], [v], [beta_logits]
+        for key_map, value_map, bias in zip(self.key_maps, self.value_maps, self.beta_bias):
+            keys.append(torch.einsum("...k,...kf->...f", k, key_map.to(k.dtype)))
+            # a column of ones, where there is one, is the window's business and not remapped
+            mapped = torch.einsum("...k,...kf->...f", v[..., : k.shape[-1]], value_map.to(v.dtype))
+            values.append(F.pad(mapped, (0, v.shape[-1] - mapped.shape[-1])))
+            logits.append(beta_logits + bias.to(k.dtype))
+        stacked = [torch.stack(parts, dim=-3) for parts in (keys, values, logits)]
+        return F.normalize(stacked[0], dim=-1), stacked[1], stacked[2].sigmoid()
+
+    def update(self, state, k, v, decay_logits, beta_logits):
+        state = (-F.softplus(decay_logits) / self.gate_logit_normalizer).exp().unsqueeze(-1) * state
+        for key, value, beta in zip(*(x.unbind(-3) for x in self._parts(k, v, beta_logits))):
+            held = (key.unsqueeze(-2) @ state).squeeze(-2)
+            state = state + outer(beta * key, value - held)
+        return state
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, F.normalize(q, dim=-1))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        decay_logits, beta_logits = self.gate_logits(k, offset)
+        log_decay = -F.softplus(decay_logits) / self.gate_logit_normalizer
+        keys, values, betas = self._parts(k, v, beta_logits)
+        # a token becomes `steps` tokens: the first decays, the last is read
+        first = F.pad(torch.ones_like(decay_logits).unsqueeze(2), (0, 0, 0, 0, 0, self.steps - 1))
+        writes, decays = hold(write_mask, betas * keys, log_decay.unsqueeze(2) * first)
+        queries = F.pad(F.normalize(q, dim=-1).unsqueeze(2), (0, 0, 0, 0, self.steps - 1, 0))
+        spread = (x.flatten(1, 2) for x in (queries, writes, values, keys, decays))
+        if segments is not None:
+            segments = segments.repeat_interleave(self.steps, dim=1)
+        output, state = delta_rule(*spread, initial_state=initial_state, segments=segments)
+        return output[:, self.steps - 1 :: self.steps], state

@@ -1,0 +1,52 @@
+"""Gated slot attention: a fixed number of slots for keys and values, read by softmax.
+
+    alpha_t = sigmoid(p_t)^(1/16), s_t = 1 - alpha_t,  p_t = k_t (one slot per key channel)
+    K_t = diag(alpha_t) K_{t-1} + s_t k_t^T,  V_t = diag(alpha_t) V_{t-1} + s_t v_t^T
+    o_t = V_t^T softmax(K_t q_t)
+
+Sources: Liger, arXiv 2503.01496, Table 1; GSA, arXiv 2409.07146, equation 6. The state is [M, K + V]: both memories.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.gla import gla
+from linearize.ops.gsa import slot_scores
+
+
+class GatedSlotAttention(Structure):
+    """As many slots as the head has channels.
+
+    Args:
+        gate_logit_normalizer: divides the log-decay.
+    """
+
+    gates = ("channel",)
+    positive = True
+
+    def __init__(self, site, gate_logit_normalizer: float = 16.0):
+        super().__init__(site)
+        self.gate_logit_normalizer = gate_logit_normalizer
+
+    def state_shape(self, value_dim):
+        return (self.site.head_dim, self.site.head_dim + value_dim)
+
+    def update(self, state, k, v, logits):
+        decay = logits.sigmoid() ** (1 / self.gate_logit_normalizer)
+        return decay.unsqueeze(-1) * state + outer(1 - decay, torch.cat([k, v], dim=-1))
+
+    def read(self, before, after, q, k, v):
+        keys, values = after.split([self.site.head_dim, v.shape[-1]], dim=-1)
+        return read_state(values, (q @ keys.transpose(-1, -2)).softmax(-1))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (logits,) = self.gate_logits(k, offset)
+        log_decay = F.logsigmoid(logits) / self.gate_logit_normalizer
+        slots, log_decay = hold(write_mask, -torch.expm1(log_decay), log_decay)
+        keys = values = None
+        if initial_state is not None:
+            keys, values = initial_state.split([self.site.head_dim, v.shape[-1]], dim=-1)
+        scores, keys = slot_scores(q, k, slots, log_decay, initial_state=keys, segments=segments)
+        output, values = gla(scores.softmax(-1), slots, v, log_decay, initial_state=values, segments=segments)
+        return output, torch.cat([keys, values], dim=-1)

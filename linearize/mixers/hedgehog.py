@@ -1,0 +1,53 @@
+"""Hedgehog: feature maps learned to mimic softmax, as used by LoLCATs.
+
+    phi(x) = [softmax(W x), softmax(-W x)],  S_t = S_{t-1} + phi_k(k_t) v_t^T,
+    o_t = S_t^T phi_q(q_t) / sum_j phi_q(q_t) . phi_k(k_j)
+
+with q and k after rotary and one W per head, for queries and for keys, that starts as the identity. Sources: Hedgehog,
+arXiv 2402.04347, equation 6; LoLCATs, arXiv 2410.10254, section 3.1, whose normaliser is shared with the window
+(`mix: joint`).
+"""
+
+import torch
+from torch import nn
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+
+class Hedgehog(Structure):
+    """No decay; the state is [2 K, V]."""
+
+    rotary = True
+    positive = True
+    normalization = "sum"
+
+    def __init__(self, site):
+        super().__init__(site)
+        J, K = len(site.heads), site.head_dim
+        self.query_map = nn.Parameter(torch.empty(J * site.group, K, K))
+        self.key_map = nn.Parameter(torch.empty(J, K, K))
+
+    def reset_parameters(self):
+        for maps in (self.query_map, self.key_map):
+            maps.copy_(torch.eye(self.site.head_dim, device=maps.device).expand_as(maps))
+
+    def state_shape(self, value_dim):
+        return (2 * self.site.head_dim, value_dim)
+
+    def update(self, state, k, v):
+        return state + outer(_hedgehog(k, self.key_map), v)
+
+    def read(self, before, after, q, k, v):
+        maps = self.query_map.unflatten(0, (len(self.site.heads), -1))
+        return read_state(after, _hedgehog(q, maps))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (write,) = hold(write_mask, _hedgehog(k, self.key_map))
+        return simple_gla(_hedgehog(q, self.query_map), write, v, initial_state=initial_state, segments=segments)
+
+
+def _hedgehog(x, maps):
+    """[..., heads, K] under [heads, K, K] -> [..., heads, 2 K]."""
+    mapped = torch.einsum("...k,...kf->...f", x, maps.to(x.dtype))
+    return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)

@@ -1,0 +1,43 @@
+"""Kimi Delta Attention: the delta rule on a state that decays channel by channel.
+
+    S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t
+    alpha_t = sigmoid(p_t)^(1/16) per channel, p_t = k_t;  beta_t = sigmoid of its mean;  q_t and k_t of length 1
+
+Source: Kimi Linear, arXiv 2510.26692, equation 1, with GLA's gate on the key projection.
+"""
+
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.delta_rule import delta_rule
+
+
+class KimiDeltaAttention(Structure):
+    """One decay per key channel, one beta per head.
+
+    Args:
+        gate_logit_normalizer: divides the log-decay.
+    """
+
+    gates = ("channel", "head")
+    normalization = "rms"
+
+    def __init__(self, site, gate_logit_normalizer: float = 16.0):
+        super().__init__(site)
+        self.gate_logit_normalizer = gate_logit_normalizer
+
+    def update(self, state, k, v, decay_logits, beta_logits):
+        k = F.normalize(k, dim=-1)
+        state = (decay_logits.sigmoid() ** (1 / self.gate_logit_normalizer)).unsqueeze(-1) * state
+        held = (k.unsqueeze(-2) @ state).squeeze(-2)
+        return state + outer(beta_logits.sigmoid() * k, v - held)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, F.normalize(q, dim=-1))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        decay_logits, beta_logits = self.gate_logits(k, offset)
+        log_decay = F.logsigmoid(decay_logits) / self.gate_logit_normalizer
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        write, log_decay = hold(write_mask, beta_logits.sigmoid() * k, log_decay)
+        return delta_rule(q, write, v, k, log_decay, initial_state=initial_state, segments=segments)

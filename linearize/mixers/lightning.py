@@ -1,0 +1,37 @@
+"""Lightning attention: a fixed decay per head, slower in later layers.
+
+    log lambda_h = -2^(-8 (h + 1) / heads) (1 - layer / layers),  S_t = lambda_h S_{t-1} + silu(k_t) v_t^T,
+    o_t = RMSNorm(S_t^T silu(q_t))
+
+Source: Lightning Attention-2, arXiv 2401.04658, equation 6, with the slopes of TransNormerLLM, arXiv 2307.14995,
+section 3.2.1 (ALiBi's, scaled by layer) and the activation of MiniMax-01, arXiv 2501.08313, section 2.2.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+
+class LightningAttention(Structure):
+    """One constant decay per head and layer."""
+
+    normalization = "rms"
+
+    def _log_decay(self, like):
+        """[J, 1]"""
+        depth = 1 - self.site.layer / self.site.layers
+        rates = [-depth * 2.0 ** (-8 * (head + 1) / self.site.total_heads) for head in self.site.heads]
+        return torch.tensor(rates, dtype=like.dtype, device=like.device)[:, None]
+
+    def update(self, state, k, v):
+        return self._log_decay(k).exp().unsqueeze(-1) * state + outer(F.silu(k), v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, F.silu(q))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        log_decay = self._log_decay(k).expand(*k.shape[:3], 1)
+        write, log_decay = hold(write_mask, F.silu(k), log_decay)
+        return simple_gla(F.silu(q), write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)

@@ -1,0 +1,47 @@
+"""Linear attention without a gate.
+
+    S_t = S_{t-1} + phi(k_t) v_t^T,  o_t = S_t^T phi(q_t) / sum_j phi(q_t) . phi(k_j)
+
+Sources: Katharopoulos et al., arXiv 2006.16236, equations 8 to 12 (phi = elu + 1); SUPRA, arXiv 2405.06640, section 3
+(`normalization: rms`, a norm on the output in place of the normaliser).
+"""
+
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+FEATURE_MAPS = {
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": F.relu,
+    "exp": lambda x: x.exp(),
+    "softmax": lambda x: x.softmax(-1),
+    "identity": lambda x: x,
+}
+
+
+class LinearAttention(Structure):
+    """No decay.
+
+    Args:
+        feature_map: phi: elu (elu + 1), relu, exp, softmax (over the channels) or identity.
+        normalization: sum, rms or none.
+    """
+
+    positive = True
+
+    def __init__(self, site, feature_map: str = "elu", normalization: str = "sum"):
+        super().__init__(site)
+        self.phi = FEATURE_MAPS[feature_map]
+        self.normalization = normalization
+        self.positive = feature_map != "identity"
+
+    def update(self, state, k, v):
+        return state + outer(self.phi(k), v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, self.phi(q))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (write,) = hold(write_mask, self.phi(k))
+        return simple_gla(self.phi(q), write, v, initial_state=initial_state, segments=segments)

@@ -1,0 +1,34 @@
+"""Longhorn: the decay follows from solving a small online regression exactly.
+
+    d_t = b_t / (1 + b_t k_t . k_t),  b_t = sigmoid(p_t),  p_t = mean of k_t
+    S_t = diag(1 - d_t k_t^2) S_{t-1} + d_t k_t v_t^T,  o_t = S_t^T q_t
+
+Source: Longhorn, arXiv 2407.14207, equations 7 and 8 (the diagonal approximation), with one b_t per head.
+"""
+
+import torch
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.gla import gla
+
+
+class Longhorn(Structure):
+    """One decay per key channel, no gate but the write strength."""
+
+    gates = ("head",)
+
+    def _step(self, k, logits):
+        strength = logits.sigmoid()
+        return strength / (1 + strength * k.square().sum(-1, keepdim=True))
+
+    def update(self, state, k, v, logits):
+        step = self._step(k, logits)
+        return (1 - step * k.square()).unsqueeze(-1) * state + outer(step * k, v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, q)
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        step = self._step(k, *self.gate_logits(k, offset))
+        write, log_decay = hold(write_mask, step * k, torch.log1p(-step * k.square()))
+        return gla(q, write, v, log_decay, initial_state=initial_state, segments=segments)

@@ -1,0 +1,59 @@
+"""Mamba-2's recurrence with the key as gate: one decay per head.
+
+    log_decay_t = -softplus(p_t),  S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t,  p_t = mean of k_t
+
+With `learned_step` it has the step size of SSD: dt_t = softplus(p_t + b), log_decay_t = -exp(a) dt_t, and dt_t k_t
+is written; a and b are parameters (one each per head) and start at 0.
+
+Sources: Liger, arXiv 2503.01496, Table 1; SSD, arXiv 2405.21060, section 2.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+
+class Mamba2(Structure):
+    """One decay per head.
+
+    Args:
+        gate_logit_normalizer: divides the log-decay; 1 in Liger.
+        learned_step: whether the step size scales what is written, with a learned rate and bias.
+    """
+
+    gates = ("head",)
+
+    def __init__(self, site, gate_logit_normalizer: float = 1.0, learned_step: bool = False):
+        super().__init__(site)
+        self.gate_logit_normalizer = gate_logit_normalizer
+        self.learned_step = learned_step
+        if learned_step:
+            self.log_rate = nn.Parameter(torch.empty(len(site.heads), 1))
+            self.step_bias = nn.Parameter(torch.empty(len(site.heads), 1))
+
+    def reset_parameters(self):
+        if self.learned_step:
+            self.log_rate.zero_()
+            self.step_bias.zero_()
+
+    def _step(self, logits):
+        """(log-decay, what scales the key), both [..., J, 1]."""
+        if not self.learned_step:
+            return -F.softplus(logits) / self.gate_logit_normalizer, torch.ones_like(logits)
+        step = F.softplus(logits + self.step_bias)
+        return -self.log_rate.exp() * step / self.gate_logit_normalizer, step
+
+    def update(self, state, k, v, logits):
+        log_decay, step = self._step(logits)
+        return log_decay.exp().unsqueeze(-1) * state + outer(step * k, v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, q)
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        log_decay, step = self._step(*self.gate_logits(k, offset))
+        write, log_decay = hold(write_mask, step * k, log_decay)
+        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)

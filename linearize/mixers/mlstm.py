@@ -1,0 +1,92 @@
+"""mLSTM: an exponential input gate, a sigmoid forget gate, and a normaliser that never falls below one.
+
+    i_t = exp(p_t),  f_t = sigmoid(p_t),  p_t = mean of k_t,  k'_t = k_t / sqrt(K)
+    C_t = f_t C_{t-1} + i_t k'_t v_t^T,  n_t = f_t n_{t-1} + i_t k'_t,  o_t = C_t^T q_t / max(|n_t . q_t|, 1)
+
+Sources: Liger, arXiv 2503.01496, Table 1; xLSTM, arXiv 2405.04517, equations 19 to 27. As there, everything is kept
+divided by exp(m_t), m_t = max(log f_t + m_{t-1}, log i_t), which changes no output and keeps i_t from overflowing;
+so no gradient flows through it.
+The state is [K, V + 2]: C, n, and m in the first row of the last column.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, with_one
+from linearize.ops.simple_gla import simple_gla
+
+# log forget gate of a document border: what came before is gone, and float64 still counts on
+BORDER = -1e6
+
+
+class MLSTM(Structure):
+    """One input and one forget gate per head."""
+
+    gates = ("head", "head")
+
+    def state_shape(self, value_dim):
+        return (self.site.head_dim, value_dim + 2)
+
+    def update(self, state, k, v, input_logits, forget_logits):
+        memory, m = state[..., :-1], state[..., 0, -1:].detach()
+        log_forget = F.logsigmoid(forget_logits)
+        new_m = torch.maximum(log_forget + m, input_logits).detach()
+        keep, write = (log_forget + m - new_m).exp(), (input_logits - new_m).exp()
+        memory = keep.unsqueeze(-1) * memory + outer(write * k, with_one(v)) / self.site.head_dim**0.5
+        return _packed(memory, new_m.squeeze(-1))
+
+    def read(self, before, after, q, k, v):
+        return _normalised(q @ after[..., :-1], after[..., 0, -1:, None])
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        log_input, forget_logits = (x.squeeze(-1) for x in self.gate_logits(k, offset))
+        log_forget = F.logsigmoid(forget_logits)
+        memory, m = None, torch.zeros_like(log_input[:, 0])
+        if initial_state is not None:
+            memory, m = initial_state[..., :-1], initial_state[..., 0, -1]
+        with torch.no_grad():
+            scanned = _stabiliser(log_input, log_forget, m, write_mask, segments)
+        before, after = scanned[:, :-1], scanned[:, 1:]
+        keep, write = _at_most_zero(log_forget + before - after), _at_most_zero(log_input - after).exp()
+        if segments is not None:  # across a border the state is zeroed, so any finite decay will do
+            keep = keep.clamp(min=-80.0)
+        keys = write.unsqueeze(-1) * k / self.site.head_dim**0.5
+        keys, keep = hold(write_mask, keys, keep)
+        output, memory = simple_gla(q, keys, with_one(v), keep, initial_state=memory, segments=segments)
+        floor = after.repeat_interleave(q.shape[2] // k.shape[2], dim=2).unsqueeze(-1)
+        return _normalised(output, floor), _packed(memory, after[:, -1])
+
+
+def _stabiliser(log_input, log_forget, m, write_mask, segments):
+    """m before the first token and after each: [B, 1 + T, J]. A running maximum once the forget gates are summed up."""
+    dtype = log_input.dtype
+    log_input, log_forget = log_input.double(), log_forget.double()
+    if write_mask is not None:
+        written = write_mask[..., None]
+        log_input, log_forget = log_input.masked_fill(~written, float("-inf")), log_forget * written
+    if segments is not None:
+        border = segments[:, 1:] != segments[:, :-1]
+        log_forget = log_forget.clone()
+        log_forget[:, 1:] += BORDER * border[..., None]
+        # a document starts from m = 0, as a state of zeros does
+        start = torch.maximum(log_input, log_forget - BORDER)
+        log_input = torch.where(F.pad(border, (1, 0))[..., None], start, log_input)
+    total = log_forget.cumsum(1)
+    peaks = torch.cat([m.double().unsqueeze(1), log_input - total], dim=1).cummax(1).values
+    return (peaks + F.pad(total, (0, 0, 1, 0))).to(dtype)
+
+
+def _at_most_zero(x):
+    """Takes off what rounding left above zero; a clamp would take the gradient too."""
+    return x - x.detach().clamp(min=0.0)
+
+
+def _packed(memory, m):
+    """C and n [B, J, K, V + 1] and m [B, J] -> [B, J, K, V + 2]."""
+    column = torch.zeros_like(memory[..., :1])
+    column[..., 0, 0] = m
+    return torch.cat([memory, column], dim=-1)
+
+
+def _normalised(output, m):
+    return output[..., :-1] / torch.maximum(output[..., -1:].abs(), (-m).exp())

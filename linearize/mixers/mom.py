@@ -1,0 +1,77 @@
+"""Mixture of memories: every token writes to a few of several states, and to a shared one.
+
+    r_t = softmax(W k_t) over M memories, of which the largest `top` count, g_t = those, made to sum to one
+    S^m_t = update of the inner structure where m is among them, else S^m_{t-1};  S^0_t takes every token
+    o_t = read(S^0_t) + sum_m g_m(q_t) read(S^m_t)
+
+Source: MoM, arXiv 2502.13685, equations 5 to 9, around any other structure. W is a parameter over all keys of the
+layer's linear heads and starts as random orthonormal rows; queries, averaged over their group, are routed by the same
+W, because a query reads tokens that are not its own.
+"""
+
+import torch
+from torch import nn
+
+from linearize.mixers.registry import mixer_class
+from linearize.mixers.structure import Structure
+
+
+class MixtureOfMemories(Structure):
+    """M + 1 states of the inner structure, [1 + M, *inner].
+
+    Args:
+        inner: name of the structure of each memory, with its default settings.
+        memories: M. top: how many of them a token writes to.
+    """
+
+    def __init__(self, site, inner: str = "gla", memories: int = 4, top: int = 2):
+        super().__init__(site)
+        self.inner = mixer_class(inner)(site)
+        self.memories, self.top = memories, top
+        self.gates, self.rotary = self.inner.gates, self.inner.rotary
+        self.positive, self.normalization = self.inner.positive, self.inner.normalization
+        self.router = nn.Parameter(torch.empty(memories, len(site.heads) * site.head_dim))
+
+    def reset_parameters(self):
+        self.inner.reset_parameters()
+        generator = torch.Generator(device="cpu").manual_seed(self.site.layer)
+        rows = torch.randn(self.router.shape[1], self.memories, generator=generator, device="cpu")
+        self.router.copy_(torch.linalg.qr(rows).Q.T)
+
+    def state_shape(self, value_dim):
+        return (1 + self.memories, *self.inner.state_shape(value_dim))
+
+    def _routes(self, x):
+        """Weights of the memories, zero but for the `top` largest: [..., J, K] -> [..., 1 + M], the shared one's is 1."""
+        weights = (x.flatten(-2) @ self.router.to(x.dtype).T).softmax(-1)
+        chosen = weights.topk(self.top, dim=-1)
+        kept = chosen.values / chosen.values.sum(-1, keepdim=True)
+        routed = torch.zeros_like(weights).scatter(-1, chosen.indices, kept)
+        return torch.cat([torch.ones_like(routed[..., :1]), routed], dim=-1)
+
+    def update(self, state, k, v, *logits):
+        updated = [self.inner.update(memory, k, v, *logits) for memory in state.unbind(2)]
+        written = (self._routes(k) > 0).unbind(-1)
+        pairs = zip(written, updated, state.unbind(2))
+        return torch.stack([torch.where(w[:, None, None, None], new, old) for w, new, old in pairs], dim=2)
+
+    def read(self, before, after, q, k, v):
+        weights = self._routes(q.mean(2)).unbind(-1)
+        written = (self._routes(k) > 0).unbind(-1)
+        total = 0.0
+        for weight, w, old, new in zip(weights, written, before.unbind(2), after.unbind(2)):
+            w = w[:, None, None]
+            total = total + weight[:, None, None, None] * self.inner.read(old, new, q, k * w, v * w)
+        return total
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        weights = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3)).unbind(-1)
+        written = (self._routes(k) > 0).unbind(-1)
+        starts = [None] * (1 + self.memories) if initial_state is None else initial_state.unbind(2)
+        total, finals = 0.0, []
+        for weight, w, start in zip(weights, written, starts):
+            mask = w if write_mask is None else w & write_mask
+            output, final = self.inner(q, k, v, offset=offset, write_mask=mask, initial_state=start, segments=segments)
+            total = total + weight[..., None, None] * output
+            finals.append(final)
+        return total, torch.stack(finals, dim=2)

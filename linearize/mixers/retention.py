@@ -1,0 +1,37 @@
+"""Gated retention: RetNet's recurrence with the decay read off the key.
+
+    log_decay_t = logsigmoid(p_t) / 16,  S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t,  p_t = mean of k_t
+
+Sources: Liger, arXiv 2503.01496, Table 1; RetNet, arXiv 2307.08621, equation 6.
+"""
+
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+
+class GatedRetention(Structure):
+    """One decay per head.
+
+    Args:
+        gate_logit_normalizer: divides the log-decay.
+    """
+
+    gates = ("head",)
+
+    def __init__(self, site, gate_logit_normalizer: float = 16.0):
+        super().__init__(site)
+        self.gate_logit_normalizer = gate_logit_normalizer
+
+    def update(self, state, k, v, logits):
+        decay = logits.sigmoid() ** (1 / self.gate_logit_normalizer)
+        return decay.unsqueeze(-1) * state + outer(k, v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, q)
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (logits,) = self.gate_logits(k, offset)
+        write, log_decay = hold(write_mask, k, F.logsigmoid(logits) / self.gate_logit_normalizer)
+        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)

@@ -1,0 +1,38 @@
+"""RetNet: a fixed decay per head, no gate.
+
+    gamma_h = 1 - 2^(-5 - h),  S_t = gamma_h S_{t-1} + k_t v_t^T,  o_t = GroupNorm(S_t^T q_t)
+
+with q and k after rotary. Source: RetNet, arXiv 2307.08621, equations 6 and 8. The h of a key/value head is spread
+over 0 to 7, whatever the number of heads, as in the paper's models of eight.
+"""
+
+import math
+
+import torch
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+
+class Retention(Structure):
+    """One constant decay per head."""
+
+    rotary = True
+    normalization = "rms"
+
+    def _log_decay(self, like):
+        """[J, 1]"""
+        spread = max(1, self.site.total_heads - 1)
+        rates = [math.log1p(-(2.0 ** (-5 - 7 * head / spread))) for head in self.site.heads]
+        return torch.tensor(rates, dtype=like.dtype, device=like.device)[:, None]
+
+    def update(self, state, k, v):
+        return self._log_decay(k).exp().unsqueeze(-1) * state + outer(k, v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, q)
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        log_decay = self._log_decay(k).expand(*k.shape[:3], 1)
+        write, log_decay = hold(write_mask, k, log_decay)
+        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)

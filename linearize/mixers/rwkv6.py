@@ -1,0 +1,56 @@
+"""RWKV-6 (Finch): a query reads the state before its own token, which counts through a bonus instead.
+
+    w_t = exp(-exp(p_t)),  p_t = k_t
+    o_t = S_{t-1}^T q_t + (q_t . (u * k_t)) v_t,  S_t = diag(w_t) S_{t-1} + k_t v_t^T
+
+Sources: Liger, arXiv 2503.01496, Table 1; Finch, arXiv 2404.05892, equations 16 to 19. The bonus u is the only
+parameter; it starts at 1.
+"""
+
+import torch
+from torch import nn
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.gla import gla
+
+# exp(-exp(4)) is 2e-24: a decay as good as zero, while exp(p) of a large p overflows
+LARGEST_LOGIT = 4.0
+
+
+class RWKV6(Structure):
+    """One decay per key channel, doubly exponential."""
+
+    gates = ("channel",)
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.bonus = nn.Parameter(torch.empty(len(site.heads), site.head_dim))
+
+    def reset_parameters(self):
+        self.bonus.fill_(1.0)
+
+    def update(self, state, k, v, logits):
+        return (-logits.clamp(max=LARGEST_LOGIT).exp()).exp().unsqueeze(-1) * state + outer(k, v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(before + outer(self.bonus * k, v), q)
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (logits,) = self.gate_logits(k, offset)
+        write, log_decay = hold(write_mask, k, -logits.clamp(max=LARGEST_LOGIT).exp())
+        # the state that a token finds is what the tokens before it left: the same recurrence, one token late
+        late_write, late_v, late_decay = (_late(x) for x in (write, v, log_decay))
+        if segments is not None:
+            first = torch.zeros_like(segments, dtype=torch.bool)
+            first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            late_write = late_write.masked_fill(first[..., None, None], 0.0)
+        output, state = gla(q, late_write, late_v, late_decay, initial_state=initial_state, segments=segments)
+        group = q.unflatten(2, (k.shape[2], -1))
+        current = (group * (self.bonus * write).unsqueeze(3)).sum(-1, keepdim=True) * v.unsqueeze(3)
+        state = log_decay[:, -1].exp().unsqueeze(-1) * state + outer(write[:, -1], v[:, -1])
+        return output + current.flatten(2, 3), state
+
+
+def _late(x):
+    """Every token's successor gets its values; the first gets zeros."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)

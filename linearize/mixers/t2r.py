@@ -1,0 +1,62 @@
+"""T2R: a one-layer perceptron as feature map.
+
+    phi(x) = relu(W x + b),  S_t = S_{t-1} + phi_k(k_t) v_t^T,  o_t = S_t^T phi_q(q_t) / sum_j phi_q(q_t) . phi_k(k_j)
+
+Source: Finetuning Pretrained Transformers into RNNs, arXiv 2103.13076, equation 5. One map per head for queries and
+for keys; W starts as random orthonormal columns, b at 0.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+
+class T2R(Structure):
+    """No decay; the state is [features, V].
+
+    Args:
+        features: size of the feature map; the paper's is 32.
+    """
+
+    positive = True
+    normalization = "sum"
+
+    def __init__(self, site, features: int = 32):
+        super().__init__(site)
+        self.features = features
+        for name, heads in (("query", len(site.heads) * site.group), ("key", len(site.heads))):
+            self.register_parameter(f"{name}_map", nn.Parameter(torch.empty(heads, site.head_dim, features)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(heads, features)))
+
+    def reset_parameters(self):
+        K = self.site.head_dim
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        # the same start for queries and keys, so that like still finds like
+        basis = torch.randn(max(K, self.features), max(K, self.features), generator=generator, device="cpu")
+        start = torch.linalg.qr(basis).Q[:K, : self.features]
+        for maps, bias in ((self.query_map, self.query_bias), (self.key_map, self.key_bias)):
+            maps.copy_(start.expand_as(maps))
+            bias.zero_()
+
+    def state_shape(self, value_dim):
+        return (self.features, value_dim)
+
+    def update(self, state, k, v):
+        return state + outer(_relu_features(k, self.key_map, self.key_bias), v)
+
+    def read(self, before, after, q, k, v):
+        maps, bias = (x.unflatten(0, (len(self.site.heads), -1)) for x in (self.query_map, self.query_bias))
+        return read_state(after, _relu_features(q, maps, bias))
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (write,) = hold(write_mask, _relu_features(k, self.key_map, self.key_bias))
+        read = _relu_features(q, self.query_map, self.query_bias)
+        return simple_gla(read, write, v, initial_state=initial_state, segments=segments)
+
+
+def _relu_features(x, maps, bias):
+    """[..., heads, K] under [heads, K, F] and [heads, F] -> [..., heads, F]."""
+    return F.relu(torch.einsum("...k,...kf->...f", x, maps.to(x.dtype)) + bias.to(x.dtype))

@@ -1,0 +1,27 @@
+"""NormAttention: linear attention with a norm on the output instead of the normaliser, whose gradients explode.
+
+    S_t = S_{t-1} + phi(k_t) v_t^T,  o_t = RMSNorm(S_t^T phi(q_t)),  phi = elu + 1
+
+Source: The Devil in Linear Transformer, arXiv 2210.10340, equation 11.
+"""
+
+from torch.nn import functional as F
+
+from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.ops.simple_gla import simple_gla
+
+
+class NormAttention(Structure):
+    """No decay, no normaliser."""
+
+    normalization = "rms"
+
+    def update(self, state, k, v):
+        return state + outer(F.elu(k) + 1, v)
+
+    def read(self, before, after, q, k, v):
+        return read_state(after, F.elu(q) + 1)
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (write,) = hold(write_mask, F.elu(k) + 1)
+        return simple_gla(F.elu(q) + 1, write, v, initial_state=initial_state, segments=segments)

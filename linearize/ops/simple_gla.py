@@ -1,0 +1,112 @@
+"""Linear attention with one decay per head, or none (RetNet, arXiv 2307.08621; SSD, arXiv 2405.21060, section 6).
+
+    S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T
+    o_t = scale * S_t^T q_t
+
+Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G), K key dim, V value
+dim. The state is [B, J, K, V], float32 (float64 for float64 inputs). Its naive twin is `gla_naive` with the decay
+spread over the channels.
+"""
+
+import torch
+from torch import Tensor
+
+from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
+
+SIMPLE_CHUNK = 64
+
+
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in chunks of 64 tokens: a masked product inside each, one state between them.
+
+    Args:
+        q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V].
+        log_decay: [B, T, J], at most zero; None forgets nothing.
+        initial_state: [B, J, K, V], zero when absent.
+        segments: [B, T] document number of each token; the state is zeroed where it changes.
+
+    Returns:
+        output [B, T, H, V] in v's dtype, final state [B, J, K, V].
+    """
+    dtype, T, (B, _, J, K), V = state_dtype(q), q.shape[1], k.shape, v.shape[-1]
+    with torch.autocast(q.device.type, enabled=False):
+        state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+        if T == 0:
+            return v.new_zeros(B, 0, q.shape[2], V), state
+        q_ = chunks(grouped(q, k).to(dtype) * scale, SIMPLE_CHUNK)
+        k_, v_ = (chunks(x.to(dtype), SIMPLE_CHUNK) for x in (k, v))
+        b = None if log_decay is None else chunks(log_decay.to(dtype), SIMPLE_CHUNK).cumsum(-1)
+        output, final = _ChunkedSimpleGLA.apply(q_, k_, v_, b, state, segment_chunks(segments, SIMPLE_CHUNK))
+        return unchunked(output, T).to(v.dtype), final
+
+
+class _ChunkedSimpleGLA(torch.autograd.Function):
+    """Forward and backward over chunks: q [B, J, N, C, G, K], k and v [B, J, N, C, ·], b [B, J, N, C] cumulative."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, b, state, segments):
+        inside, reads, writes, carry = _decays(q, b, segments)
+        scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside)
+        increments = (k * writes).transpose(-1, -2) @ v
+        states = []
+        for n in range(q.shape[2]):
+            states.append(state)
+            state = increments[:, :, n] + carry[:, :, n] * state
+        states = torch.stack(states, dim=2)
+        output = scores.flatten(3, 4) @ v
+        output += (q * reads).flatten(3, 4) @ states
+        ctx.save_for_backward(q, k, v, b, states, segments, scores)
+        return output.unflatten(3, q.shape[3:5]), state
+
+    @staticmethod
+    def backward(ctx, d_output, d_state):
+        q, k, v, b, states, segments, scores = ctx.saved_tensors
+        inside, reads, writes, carry = _decays(q, b, segments)
+        d_output = d_output.flatten(3, 4)
+        d_reads = (q * reads).flatten(3, 4).transpose(-1, -2) @ d_output
+        d_next = []
+        for n in reversed(range(q.shape[2])):
+            d_next.append(d_state)
+            d_state = d_reads[:, :, n] + carry[:, :, n] * d_state
+        d_next = torch.stack(d_next[::-1], dim=2)
+
+        dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
+        dv += (k * writes) @ d_next
+        dk_out = (v @ d_next.transpose(-1, -2)).mul_(writes)
+        d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside).flatten(3, 4)
+        dq = (d_scores @ k).unflatten(3, q.shape[3:5])
+        dk = d_scores.transpose(-1, -2) @ q.flatten(3, 4)
+        dq += (d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(reads)
+        dk += dk_out
+        if b is None:
+            return dq, dk, dv, None, d_state, None
+        # b enters every term as +b with q and -b with k (2312.06635, C.2); its last value also with the leaving state
+        db = (q * dq).sum((4, 5)) - (k * dk).sum(-1)
+        db[..., -1] += (k * dk_out).sum((-1, -2)) + (carry * states * d_next).sum((-1, -2))
+        return dq, dk, dv, db, d_state, None
+
+
+def _decays(q: Tensor, b: Tensor | None, segments: Tensor | None):
+    """Factors, every one at most 1: between tokens of a chunk, from its entering state to each token, from each token
+    to its leaving state, and across it."""
+    C = q.shape[3]
+    causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    keep_in, keep_out, keep, same = segment_masks(segments, q.dtype)
+    if b is None:
+        one = q.new_ones(1, 1, 1, 1)
+        inside, reads, writes, carry = causal.to(q.dtype), one, one, one[0].expand(1, 1, q.shape[2])
+    else:
+        inside = (b[..., :, None] - b[..., None, :]).masked_fill_(~causal, float("-inf")).exp_()
+        reads, writes, carry = b.exp(), (b[..., -1:] - b).exp(), b[..., -1].exp()
+    if segments is not None:
+        inside, reads, writes, carry = inside * same, reads * keep_in, writes * keep_out, carry * keep
+    return inside[..., :, None, :], reads[..., None, None], writes[..., None], carry[..., None, None]

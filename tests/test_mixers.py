@@ -1,0 +1,190 @@
+"""Every gated structure: chunked = token by token, values and gradients; states, documents, padding, extreme gates.
+
+A new structure is one row of ROWS. The recurrences themselves are held against independent loops in test_formulas.py
+and against flash-linear-attention in test_fla.py.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import LENGTHS, assert_same_with_gradients
+
+from linearize.mixers.registry import MIXERS, mixer_class
+from linearize.mixers.structure import Site
+
+# name of the row -> structure, options
+ROWS = {
+    "gla": ("gla", {}),
+    "gsa": ("gsa", {}),
+    "hgrn2": ("hgrn2", {}),
+    "hgrn2 bounded": ("hgrn2", {"lower_bound": 0.9}),
+    "rwkv6": ("rwkv6", {}),
+    "mamba2": ("mamba2", {}),
+    "mamba2 step": ("mamba2", {"learned_step": True}),
+    "retention": ("retention", {}),
+    "mlstm": ("mlstm", {}),
+    "retnet": ("retnet", {}),
+    "lightning": ("lightning", {}),
+    "linear": ("linear", {}),
+    "linear relu": ("linear", {"feature_map": "relu"}),
+    "linear exp": ("linear", {"feature_map": "exp"}),
+    "linear softmax rms": ("linear", {"feature_map": "softmax", "normalization": "rms"}),
+    "linear identity none": ("linear", {"feature_map": "identity", "normalization": "none"}),
+    "transnormer": ("transnormer", {}),
+    "hedgehog": ("hedgehog", {}),
+    "based": ("based", {"features": 4}),
+    "t2r": ("t2r", {"features": 6}),
+    "mala": ("mala", {}),
+    "longhorn": ("longhorn", {}),
+    "deltanet": ("deltanet", {}),
+    "deltanet negative": ("deltanet", {"negative_eigenvalues": True}),
+    "gated_deltanet": ("gated_deltanet", {}),
+    "gated_deltaproduct": ("gated_deltaproduct", {"steps": 3}),
+    "kda": ("kda", {}),
+    "rwkv7": ("rwkv7", {}),
+    "mom": ("mom", {"memories": 3, "top": 2}),
+    "mom deltanet": ("mom", {"inner": "deltanet", "memories": 2, "top": 1}),
+}
+GATED = [row for row, (name, _) in ROWS.items() if MIXERS[name].gated]
+
+
+def test_every_structure_has_a_row():
+    assert {name for name, _ in ROWS.values()} == set(MIXERS)
+
+
+def structure(row, J=2, G=2, K=8, dtype=torch.float64):
+    name, options = ROWS[row]
+    built = mixer_class(name)(Site(tuple(range(J)), J, G, K, 1, 4), **options)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        built.reset_parameters()
+        for parameter in built.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return built.to(dtype)
+
+
+def inputs(built, T, B=2, extra=1, key_scale=1.0, state=False, offset=False, dtype=torch.float64):
+    site = built.site
+    J, K = len(site.heads), site.head_dim
+    torch.manual_seed(T)
+    q, k = torch.randn(B, T, J * site.group, K, dtype=dtype), key_scale * torch.randn(B, T, J, K, dtype=dtype)
+    v = torch.randn(B, T, J, K + extra, dtype=dtype)  # one more where a column of ones rides along
+    keywords = {}
+    if offset:
+        keywords["offset"] = torch.randn(B, T, J, built.gate_width(), dtype=dtype)
+    if state:  # a state that the structure can really be in
+        before = [torch.randn(B, 9, *x.shape[2:], dtype=dtype) for x in (q, k, v)]
+        with torch.no_grad():
+            keywords["initial_state"] = built.naive(*before)[1]
+    return (q, k, v), keywords
+
+
+def compare(built, sequence, keywords, tolerance=1e-8):
+    tensors = [*sequence, *(x for x in keywords.values() if x.is_floating_point()), *built.parameters()]
+    assert_same_with_gradients(
+        lambda: built(*sequence, **keywords), lambda: built.naive(*sequence, **keywords), tensors, tolerance
+    )
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("row", ROWS)
+def test_chunked_equals_token_by_token(row, T):
+    built = structure(row)
+    compare(built, *inputs(built, T, B=1 if T == 500 else 2, state=T != 64))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_documents_and_masked_tokens(row):
+    built = structure(row)
+    sequence, keywords = inputs(built, 90, state=True)
+    keywords["segments"] = (torch.rand(2, 90) < 0.06).cumsum(-1)
+    keywords["write_mask"] = torch.rand(2, 90) < 0.7
+    compare(built, sequence, keywords)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_packed_document_equals_the_document_alone(row):
+    built = structure(row)
+    sequence, _ = inputs(built, 100, B=1)
+    packed, state = built(*sequence, segments=(torch.arange(100) >= 37).long()[None])
+    first, _ = built(*(x[:, :37] for x in sequence))
+    second, final = built(*(x[:, 37:] for x in sequence))
+    torch.testing.assert_close(packed, torch.cat([first, second], dim=1))
+    torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_prefill_then_decode_equals_whole(row):
+    built = structure(row)
+    sequence, keywords = inputs(built, 80, state=True)
+    whole, final = built(*sequence, **keywords)
+    output, state = built(*(x[:, :70] for x in sequence), **keywords)
+    outputs = [output]
+    for t in range(70, 80):
+        output, state = built.naive(*(x[:, t : t + 1] for x in sequence), initial_state=state)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+    torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("key_scale", [0.0, 30.0])
+def test_extreme_gates(row, key_scale):
+    if row in ("linear exp", "based") and key_scale > 1:
+        key_scale = 3.0  # these features grow without bound, and so does what they sum to
+    built = structure(row)
+    sequence, _ = inputs(built, 70, key_scale=key_scale)
+    output, _ = built(*sequence)
+    assert output.isfinite().all()
+    wanted, _ = built.naive(*sequence)
+    torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", GATED)
+def test_gate_offsets(row):
+    built = structure(row)
+    sequence, keywords = inputs(built, 40, offset=True)
+    compare(built, sequence, keywords)
+    moved, _ = built(*sequence, **keywords)
+    plain, _ = built(*sequence)
+    zero, _ = built(*sequence, offset=torch.zeros_like(keywords["offset"]))
+    assert torch.equal(plain, zero) and not torch.allclose(plain, moved)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_float32(row):
+    built = structure(row)
+    sequence, _ = inputs(built, 130)
+    wanted, _ = built.naive(*sequence)
+    got, state = structure(row, dtype=torch.float32)(*(x.float() for x in sequence))
+    assert got.dtype == state.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row, (name, options) in ROWS.items() if MIXERS[name].shares_normaliser(options)]
+)
+def test_shared_normalisers_are_not_negative(row):
+    built = structure(row)
+    assert built.positive
+    (q, k, v), _ = inputs(built, 100)
+    weights, _ = built(q, k, torch.ones_like(v))
+    assert (weights >= 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_shape(data):
+    draw = data.draw
+    built = structure(
+        draw(st.sampled_from(list(ROWS))), draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(3, 6))
+    )
+    T, state = draw(st.integers(1, 100)), draw(st.booleans())
+    sequence, keywords = inputs(built, T, B=draw(st.integers(1, 3)), extra=draw(st.integers(0, 1)), state=state)
+    if draw(st.booleans()):
+        keywords["write_mask"] = torch.rand(sequence[0].shape[:2]) < 0.8
+    got, got_state = built(*sequence, **keywords)
+    wanted, wanted_state = built.naive(*sequence, **keywords)
+    torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(got_state, wanted_state, rtol=1e-7, atol=1e-7)
