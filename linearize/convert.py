@@ -62,6 +62,12 @@ class Inspection:
     cache_bytes: dict[int, dict[str, int]]
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's recurrent states, all layers."""
+        branches = _branches(self.config, self.plan, device="meta")
+        return sum(4 * len(b.structure.site.heads) * _product(b.state_shape()) for b in branches.values())
+
+    @property
     def key_value_heads(self) -> int:
         return self.config["num_key_value_heads"]
 
@@ -105,6 +111,7 @@ class Inspection:
             "parameters_base": sum(_product(info.shape) for info in self.weights.tensors.values()),
             "parameters_added": self.added_parameters,
             "tensors_added": {name: list(shape) for name, shape in self.added.items()},
+            "state_bytes": self.state_bytes,
             "cache_bytes": {str(length): sizes for length, sizes in self.cache_bytes.items()},
             "weights_bytes": self.weights.nbytes,
             "disk_bytes_copying": self.weights.nbytes + 4 * self.added_parameters,
@@ -375,6 +382,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, placed: Callable[[], 
         "coverage": {**inspection.coverage(), **converted},
         "ignored_tensors": list(inspection.ignored),
         "parameters_added": inspection.added_parameters,
+        "state_bytes": inspection.state_bytes,
         "vocabulary": inspection.config["vocab_size"],
         "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
         "weights": {"placed": how, "files": shard_names, "bytes": inspection.weights.nbytes},

@@ -226,7 +226,7 @@ def test_accumulation_and_checkpointing_change_nothing(converted, tmp_path):
     run(converted, tmp_path / "split", recipe("gradient_accumulation=2", "gradient_checkpointing=true"))
     a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "split"))
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=3e-5)
 
 
 def test_liger_recipe_reproduces_the_published_settings():

@@ -187,6 +187,9 @@ def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) ->
         what = f"{layer['mixer']}{gate} {layer['mix']}, window {layer['window']} + {layer['sinks']} sinks"
         emit(f"{layer['layer']:5}  {kept:13}  {linear:13} {what if layer['linear_heads'] else 'unchanged'}")
     emit(f"parameters: {shown['parameters_base']:,} and {shown['parameters_added']:,} added")
+    for name, (count, shape) in _per_kind(shown["tensors_added"]).items():
+        emit(f"  {count} x {name} {shape}")
+    emit(f"recurrent state: {shown['state_bytes'] / 2**20:,.2f} MiB a sequence, whatever its length")
     for length, sizes in shown["cache_bytes"].items():
         emit(
             f"cache at {int(length) // 1024}K: {sizes['student'] / 2**20:,.1f} MiB beside the base's "
@@ -196,3 +199,13 @@ def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) ->
         f"disk: {shown['disk_bytes_linking'] / 2**20:,.2f} MiB linking, {shown['disk_bytes_copying'] / 2**20:,.1f} MiB copying; "
         f"memory: about {shown['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )
+
+
+def _per_kind(tensors: dict[str, list[int]]) -> dict[str, tuple[int, list[int]]]:
+    """Added tensors by what they are, without the layer: name -> how many, shape of the first."""
+    kinds: dict[str, tuple[int, list[int]]] = {}
+    for name, shape in tensors.items():
+        kind = name.rpartition(".mixer.")[2]
+        count, first = kinds.get(kind, (0, shape))
+        kinds[kind] = (count + 1, first)
+    return kinds

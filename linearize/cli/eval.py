@@ -48,6 +48,9 @@ def evaluate(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", help="Text tokens for each length.", rich_help_panel=MEASURE)
     ] = 16384,
+    recall_rows: Annotated[
+        int, typer.Option("--recall-rows", help="Rows of random tokens for each distance.", rich_help_panel=MEASURE)
+    ] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Of the recall rows.", rich_help_panel=MEASURE)] = 0,
     min_recovery: Annotated[
         float | None,
@@ -76,11 +79,14 @@ def evaluate(
 
     if max_tokens < 1:
         raise ConfigError(f"--max-tokens: got {max_tokens}, allowed are numbers of at least 1")
+    if recall_rows < 1:
+        raise ConfigError(f"--recall-rows: got {recall_rows}, allowed are numbers of at least 1")
     suite = Suite(
         data=tuple(data or ["sample-eval"]),
         lengths=_numbers("--lengths", lengths, least=2),
         recall=_numbers("--recall", recall, least=1) if recall else (),
         max_tokens=max_tokens,
+        recall_rows=recall_rows,
         seed=seed,
     )
     if model is None:

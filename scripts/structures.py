@@ -1,0 +1,130 @@
+"""Every gated structure on one real model, by the tool's own commands: convert, finetune, eval; one table.
+
+    python scripts/structures.py run MODEL --work FOLDER [--only gla,kda]   measures what FOLDER lacks, one at a time
+    python scripts/structures.py render --work FOLDER                       writes scripts/results/structures.json and
+                                                                            the README's table from what FOLDER holds
+
+All share window 256 and 4 sinks on every head, `outside` (hedgehog: `joint`), the `lora` recipe, and text. Gates that
+have a normaliser get 64, so that they remember past the window. Stopped and started again, `run` goes on where it was.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from linearize.mixers.registry import MIXERS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results" / "structures.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- structures: scripts/structures.py render -->\n", "<!-- end of structures -->\n"
+SETTINGS = {"hgrn2": ["--set", "mixer_options.lower_bound=0.97"], "hedgehog": ["--mix", "joint"]}
+# what tells most comes first, since the whole list takes hours on a CPU
+FIRST = ("gla", "gated_deltanet", "hedgehog", "kda", "deltanet", "mamba2", "linear")
+LENGTHS, DISTANCE = (512, 2048), 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "render"):
+        command = commands.add_parser(name)
+        command.add_argument("--work", type=Path, required=True, help="folder of the runs, one subfolder a structure")
+        if name == "run":
+            command.add_argument("model")
+            command.add_argument("--only", help="structures, separated by commas")
+            command.add_argument("--tokens", type=int, default=51200)
+            command.add_argument("--eval-tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    if arguments.command == "render":
+        render(arguments.work)
+        return
+    names = arguments.only.split(",") if arguments.only else [*FIRST, *(n for n in MIXERS if n not in FIRST)]
+    for name in names:
+        measure(name, arguments)
+
+
+def measure(name: str, arguments: argparse.Namespace) -> None:
+    folder = arguments.work / name
+    if (folder / "row.json").is_file():
+        return
+    settings = list(SETTINGS.get(name, []))
+    if "gate_logit_normalizer" in MIXERS[name].options:
+        settings += ["--set", "mixer_options.gate_logit_normalizer=64"]
+    converted, tuned = folder / "converted", folder / "tuned"
+    if not (tuned / "linearize.json").is_file():
+        linearize("convert", arguments.model, "-o", converted, "--mixer", name, *settings, "--overwrite")
+        linearize("finetune", converted, "-o", tuned, "--recipe", "lora", "--tokens", arguments.tokens)
+    results = linearize(
+        "eval", tuned, "--max-tokens", arguments.eval_tokens, "--lengths", ",".join(map(str, LENGTHS)),
+        "--recall", DISTANCE, "--recall-rows", 4,
+    )  # fmt: skip
+    manifest = json.loads((tuned / "linearize.json").read_text())
+    row = {
+        "structure": name,
+        "settings": results["settings"],
+        "parameters_added": manifest["parameters_added"],
+        "state_bytes": manifest["state_bytes"],
+        "training": {key: manifest["finetune"][key] for key in ("tokens", "seconds")},
+        "metrics": {
+            metric["name"]: {model: value["mean"] for model, value in metric["values"].items()}
+            for metric in results["metrics"]
+        },
+        "data": results["data"],
+        "versions": results["versions"],
+    }
+    (folder / "row.json").write_text(json.dumps(row, indent=1))
+    for path in (converted, tuned):  # the weights have served
+        shutil.rmtree(path)
+
+
+def linearize(*arguments) -> dict:
+    command = [sys.executable, "-m", "linearize", *map(str, arguments), "--json"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        sys.exit(f"exit code {run.returncode}: {' '.join(command)}")
+    return json.loads(run.stdout)
+
+
+def render(work: Path) -> None:
+    rows = [json.loads(path.read_text()) for path in sorted(work.glob("*/row.json"))]
+    if not rows:
+        sys.exit(f"{work} holds no measured structure")
+    rows.sort(key=lambda row: row["metrics"][f"perplexity@{LENGTHS[-1]}"]["student"])
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    text = README.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    assert found, f"{README} has no line {BEGIN!r}"
+    README.write_text(before + BEGIN + table(rows) + END + after, encoding="utf-8")
+
+
+def table(rows: list[dict]) -> str:
+    short, long = (f"perplexity@{length}" for length in LENGTHS)
+    recall = f"recall@{DISTANCE}"
+    lines = [
+        f"| structure | start {LENGTHS[0]} | end {LENGTHS[0]} | start {LENGTHS[1]} | end {LENGTHS[1]} | branch off {LENGTHS[1]} | "
+        f"recall {DISTANCE} | tokens/s | added | state, KiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = rows[0]["metrics"]
+    for label, model in (("base", "base"), ("window + sinks", "window")):
+        lines.append(
+            f"| *{label}* | {base[short][model]:.2f} | | {base[long][model]:.2f} | | | {base[recall][model]:.2f} | | | |"
+        )
+    for row in rows:
+        m, done = row["metrics"], row["training"]
+        lines.append(
+            f"| `{row['structure']}` | {m[short]['untrained']:.2f} | {m[short]['student']:.2f} | "
+            f"{m[long]['untrained']:.2f} | {m[long]['student']:.2f} | {m[long]['branch_off']:.2f} | "
+            f"{m[recall]['student']:.2f} | {done['tokens'] / done['seconds']:.0f} | {row['parameters_added']:,} | "
+            f"{row['state_bytes'] / 1024:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
