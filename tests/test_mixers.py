@@ -1,17 +1,18 @@
 """Every gated structure: chunked = token by token, values and gradients; states, documents, padding, extreme gates.
 
-A new structure is one row of ROWS. The recurrences themselves are held against independent loops in test_formulas.py
-and against flash-linear-attention in test_fla.py.
+A new structure is one row of ROWS. The formulas are held against flash-linear-attention's in test_fla.py.
 """
 
 import pytest
 import torch
+from conftest import tiny_base, tiny_student
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import LENGTHS, assert_same_with_gradients
 
 from linearize.mixers.registry import MIXERS, mixer_class
 from linearize.mixers.structure import Site
+from linearize.modeling.plan import LayerPlan, Plan
 
 # name of the row -> structure, options
 ROWS = {
@@ -188,3 +189,78 @@ def test_any_shape(data):
     wanted, wanted_state = built.naive(*sequence, **keywords)
     torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(got_state, wanted_state, rtol=1e-7, atol=1e-7)
+
+
+LOUD = {"outside": {"log_mass": 0.0, "branch_scale": 0.5}}
+IN_MODELS = [
+    (name, mix, gate)
+    for name, entry in MIXERS.items()
+    for mix in ("sum", "outside", "joint")
+    for gate in ("key", "learned")
+    if (entry.gated or gate == "key") and (mix != "joint" or entry.shares_normaliser({}))
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "mix", "gate"), IN_MODELS)
+def test_in_a_model(name, mix, gate):
+    """Cached = uncached, padded = unpadded, packed = separate, branch audible; whole layers and single heads."""
+    base = tiny_base()
+    layers = tuple(
+        LayerPlan(heads, mixer=name, window=9, sinks=2, mix=mix, gate=gate, mix_options=LOUD.get(mix, {}))
+        for heads in ((), (1,), (0, 2))
+    )
+    student = tiny_student(Plan("llama", layers), base)
+    torch.manual_seed(0)
+    for parameter_name, parameter in student.named_parameters():
+        if "gate_projection" in parameter_name:
+            parameter.normal_(std=0.1)
+    ids = torch.randint(2, 300, (2, 60))
+    whole = student(ids).logits
+    assert whole.isfinite().all()
+
+    first = student(ids[:, :31], use_cache=True)
+    logits, cache = [first.logits], first.past_key_values
+    for t in range(31, 60):
+        logits.append(student(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=1e-3, atol=2e-4)
+
+    padded = torch.cat([torch.ones(2, 5, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(65) >= 5).long().expand(2, -1)
+    torch.testing.assert_close(student(padded, attention_mask=mask).logits[:, 5:], whole, rtol=1e-3, atol=2e-4)
+
+    positions = torch.cat([torch.arange(25), torch.arange(35)])[None]
+    packed = student(ids[:1], position_ids=positions, use_cache=False).logits
+    separate = torch.cat([student(ids[:1, :25]).logits, student(ids[:1, 25:]).logits], dim=1)
+    torch.testing.assert_close(packed, separate, rtol=1e-3, atol=2e-4)
+
+    with student.recurrent_branch_off():
+        assert (student(ids).logits - whole).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, entry in MIXERS.items() if entry.gated])
+def test_a_learned_gate_starts_as_the_key(name):
+    base, logits = tiny_base(), []
+    ids = torch.randint(2, 300, (1, 40))
+    for gate in ("key", "learned"):
+        layers = (LayerPlan((), mixer=name, window=9, mix="sum", gate=gate),) * 3
+        student = tiny_student(Plan("llama", layers), base)
+        logits.append(student(ids).logits)
+    assert torch.equal(*logits)
+    added = [p.numel() for n, p in student.named_parameters() if "gate_projection" in n]
+    assert len(added) == 3 and all(added)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MIXERS)
+def test_outside_starts_as_window_and_sinks(name):
+    """To the digit where a scale of zero says so, closely where the past has a small mass."""
+    base = tiny_base()
+    student = tiny_student(Plan("llama", (LayerPlan((), mixer=name, window=9),) * 3), base)
+    ids = torch.randint(2, 300, (1, 60))
+    logits = student(ids).logits
+    with student.recurrent_branch_off():
+        window = student(ids).logits
+    exact = not MIXERS[name].shares_normaliser({})
+    assert torch.equal(logits, window) if exact else (logits - window).abs().max() < 0.5 * window.std()

@@ -133,14 +133,6 @@ def test_gla_any_shape(T, B, J, G, K, V, documents, seed):
     )
 
 
-def test_gla_against_flash_linear_attention():
-    reference = pytest.importorskip("fla.ops.gla.naive", reason="flash-linear-attention is not installed")
-    (q, k, v, g), _, _ = gla_inputs(100, G=1, dtype=torch.float32, state=False)
-    wanted = reference.naive_recurrent_gla(*(x.transpose(1, 2) for x in (q, k, v, g)))[0].transpose(1, 2)
-    got, _ = gla(q, k, v, g, scale=q.shape[-1] ** -0.5)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-
-
 def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=True, seed=0):
     torch.manual_seed(seed)
     q, k, v = (torch.randn(2, n, h, 8, dtype=torch.float64) for n, h in ((T, J * G), (S, J), (S, J)))

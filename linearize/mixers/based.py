@@ -25,6 +25,7 @@ class Based(Structure):
 
     positive = True
     normalization = "sum"
+    log_unit = 8.4
 
     def __init__(self, site, features: int = 16):
         super().__init__(site)

@@ -21,6 +21,7 @@ class Hedgehog(Structure):
     rotary = True
     positive = True
     normalization = "sum"
+    log_unit = 1.6
 
     def __init__(self, site):
         super().__init__(site)

@@ -18,6 +18,7 @@ FEATURE_MAPS = {
     "softmax": lambda x: x.softmax(-1),
     "identity": lambda x: x,
 }
+LOG_UNITS = {"elu": 10.7, "relu": 9.0, "exp": 17.7, "softmax": 1.1, "identity": 0.0}
 
 
 class LinearAttention(Structure):
@@ -35,6 +36,7 @@ class LinearAttention(Structure):
         self.phi = FEATURE_MAPS[feature_map]
         self.normalization = normalization
         self.positive = feature_map != "identity"
+        self.log_unit = LOG_UNITS[feature_map]
 
     def update(self, state, k, v):
         return state + outer(self.phi(k), v)

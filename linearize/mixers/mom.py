@@ -30,6 +30,7 @@ class MixtureOfMemories(Structure):
         self.memories, self.top = memories, top
         self.gates, self.rotary = self.inner.gates, self.inner.rotary
         self.positive, self.normalization = self.inner.positive, self.inner.normalization
+        self.log_unit = self.inner.log_unit
         self.router = nn.Parameter(torch.empty(memories, len(site.heads) * site.head_dim))
 
     def reset_parameters(self):

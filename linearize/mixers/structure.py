@@ -40,6 +40,8 @@ class Structure(nn.Module):
             key itself and its mean over the head (Liger's pooling), plus what a learned gate adds.
         rotary: whether queries and keys come after rotary.
         positive: whether the weights it gives to past tokens are never negative, so that they can share a normaliser.
+        log_unit: logarithm of the sum of weights that a thousand tokens of text come to (SmolLM2-135M, scripts/
+            mass_units.py); the mix `outside` counts the past's mass from there.
         normalization: what the paper does to the output: "none", "sum" (divide by the sum of the weights) or "rms".
     """
 
@@ -47,6 +49,7 @@ class Structure(nn.Module):
     rotary = False
     positive = False
     normalization = "none"
+    log_unit = 0.0
 
     def __init__(self, site: Site):
         super().__init__()

@@ -23,6 +23,7 @@ class T2R(Structure):
 
     positive = True
     normalization = "sum"
+    log_unit = 8.9
 
     def __init__(self, site, features: int = 32):
         super().__init__(site)

@@ -73,9 +73,11 @@ class LinearHeads(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.structure.reset_parameters()
-        for name in ("log_mass", "branch_scale"):
-            if getattr(self, name) is not None:
-                getattr(self, name).fill_(self.mix_options[name])
+        if self.log_mass is not None:
+            unit = self.structure.log_unit if self.mix == "outside" else 0.0
+            self.log_mass.fill_(self.mix_options["log_mass"] - unit)
+        if self.branch_scale is not None:
+            self.branch_scale.fill_(self.mix_options["branch_scale"])
         if self.branch_weights is not None:
             self.branch_weights[0].fill_(self.mix_options["window_weight"])
             self.branch_weights[1].fill_(self.mix_options["recurrent_weight"])
