@@ -227,6 +227,8 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
         data = _read_yaml(path)
     for key, value in (flags or {}).items():
         if value is not None:
+            if value != data.get(key):
+                data.pop(f"{key}_options", None)  # another mixer or mix has other options
             _assign(data, key, value)
     for item in sets or []:
         key, separator, text = item.partition("=")

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = ["convert", "plan", "finetune", "eval", "list", "doctor"]
+COMMANDS = ["convert", "plan", "finetune", "eval", "bench", "list", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -109,3 +109,22 @@ def test_shipped_configs_and_recipes_load():
         assert load_recipe(name).description
     for name in packaged("configs"):
         assert load_config(name).description
+
+
+def test_bench_measures_every_structure(cli):
+    from linearize.mixers.registry import MIXERS
+
+    code, out, _ = cli("bench", "ops", "--lengths", "40", "--heads", "2", "--dim", "4", "--repeats", "1", "--json")
+    rows = json.loads(out)
+    assert code == 0 and [row["structure"] for row in rows] == list(MIXERS)
+    assert all(row["ratio"] == row["structure_seconds"] / row["softmax_seconds"] > 0 for row in rows)
+    code, _, err = cli("bench", "ops", "--only", "gal")
+    assert code == 2 and "did you mean 'gla'" in err
+
+
+def test_a_mixer_on_the_command_line_leaves_the_options_of_the_config_s_mixer():
+    from linearize.recipe import load_config
+
+    assert load_config("smollm2-135m").mixer_options == {"gate_logit_normalizer": 64.0}
+    assert load_config("smollm2-135m", {"mixer": "gla"}).mixer_options == {"gate_logit_normalizer": 64.0}
+    assert load_config("smollm2-135m", {"mixer": "linear"}).mixer_options == {}

@@ -244,3 +244,27 @@ def test_old_llama_buffers_are_ignored_by_name(base_folder, tmp_path):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     result = convert(str(base), settings(), out=tmp_path / "out", progress=quiet)
     assert result["ignored_tensors"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+
+
+MIXED = {
+    "0": {"mixer": "hedgehog", "mix": "joint"},
+    "1": {"mixer": "mom", "mixer_options": {"inner": "kda"}, "gate": "learned", "window": 5},
+}
+
+
+def test_settings_per_layer(base_folder, tmp_path, cli):
+    """Three structures in one model, through the file, the portable file, and a reload."""
+    path = tmp_path / "mixed.yaml"
+    path.write_text(json.dumps({"mixer": "gsa", "window": 8, "sinks": 2, "layers": MIXED}))
+    code, out, err = cli("convert", base_folder(), "-o", tmp_path / "out", "--config", path, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    layers = result["plan"]["layers"]
+    assert [layer["mixer"] for layer in layers] == ["hedgehog", "mom", "gsa"]
+    assert [layer["mix"] for layer in layers] == ["joint", "outside", "outside"]
+    assert [layer["window"] for layer in layers] == [8, 5, 8]
+    assert layers[1]["gate"] == "learned" and result["verification"]["softmax_everywhere_max_difference"] == 0
+    portable = (tmp_path / "out" / "modeling_linearized.py").read_text()
+    for name in ("class Hedgehog", "class MixtureOfMemories", "class KimiDeltaAttention", "class GatedSlotAttention"):
+        assert name in portable
+    assert "class RWKV7" not in portable

@@ -9,6 +9,7 @@ from conftest import SHAPES, VOCABULARY, tiny_base, tiny_student
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from linearize.mixers.registry import MIXERS
 from linearize.modeling.plan import LayerPlan, Plan
 
 LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
@@ -419,7 +420,16 @@ def test_missing_mixer_parameters_start_at_their_initial_value(tmp_path):
 
 
 def test_portable_file_loads_without_the_package(pair, tmp_path):
-    _, student = pair
+    assert_portable(pair[1], tmp_path)
+
+
+def test_portable_file_of_every_structure(tmp_path):
+    base = tiny_base(num_hidden_layers=len(MIXERS))
+    layers = tuple(LayerPlan((), mixer=name, window=5, mix_options=LOUD) for name in MIXERS)
+    assert_portable(tiny_student(Plan("llama", layers), base), tmp_path)
+
+
+def assert_portable(student, tmp_path):
     student.save_pretrained(tmp_path)
     with torch.no_grad():
         wanted = student(tokens()).logits

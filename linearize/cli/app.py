@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from linearize.cli import convert, finetune, info
+from linearize.cli import bench, convert, finetune, info
 from linearize.cli import eval as evaluation
 from linearize.cli.output import emit_json, note
 from linearize.errors import Interrupted, LinearizeError, ResourceError
@@ -26,6 +26,7 @@ app = typer.Typer(
 convert.register(app)
 finetune.register(app)
 evaluation.register(app)
+bench.register(app)
 info.register(app)
 
 

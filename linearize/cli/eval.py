@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from linearize.cli.help import Command, examples
-from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries
+from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
 from linearize.errors import ConfigError
 
 MEASURE, JUDGE, OUTPUT = "What is measured", "Judging", "Output"
@@ -83,8 +83,8 @@ def evaluate(
         raise ConfigError(f"--recall-rows: got {recall_rows}, allowed are numbers of at least 1")
     suite = Suite(
         data=tuple(data or ["sample-eval"]),
-        lengths=_numbers("--lengths", lengths, least=2),
-        recall=_numbers("--recall", recall, least=1) if recall else (),
+        lengths=whole_numbers("--lengths", lengths, least=2),
+        recall=whole_numbers("--recall", recall, least=1) if recall else (),
         max_tokens=max_tokens,
         recall_rows=recall_rows,
         seed=seed,
@@ -110,15 +110,3 @@ def evaluate(
         emit(f"verdict: {results.verdict}")
         emit(str((out or model / "eval").resolve() / "report.md"))
     return 0 if results.passed else GATE_FAILED
-
-
-def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(item) for item in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"{option}: got '{text}', allowed are whole numbers with commas between, as 512,2048"
-        ) from None
-    if min(numbers) < least:
-        raise ConfigError(f"{option}: got {min(numbers)}, allowed are numbers of at least {least}")
-    return numbers

@@ -5,6 +5,8 @@ import os
 import sys
 from typing import Any
 
+from linearize.errors import ConfigError
+
 
 def note(message: str) -> None:
     """A line for people, on standard error."""
@@ -55,3 +57,16 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*was not found in your environment.*")
+
+
+def whole_numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    """The numbers of a comma-separated option."""
+    try:
+        numbers = tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"{option}: got '{text}', allowed are whole numbers with commas between, as 512,2048"
+        ) from None
+    if min(numbers) < least:
+        raise ConfigError(f"{option}: got {min(numbers)}, allowed are numbers of at least {least}")
+    return numbers
