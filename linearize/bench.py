@@ -1,13 +1,16 @@
 """Benchmarks, always beside the thing to beat and in alternation with it, because machines are shared and noisy."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from linearize.mixers.registry import MIXERS, mixer_class
 from linearize.mixers.structure import Site
@@ -89,3 +92,97 @@ def _seconds(run: Callable[..., tuple], *inputs: Tensor) -> float:
 def _wait(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize()
+
+
+def bench_model(
+    student: PreTrainedModel, lengths: tuple[int, ...], *, progress: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
+    """Inference of a linearized model beside its own softmax mode, which is the base: one row a context length.
+
+    Each row has, for "base" and "student": prefill tokens/s, seconds to the first token, decode tokens/s, bytes of the
+    cache, and the peak of resident (or device) memory above what was held before.
+    """
+    rows = []
+    with torch.no_grad():
+        for length in lengths:
+            ids = torch.randint(student.config.vocab_size, (1, length), device=student.device)
+            row: dict[str, Any] = {"length": length}
+            for name, mode in (("base", student.softmax_attention), ("student", contextlib.nullcontext)):
+                with mode():
+                    row.update({f"{name}_{key}": value for key, value in _inference(student, ids).items()})
+            rows.append(row)
+            progress(f"efficiency at {length} tokens: student {row['student_prefill_tokens_per_second']:.0f} tokens/s")
+    return rows
+
+
+def crossover(rows: list[dict[str, Any]], figure: str) -> str:
+    """In words, from which measured length on the student is ahead in `figure` (more is better)."""
+    ahead = [row["length"] for row in rows if row[f"student_{figure}"] >= row[f"base_{figure}"]]
+    behind = [row["length"] for row in rows if row["length"] not in ahead]
+    if not ahead:
+        return f"the student is behind the base at every length measured, up to {behind[-1]:,} tokens"
+    if not behind:
+        return f"the student is ahead of the base at every length measured, from {ahead[0]:,} tokens"
+    first = next((length for length in ahead if length > max(behind)), None)
+    if first is None:
+        return (
+            f"ahead at {', '.join(f'{n:,}' for n in ahead)} and behind at {', '.join(f'{n:,}' for n in behind)} tokens"
+        )
+    return f"the student overtakes the base between {max(behind):,} and {first:,} tokens"
+
+
+def _inference(model: PreTrainedModel, ids: Tensor, steps: int = 8) -> dict[str, float]:
+    held = _reset_peak(model.device)
+    started = time.perf_counter()
+    result = model(ids, use_cache=True, logits_to_keep=1)
+    token = result.logits[:, -1:].argmax(-1)
+    _wait(ids)
+    first = time.perf_counter() - started
+    cache = result.past_key_values
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        result = model(token, past_key_values=cache, use_cache=True)
+        token, cache = result.logits[:, -1:].argmax(-1), result.past_key_values
+        _wait(ids)
+        times.append(time.perf_counter() - started)
+    return {
+        "prefill_tokens_per_second": ids.shape[1] / first,
+        "first_token_seconds": first,
+        "decode_tokens_per_second": 1 / statistics.median(times),
+        "cache_bytes": cache_bytes(cache),
+        "peak_bytes": max(0, _peak(model.device) - held),
+    }
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of every tensor that a cache of ours or of transformers holds."""
+    return sum(
+        layer.nbytes() if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes
+        for layer in cache.layers
+        if layer.get_seq_length()
+    )
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Starts a new peak of memory; returns what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux alone can forget a peak
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return 0

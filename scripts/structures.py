@@ -60,7 +60,7 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         linearize("finetune", converted, "-o", tuned, "--recipe", "lora", "--tokens", arguments.tokens)
     results = linearize(
         "eval", tuned, "--max-tokens", arguments.eval_tokens, "--lengths", ",".join(map(str, LENGTHS)),
-        "--recall", DISTANCE, "--recall-rows", 4,
+        "--recall", DISTANCE, "--recall-rows", 4, "--only", "perplexity,recall",
     )  # fmt: skip
     manifest = json.loads((tuned / "linearize.json").read_text())
     row = {

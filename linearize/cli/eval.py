@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "linearize eval",
             "linearize eval linearized/my-model-lora --data wikitext.txt --lengths 512,2048 --recall 64,1024",
-            "linearize eval OUT --gate 'perplexity@2048.ratio<=1.10' --min-recovery 0.5 --json",
+            "linearize eval OUT --suite standard --tasks arc_easy,piqa --gate 'perplexity@2048.ratio<=1.10' --json",
         ),
     )(evaluate)
 
@@ -39,30 +39,64 @@ def evaluate(
         list[str] | None,
         typer.Option("--data", help="sample-eval, a file or a hub id; repeatable.", rich_help_panel=MEASURE),
     ] = None,
+    suite: Annotated[
+        str,
+        typer.Option("--suite", help="quick, standard or full; the options below override.", rich_help_panel=MEASURE),
+    ] = "quick",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            help="Parts, with commas: perplexity, recall, associative, passkey, generation, tasks, branch, parity, efficiency.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
     lengths: Annotated[
-        str, typer.Option("--lengths", help="Window lengths for perplexity, in tokens.", rich_help_panel=MEASURE)
-    ] = "512,2048",
+        str | None, typer.Option("--lengths", help="Window lengths for perplexity, in tokens.", rich_help_panel=MEASURE)
+    ] = None,
     recall: Annotated[
-        str, typer.Option("--recall", help="Distances for copy recall, in tokens.", rich_help_panel=MEASURE)
-    ] = "64,256,1024",
+        str | None, typer.Option("--recall", help="Distances for copy recall, in tokens.", rich_help_panel=MEASURE)
+    ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", help="Text tokens for each length.", rich_help_panel=MEASURE)
-    ] = 16384,
+        int | None, typer.Option("--max-tokens", help="Text tokens for each length.", rich_help_panel=MEASURE)
+    ] = None,
     recall_rows: Annotated[
-        int, typer.Option("--recall-rows", help="Rows of random tokens for each distance.", rich_help_panel=MEASURE)
-    ] = 8,
+        int | None,
+        typer.Option("--recall-rows", help="Rows of random tokens for each distance.", rich_help_panel=MEASURE),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Tasks of lm-evaluation-harness, with commas.", rich_help_panel=MEASURE),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option("--tasks-dir", help="Folder of local task files.", rich_help_panel=MEASURE)
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option("--task-limit", min=1, help="Items of each task.", rich_help_panel=MEASURE)
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the recall rows.", rich_help_panel=MEASURE)] = 0,
     min_recovery: Annotated[
         float | None,
         typer.Option("--min-recovery", help="Least recovery of perplexity at every length.", rich_help_panel=JUDGE),
     ] = None,
     gate: Annotated[
-        list[str] | None, typer.Option("--gate", help="METRIC[.FIELD]>=NUMBER; repeatable.", rich_help_panel=JUDGE)
+        list[str] | None,
+        typer.Option("--gate", help="METRIC[.FIELD]>=NUMBER or a file of them; repeatable.", rich_help_panel=JUDGE),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare", help="An older results.json that this run must not fall behind.", rich_help_panel=JUDGE
+        ),
     ] = None,
     out: Annotated[
         Path | None,
+        typer.Option("-o", "--out", help="Folder for the report (default: MODEL/eval).", rich_help_panel=OUTPUT),
+    ] = None,
+    summary_file: Annotated[
+        Path | None,
         typer.Option(
-            "-o", "--out", help="Folder for results.json and report.md (default: MODEL/eval).", rich_help_panel=OUTPUT
+            "--summary-file", help="File to append the table to, as CI systems want it.", rich_help_panel=OUTPUT
         ),
     ] = None,
     json_: Annotated[
@@ -72,21 +106,21 @@ def evaluate(
     """Measure the student beside its base on the same data, with a verdict."""
     from linearize.convert import newest_output
     from linearize.device import keep_freed_memory
-    from linearize.evaluate import Suite
     from linearize.evaluate import evaluate as run
     from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
 
-    if max_tokens < 1:
-        raise ConfigError(f"--max-tokens: got {max_tokens}, allowed are numbers of at least 1")
-    if recall_rows < 1:
-        raise ConfigError(f"--recall-rows: got {recall_rows}, allowed are numbers of at least 1")
-    suite = Suite(
-        data=tuple(data or ["sample-eval"]),
-        lengths=whole_numbers("--lengths", lengths, least=2),
-        recall=whole_numbers("--recall", recall, least=1) if recall else (),
+    chosen = choose_suite(
+        suite,
+        only,
+        data=tuple(data) if data else None,
+        lengths=whole_numbers("--lengths", lengths, least=2) if lengths else None,
+        recall=whole_numbers("--recall", recall, least=1) if recall else None,
         max_tokens=max_tokens,
         recall_rows=recall_rows,
+        tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else None,
+        tasks_dir=str(tasks_dir) if tasks_dir else None,
+        task_limit=task_limit,
         seed=seed,
     )
     if model is None:
@@ -96,13 +130,17 @@ def evaluate(
     keep_freed_memory()
     results = run(
         model,
-        suite,
+        chosen,
         base=base,
         gates=gate,
         min_recovery=min_recovery,
+        compare=compare,
         out=out or model / "eval",
         progress=progress_line,
     )
+    if summary_file:
+        with open(summary_file, "a", encoding="utf-8") as file:
+            file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
     if json_:
         emit_json(results.to_dict())
     else:
@@ -110,3 +148,31 @@ def evaluate(
         emit(f"verdict: {results.verdict}")
         emit(str((out or model / "eval").resolve() / "report.md"))
     return 0 if results.passed else GATE_FAILED
+
+
+def choose_suite(name: str, only: str | None, **changes):
+    """A named suite with the given settings on top, cut down to the parts of `only`."""
+    from dataclasses import fields, replace
+
+    from linearize.errors import nearest
+    from linearize.evaluate import SUITES
+
+    if name not in SUITES:
+        raise ConfigError(f"--suite: got '{name}', allowed are {', '.join(SUITES)}{nearest(name, SUITES)}")
+    for key in ("max_tokens", "recall_rows"):
+        if changes.get(key) is not None and changes[key] < 1:
+            raise ConfigError(f"--{key.replace('_', '-')}: got {changes[key]}, allowed are numbers of at least 1")
+    suite = replace(SUITES[name], **{key: value for key, value in changes.items() if value is not None})
+    if only is None:
+        return suite
+    parts = {"perplexity": "lengths"}
+    parts |= {
+        key: key
+        for key in ("recall", "associative", "passkey", "tasks", "generation", "efficiency", "branch", "parity")
+    }
+    wanted = [part.strip() for part in only.split(",")]
+    for part in wanted:
+        if part not in parts:
+            raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
+    empty = {field.name: type(getattr(suite, field.name))() for field in fields(suite)}
+    return replace(suite, **{key: empty[key] for part, key in parts.items() if part not in wanted})

@@ -1,9 +1,14 @@
-"""Copy recall: next-token accuracy on the second copy of a span of random tokens, by the distance between copies.
+"""Recall by distance: copying, and answering with the value that went with a key.
+
+Copy recall: next-token accuracy on the second copy of a span of random tokens, by the distance between copies.
 
 A row is [start, random span, filler, the span again]; the span is as long as the distance, at most 256 tokens, and the
 filler makes up the rest of the distance. Random tokens cannot be predicted, so every right answer was read from the
 first copy `distance` tokens back. The first 8 tokens of the second copy are not counted: until some of it is seen
 there is nothing to match.
+
+Associative recall (multi-query, arXiv 2312.04927): pairs of random tokens "key value", filler, the same pairs in another
+order; the model is to name each value after its key. The distance of a pair is at least the filler's length.
 """
 
 from dataclasses import dataclass
@@ -41,3 +46,27 @@ def accuracy(hidden: Tensor, head: Tensor, ids: Tensor, counted: int) -> float:
     """Share of the last `counted` tokens of one row predicted exactly. hidden: [T, D]; ids: [T]."""
     predicted = (hidden[-counted - 1 : -1] @ head.T).argmax(-1)
     return (predicted == ids[-counted:]).float().mean().item()
+
+
+PAIRS = 32
+
+
+def associative_task(distance: int, rows: int, vocabulary: int, start_token: int | None, seed: int) -> RecallTask:
+    """Rows of one distance: 32 pairs (fewer at short distances), filler, the pairs again, shuffled."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + distance + 500_009)
+    pairs = max(1, min(PAIRS, distance // 2))
+    made = []
+    for _ in range(rows):
+        tokens = torch.randperm(vocabulary, generator=generator)[: 2 * pairs + max(0, distance - 2 * pairs)]
+        couples, filler = tokens[: 2 * pairs].view(pairs, 2), tokens[2 * pairs :]
+        again = couples[torch.randperm(pairs, generator=generator)]
+        start = [] if start_token is None else [start_token]
+        made.append(torch.cat([torch.tensor(start, dtype=torch.long), couples.flatten(), filler, again.flatten()]))
+    return RecallTask(distance, torch.stack(made), pairs)
+
+
+def associative_accuracy(hidden: Tensor, head: Tensor, ids: Tensor, pairs: int) -> float:
+    """Share of the last `pairs` values of one row predicted exactly after their keys."""
+    keys = slice(ids.numel() - 2 * pairs, None, 2)
+    predicted = (hidden[keys] @ head.T).argmax(-1)
+    return (predicted == ids[ids.numel() - 2 * pairs + 1 :: 2]).float().mean().item()

@@ -36,7 +36,8 @@ NORM_EPSILON = 1e-6
 class LinearHeads(nn.Module):
     """Window, recurrent branch and their mix. Its parameters are all that a conversion adds to a layer.
 
-    `recurrent_enabled = False` leaves window + sinks alone, the training-free baseline.
+    `recurrent_enabled = False` leaves window + sinks alone, the training-free baseline; `window_enabled = False` the
+    recurrent branch. While `shares` is a list, every forward adds the recurrent part's share of the output's norm, [H].
     """
 
     def __init__(self, plan: LayerPlan, site: Site, hidden_size: int):
@@ -44,7 +45,8 @@ class LinearHeads(nn.Module):
         self.window, self.sinks, self.mix = plan.window, plan.sinks, plan.mix
         self.mix_options = {**MIX_OPTIONS[plan.mix], **plan.mix_options}
         self.structure = mixer_class(plan.mixer)(site, **plan.mixer_options)
-        self.recurrent_enabled = True
+        self.recurrent_enabled = self.window_enabled = True
+        self.shares: list[Tensor] | None = None
         query_heads = len(site.heads) * site.group
         # one normaliser for window and past, which a column of ones counts
         self.shared = self.delayed and self.structure.positive and self.structure.normalization != "rms"
@@ -135,21 +137,30 @@ class LinearHeads(nn.Module):
         if self.mix == "sum":
             recurrent, state = self._recurrent(queries, context, state, start=0, delay=0)
             weights = self._branch_weights(windowed)
-            return (weights[0] * windowed + weights[1] * recurrent).to(q.dtype), state
+            return self._joined(weights[0] * windowed, weights[1] * recurrent).to(q.dtype), state
         # the first query with a token outside its window; before it the layer is the window alone
         start = max(0, self.window - (context.length - q.shape[1]))
         if start >= q.shape[1]:
-            return windowed, state
+            return windowed if self.window_enabled else torch.zeros_like(windowed), state
         past, state = self._recurrent(queries, context, state, start=start, delay=self.window)
         if not self.shared:
-            mixed = windowed[:, start:] + self.branch_scale[:, None] * _rms_norm(past)
+            mixed = self._joined(windowed[:, start:], self.branch_scale[:, None] * _rms_norm(past))
         else:
             log_mass = self.log_mass[:, None]
             if log_sum is not None:
                 log_mass = (log_mass - log_sum[:, start:]).clamp(max=80.0)
             mass = log_mass.exp()
-            mixed = (windowed[:, start:] + mass * past[..., :-1]) / (1.0 + mass * past[..., -1:])
-        return torch.cat([windowed[:, :start], mixed.to(q.dtype)], dim=1), state
+            total = self.window_enabled + mass * past[..., -1:]
+            mixed = self._joined(windowed[:, start:], mass * past[..., :-1]) / total.clamp(min=NORM_EPSILON)
+        before = windowed[:, :start] if self.window_enabled else torch.zeros_like(windowed[:, :start])
+        return torch.cat([before, mixed.to(q.dtype)], dim=1), state
+
+    def _joined(self, window: Tensor, recurrent: Tensor) -> Tensor:
+        """The sum of the two parts [B, T, H, K]."""
+        if self.shares is not None:
+            parts = [part.float().norm(dim=-1).mean((0, 1)) for part in (window, recurrent)]
+            self.shares.append(parts[1] / (parts[0] + parts[1]).clamp(min=NORM_EPSILON))
+        return window + recurrent if self.window_enabled else recurrent
 
     def _window(
         self, q: Tensor, context: Context, scale: float, with_log_sum: bool = False

@@ -118,14 +118,27 @@ class LinearizedForCausalLM:
     @contextlib.contextmanager
     def recurrent_branch_off(self) -> Iterator[None]:
         """Inside, linear heads see window + sinks alone: the training-free baseline."""
+        with self._branches(recurrent_enabled=False):
+            yield
+
+    @contextlib.contextmanager
+    def window_off(self) -> Iterator[None]:
+        """Inside, linear heads have their recurrent branch alone."""
+        with self._branches(window_enabled=False):
+            yield
+
+    @contextlib.contextmanager
+    def _branches(self, **switches: bool) -> Iterator[None]:
         mixers = [module for module in self.modules() if isinstance(module, LinearHeads)]
-        for module in mixers:
-            module.recurrent_enabled = False
+        for name, value in switches.items():
+            for module in mixers:
+                setattr(module, name, value)
         try:
             yield
         finally:
-            for module in mixers:
-                module.recurrent_enabled = True
+            for name, value in switches.items():
+                for module in mixers:
+                    setattr(module, name, not value)
 
     def _set_linear(self, linear: bool) -> None:
         self.base_model.layers_linear = linear

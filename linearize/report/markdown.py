@@ -14,13 +14,20 @@ def render_markdown(results: Results) -> str:
         "",
         summary_table(results),
         "",
-    ]
-    lines += [
-        "Figures are means; ± is one standard error over windows or rows. Ratio is to the base in the same run. Recovery is "
-        "the share of what window + sinks lost that the student has: 0 is window + sinks without training, 1 is the base. "
-        "The difference is student minus base, paired (of log perplexity for perplexities).",
+        "Figures are means; ± is one bootstrapped standard error over windows, rows or items. Ratio is to the base in the "
+        "same run. Recovery is the share of what window + sinks lost that the student has: 0 is window + sinks without "
+        "training, 1 is the base; over chance, where guessing scores something, it is (student - chance) / (base - chance). "
+        "The difference is student minus base, paired (of log perplexity for perplexities), and p the probability of one as "
+        "large if there were none (exact McNemar for items, else a paired bootstrap).",
         "",
     ]
+    if results.checks:
+        lines += ["## Parity", "", "| two computations | largest difference | allowed | |", "|---|---|---|---|"]
+        lines += [
+            f"| {c.name} | {c.difference:.1e} | {c.tolerance:.0e} | {'passed' if c.passed else 'FAILED'} |"
+            for c in results.checks
+        ]
+        lines.append("")
     if results.gates:
         lines += ["## Gates", "", "| gate | value | |", "|---|---|---|"]
         lines += [
@@ -36,39 +43,116 @@ def render_markdown(results: Results) -> str:
             for row in rows
         ]
         lines.append("")
+    for name, rows in results.tables.items():
+        if name.startswith("passkey@"):
+            models = [model for model in MODELS if model in rows[0]]
+            lines += [f"## {name} by depth", "", "| depth | " + " | ".join(MODELS[m] for m in models) + " |"]
+            lines.append("|---" * (len(models) + 1) + "|")
+            lines += [f"| {row['depth']} | " + " | ".join(_number(row[m]) for m in models) + " |" for row in rows]
+            lines.append("")
+    if "branch_share" in results.tables:
+        lines += [
+            "## The recurrent branch's share of the output",
+            "",
+            "| layer | softmax heads | share by head |",
+            "|---|---|---|",
+        ]
+        for row in results.tables["branch_share"]:
+            shares = "; ".join(
+                f"{head}: {' '.join(f'{value:.3f}' for value in values)}" for head, values in row["shares"].items()
+            )
+            lines.append(f"| {row['layer']} | {', '.join(map(str, row['softmax_heads'])) or '–'} | {shares or '–'} |")
+        lines.append("")
+    if "efficiency" in results.tables:
+        head, rows = efficiency_rows(results)
+        lines += ["## Efficiency", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+        lines.append("")
     lines += ["## Cache of one sequence", "", "| context | base, MiB | student, MiB | ratio |", "|---|---|---|---|"]
     lines += [
         f"| {int(length) // 1024}K | {sizes['base'] / 2**20:,.1f} | {sizes['student'] / 2**20:,.1f} | "
         f"{sizes['student'] / sizes['base']:.3f} |"
         for length, sizes in results.cache_bytes.items()
     ]
+    if "samples" in results.tables:
+        lines += ["", "## Samples", ""]
+        for row in results.tables["samples"][:3]:
+            lines += [f"**{row['prompt']}**", ""]
+            lines += [f"- {MODELS[m]}: {' '.join(row[m].split())}" for m in MODELS if m in row]
+            lines.append("")
     lines += ["", "## How it was measured", ""]
-    lines += [f"- {key}: {value}" for key, value in results.data.items()]
-    lines += [f"- heads linear: {results.coverage['heads_converted']} of {results.coverage['heads']}"]
-    lines += [f"- settings: {', '.join(f'{k} {v}' for k, v in results.settings.items() if v not in ('', {}))}"]
-    lines += [
-        f"- seed {results.seed}; {results.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in results.versions.items())
-    ]
-    lines += [f"- command: `{results.command}`"]
-    lines += [f"- {note}" for note in results.notes]
+    lines += [f"- {line}" for line in how_measured(results)]
     return "\n".join(lines) + "\n"
+
+
+def how_measured(results: Results) -> list[str]:
+    """What it takes to repeat the run, and what was left out."""
+    settings = ", ".join(f"{k} {v}" for k, v in results.settings.items() if v not in ("", {}))
+    return [
+        *(f"{key}: {value}" for key, value in results.data.items()),
+        f"heads linear: {results.coverage['heads_converted']} of {results.coverage['heads']}",
+        f"settings: {settings}",
+        f"seed {results.seed}; {results.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in results.versions.items()),
+        f"command: {results.command}",
+        *results.notes,
+    ]
 
 
 def summary_table(results: Results) -> str:
     """One row a metric, one column a model, then ratio, recovery and paired difference of the student."""
-    models = [model for model in MODELS if any(model in metric.values for metric in results.metrics)]
-    head = ["metric", *(MODELS[model] for model in models), "ratio", "recovery", "difference"]
+    head = metric_head(results)
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for metric in results.metrics:
-        cells = [metric.name + (" ↓" if metric.better == "lower" else " ↑")]
-        cells += [_value(metric, model) for model in models]
-        cells += [
-            _number(metric.ratio.get(STUDENT) if BASE in metric.values else None),
-            _number(metric.recovery),
-            f"{metric.difference.mean:+.4f} ± {_number(metric.difference.error)}" if metric.difference else "–",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(metric_cells(results, metric)) + " |" for metric in results.metrics]
     return "\n".join(lines)
+
+
+def _shown_models(results: Results) -> list[str]:
+    return [model for model in MODELS if any(model in metric.values for metric in results.metrics)]
+
+
+def metric_head(results: Results) -> list[str]:
+    return [
+        "metric",
+        *(MODELS[m] for m in _shown_models(results)),
+        "ratio",
+        "recovery",
+        "over chance",
+        "difference",
+        "p",
+    ]
+
+
+def metric_cells(results: Results, metric: Metric) -> list[str]:
+    """The row of one metric under `metric_head`."""
+    return [
+        metric.name + (" ↓" if metric.better == "lower" else " ↑"),
+        *(_value(metric, model) for model in _shown_models(results)),
+        _number(metric.ratio.get(STUDENT) if BASE in metric.values else None),
+        _number(metric.recovery),
+        _number(metric.recovery_over_chance),
+        f"{metric.difference.mean:+.4f} ± {_number(metric.difference.error)}" if metric.difference else "–",
+        _number(metric.p_value),
+    ]
+
+
+def efficiency_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: base beside student at every context length."""
+    figures = (
+        ("prefill_tokens_per_second", "prefill, tokens/s", 1),
+        ("first_token_seconds", "first token, s", 1),
+        ("decode_tokens_per_second", "decode, tokens/s", 1),
+        ("cache_bytes", "cache, MiB", 2**20),
+        ("peak_bytes", "peak, MiB", 2**20),
+    )
+    head = ["context", *(f"{title}, {name}" for _, title, _ in figures for name in (BASE, STUDENT))]
+    rows = [
+        [
+            f"{row['length']:,}",
+            *(_number(row[f"{name}_{key}"] / unit) for key, _, unit in figures for name in (BASE, STUDENT)),
+        ]
+        for row in results.tables["efficiency"]
+    ]
+    return head, rows
 
 
 def _value(metric: Metric, model: str) -> str:

@@ -4,13 +4,17 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+from linearize.report.statistics import bootstrap_error, mcnemar, paired_bootstrap
+
+SCHEMA_VERSION = 2
 GATE_FAILED = 3
 BASE, STUDENT, WINDOW, UNTRAINED, BRANCH_OFF = "base", "student", "window", "untrained", "branch_off"
+WINDOW_OFF = "window_off"
 MODELS = {
     BASE: "base",
     STUDENT: "student",
     BRANCH_OFF: "student, recurrent branch off",
+    WINDOW_OFF: "student, window off",
     UNTRAINED: "untrained conversion",
     WINDOW: "window + sinks, untrained",
 }
@@ -18,7 +22,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Value:
-    """One measured number: mean, standard error over n independent units (windows or rows)."""
+    """One measured number: mean, bootstrapped standard error over n independent units (windows, rows or items)."""
 
     mean: float
     error: float
@@ -35,6 +39,8 @@ class Metric:
         values: model name -> value. ratio: model -> student-to-base style ratio of means.
         recovery: share of what window + sinks lost that the student has (1 is the base), None where nothing was lost.
         difference: student minus base paired unit by unit (of log perplexity for perplexities), with its error.
+        p_value: of that difference being nothing: exact McNemar for right-or-wrong items, else a paired bootstrap.
+        chance: what guessing scores. recovery_over_chance: (student - chance) / (base - chance).
     """
 
     name: str
@@ -43,6 +49,33 @@ class Metric:
     ratio: dict[str, float | None]
     recovery: float | None
     difference: Value | None
+    p_value: float | None = None
+    chance: float | None = None
+    recovery_over_chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Two computations of the same logits: the largest difference, relative to the largest logit."""
+
+    name: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one stage of an evaluation found."""
+
+    metrics: tuple[Metric, ...] = ()
+    positions: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,16 +106,20 @@ class Results:
     versions: dict[str, str]
     command: str
     notes: tuple[str, ...] = field(default=())
+    # figures without a place among the metrics: efficiency, branch_share, samples
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return all(gate.passed for gate in self.gates)
+        return all(part.passed for part in (*self.checks, *self.gates))
 
     @property
     def verdict(self) -> str:
-        if not self.gates:
-            return "no gates were set"
-        failed = [gate.expression for gate in self.gates if not gate.passed]
+        failed = [f"parity: {check.name}" for check in self.checks if not check.passed]
+        failed += [gate.expression for gate in self.gates if not gate.passed]
+        if not failed and not self.gates:
+            return "no gates were set" + (f"; passed {len(self.checks)} parity checks" if self.checks else "")
         return f"FAILED: {', '.join(failed)}" if failed else f"passed {len(self.gates)} gate(s)"
 
     def metric(self, name: str) -> Metric | None:
@@ -90,32 +127,50 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; numbers that are not finite become null."""
-        return _finite({**asdict(self), "passed": self.passed, "verdict": self.verdict})
+        record = _finite({**asdict(self), "passed": self.passed, "verdict": self.verdict})
+        for written, check in zip(record["checks"], self.checks):
+            written["passed"] = check.passed
+        return record
 
 
-def mean_and_error(values: list[float]) -> Value:
-    """Mean and its standard error; the error of a single unit is nan."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return Value(mean, math.nan, n)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return Value(mean, math.sqrt(variance / n), n)
+def mean_and_error(values: list[float], statistic=lambda mean: mean) -> Value:
+    """statistic(mean) and its standard error over the units; the error of a single unit is nan."""
+    return Value(float(statistic(math.fsum(values) / len(values))), bootstrap_error(values, statistic), len(values))
 
 
-def make_metric(name: str, better: str, units: dict[str, list[float]], *, exponentiate: bool = False) -> Metric:
-    """A metric from per-unit figures of every model; with `exponentiate`, units are mean losses and values exp(mean)."""
-    raw = {model: mean_and_error(values) for model, values in units.items() if values}
+def make_metric(
+    name: str,
+    better: str,
+    units: dict[str, list[float]],
+    *,
+    exponentiate: bool = False,
+    chance: float | None = None,
+    items: bool = False,
+) -> Metric:
+    """A metric from per-unit figures of every model.
+
+    Args:
+        exponentiate: units are mean losses and values exp(mean).
+        chance: what guessing scores.
+        items: units are right (1) or wrong (0).
+    """
+    units = {model: values for model, values in units.items() if values}
+    raw = {model: mean_and_error(values) for model, values in units.items()}
     values = raw
     if exponentiate:
-        # delta method: the error of exp(x) is exp(x) times the error of x
-        values = {m: Value(math.exp(v.mean), math.exp(v.mean) * v.error, v.n) for m, v in raw.items()}
-    base = values.get(BASE)
+        import numpy
+
+        values = {model: mean_and_error(losses, numpy.exp) for model, losses in units.items()}
+    base, student = values.get(BASE), values.get(STUDENT)
     ratio = {m: (v.mean / base.mean if base and base.mean else None) for m, v in values.items()}
-    difference = None
-    if BASE in units and units.get(STUDENT):
-        difference = mean_and_error([s - b for s, b in zip(units[STUDENT], units[BASE], strict=True)])
-    return Metric(name, better, values, ratio, _recovery(raw), difference)
+    difference = p_value = over_chance = None
+    if base and student:
+        pairs = [s - b for s, b in zip(units[STUDENT], units[BASE], strict=True)]
+        difference = mean_and_error(pairs)
+        p_value = mcnemar(units[STUDENT], units[BASE]) if items else paired_bootstrap(pairs)
+        if chance is not None and abs(base.mean - chance) > 1e-9:
+            over_chance = (student.mean - chance) / (base.mean - chance)
+    return Metric(name, better, values, ratio, _recovery(raw), difference, p_value, chance, over_chance)
 
 
 def _recovery(raw: dict[str, Value]) -> float | None:

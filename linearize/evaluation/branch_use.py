@@ -1,0 +1,34 @@
+"""What the recurrent branch contributes: its share of the norm of every head's output."""
+
+import torch
+
+from linearize.evaluation.lab import Lab
+from linearize.modeling.branch import LinearHeads
+from linearize.report.results import Findings
+
+
+@torch.no_grad()
+def measure_branch_share(lab: Lab, length: int) -> Findings:
+    """One row a layer: which key/value heads kept softmax, and per query head of the linear ones
+    |recurrent part| / (|window part| + |recurrent part|), averaged over the tokens of one window of text."""
+    ids = lab.text[:length][None].to(lab.device)
+    attentions = [attention for _, attention in lab.student.linear_attentions()]
+    branches = [module for module in lab.student.modules() if isinstance(module, LinearHeads)]
+    for branch in branches:
+        branch.shares = []
+    try:
+        lab.student.base_model(ids, use_cache=False)
+        rows = []
+        for number, attention in enumerate(attentions):
+            linear = {}
+            if attention.mixer is not None and attention.mixer.shares:
+                per_head = torch.stack(attention.mixer.shares).mean(0).view(len(attention.linear_heads), -1)
+                linear = dict(zip(attention.linear_heads, per_head.tolist()))
+            row = {"layer": number, "softmax_heads": list(attention.softmax_heads)}
+            row["shares"] = {str(head): linear.get(head, []) for head in attention.linear_heads}
+            rows.append(row)
+    finally:
+        for branch in branches:
+            branch.shares = None
+    lab.progress("branch share: measured")
+    return Findings(tables={"branch_share": rows})

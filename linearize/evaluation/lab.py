@@ -1,0 +1,59 @@
+"""What every stage of an evaluation works with: the two models, their modes, the tokenizer and the text."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize.report.results import BASE, BRANCH_OFF, STUDENT, UNTRAINED, WINDOW, WINDOW_OFF
+
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Two sets of weights serve six models.
+
+    Attributes:
+        reference: the base's weights under the student's plan: base, window + sinks and untrained conversion.
+        text: the evaluation text as one row of token ids, [N].
+    """
+
+    reference: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: Any
+    text: Tensor
+    device: str
+    seed: int
+    progress: Callable[[str], None]
+
+    def modes(self) -> dict[str, tuple[PreTrainedModel, Callable]]:
+        """Model name -> (weights, context in which they are that model)."""
+        return {
+            BASE: (self.reference, self.reference.softmax_attention),
+            STUDENT: (self.student, contextlib.nullcontext),
+            BRANCH_OFF: (self.student, self.student.recurrent_branch_off),
+            WINDOW_OFF: (self.student, self.student.window_off),
+            UNTRAINED: (self.reference, contextlib.nullcontext),
+            WINDOW: (self.reference, self.reference.recurrent_branch_off),
+        }
+
+    def forwards(self, *names: str) -> dict[str, Forward]:
+        """ids [1, T] -> (final hidden states [T, D], output embeddings [C, D]), for the named models."""
+        return {name: _forward(*self.modes()[name]) for name in names}
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        if done == total or done % 4 == 0:
+            self.progress(f"{what}: {done} of {total}")
+
+
+def _forward(model: PreTrainedModel, mode: Callable) -> Forward:
+    def forward(ids: Tensor) -> tuple[Tensor, Tensor]:
+        with mode():
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return hidden, model.get_output_embeddings().weight
+
+    return forward

@@ -1,0 +1,54 @@
+"""A number hidden in text, asked for at the end: needle in a haystack, answered by generation through the cache.
+
+The haystack is the evaluation text; the needle stands at a depth of the context (0 its start, 1 its end).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.evaluation.lab import Lab
+
+DEPTHS = (0.1, 0.5, 0.9)
+ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class PasskeyTask:
+    """Prompts [1, T] and the digits that answer them."""
+
+    prompts: list[Tensor]
+    answers: list[str]
+
+
+def passkey_task(lab: Lab, length: int, depth: float, rows: int) -> PasskeyTask:
+    """`rows` prompts of about `length` tokens with the needle at `depth`, each from another stretch of the text."""
+    generator = torch.Generator().manual_seed(lab.seed * 7919 + length + int(100 * depth))
+    tokenizer = lab.tokenizer
+    prompts, answers = [], []
+    for row in range(rows):
+        number = str(int(torch.randint(10_000, 100_000, (1,), generator=generator)))
+        needle = tokenizer(f" The pass key is {number}. Remember it. {number} is the pass key.\n").input_ids
+        question = tokenizer("\nWhat is the pass key? The pass key is").input_ids
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        room = max(0, length - len(needle) - len(question) - len(start))
+        offset = (row * room) % max(1, lab.text.numel() - room)
+        hay = lab.text[offset : offset + room].tolist()
+        cut = int(depth * len(hay))
+        prompts.append(torch.tensor([[*start, *hay[:cut], *needle, *hay[cut:], *question]]))
+        answers.append(number)
+    return PasskeyTask(prompts, answers)
+
+
+def answer_is_right(lab: Lab, model, prompt: Tensor, answer: str) -> float:
+    """1.0 if a greedy continuation names the number."""
+    prompt = prompt.to(lab.device)
+    produced = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        pad_token_id=lab.tokenizer.pad_token_id or lab.tokenizer.eos_token_id or 0,
+    )
+    return float(answer in lab.tokenizer.decode(produced[0, prompt.shape[1] :]))
