@@ -21,6 +21,7 @@ from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.writing import write_json, write_text
 from linearize.convert import versions
 from linearize.errors import ConfigError, LinearizeError
+from linearize.report.card import add_evaluation
 from linearize.report.gates import check_gates, evaluate_gates, expand_gates, read_older, regression_gates
 from linearize.report.markdown import render_markdown
 from linearize.report.results import (
@@ -84,7 +85,7 @@ class Suite:
 
 SUITES = {
     "quick": Suite(
-        max_tokens=4096, recall_rows=4, associative=(64, 1024), passkey=(1024,), passkey_rows=1, generation=32,
+        max_tokens=4096, recall_rows=3, associative=(1024,), passkey=(512,), passkey_rows=1, generation=24,
         efficiency=(512, 2048), branch=True, parity=True,
     ),
     "standard": Suite(
@@ -176,6 +177,8 @@ def evaluate(
         results = replace(results, gates=(*results.gates, *regression_gates(older, results)))
     if out is not None:
         write_results(results, out)
+        if out.resolve() == (model / "eval").resolve():
+            add_evaluation(model / "README.md", results)
     return results
 
 

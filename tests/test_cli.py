@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = ["convert", "plan", "finetune", "eval", "bench", "list", "doctor"]
+COMMANDS = ["convert", "plan", "finetune", "eval", "run", "bench", "list", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

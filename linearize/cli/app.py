@@ -9,6 +9,7 @@ import typer
 
 from linearize.cli import bench, convert, finetune, info
 from linearize.cli import eval as evaluation
+from linearize.cli import run as pipeline
 from linearize.cli.output import emit_json, note
 from linearize.errors import Interrupted, LinearizeError, ResourceError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 convert.register(app)
 finetune.register(app)
 evaluation.register(app)
+pipeline.register(app)
 bench.register(app)
 info.register(app)
 

@@ -139,8 +139,7 @@ def evaluate(
         progress=progress_line,
     )
     if summary_file:
-        with open(summary_file, "a", encoding="utf-8") as file:
-            file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
+        append_summary(summary_file, results)
     if json_:
         emit_json(results.to_dict())
     else:
@@ -148,6 +147,14 @@ def evaluate(
         emit(f"verdict: {results.verdict}")
         emit(str((out or model / "eval").resolve() / "report.md"))
     return 0 if results.passed else GATE_FAILED
+
+
+def append_summary(path: Path, results) -> None:
+    """Adds verdict and table to a file, as CI systems show it."""
+    from linearize.report.markdown import summary_table
+
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
 
 
 def choose_suite(name: str, only: str | None, **changes):

@@ -107,7 +107,7 @@ def finetune(
         overwrite=overwrite,
         merge=merge,
         progress=note,
-        report=_Reporter(),
+        report=Reporter(),
     )
     if not result:  # not the main process
         return
@@ -122,7 +122,7 @@ def finetune(
     emit(result["output"])
 
 
-class _Reporter:
+class Reporter:
     """Prints a step: on a terminal every one on the same line, elsewhere the first, the last and one every 10 s."""
 
     def __init__(self) -> None:

@@ -4,6 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from linearize.checkpoint.writing import write_text
+from linearize.report.results import STUDENT, Results
+
+BEGIN, END = "<!-- linearize eval -->", "<!-- end of linearize eval -->"
+
 
 def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
     """The card of a converted or finetuned checkpoint. The licence is the base card's, when it states one."""
@@ -49,6 +56,46 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """.replace(
         "Base weights are unchanged", "Base weights are merged with LoRA" if recovery else "Base weights are unchanged"
     )
+
+
+def add_evaluation(card: Path, results: Results) -> None:
+    """Puts the evaluation into a card: a section of its own, and `model-index` metadata with our figures only.
+
+    A section that an earlier evaluation left is replaced; the rest of the card stays as it is.
+    """
+    from linearize.report.markdown import summary_table
+
+    text = card.read_text(encoding="utf-8")
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    metadata = yaml.safe_load(match[1]) if match else {}
+    body = text[match.end() :] if match else text
+    metadata["model-index"] = model_index(results)
+    section = f"{BEGIN}\n## Evaluation\n\nVerdict: {results.verdict}.\n\n{summary_table(results)}\n{END}\n"
+    before, found, rest = body.partition(BEGIN)
+    body = before + section + rest.partition(END + "\n")[2] if found else body.rstrip() + "\n\n" + section
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    write_text(card, f"---\n{front}---\n{body}")
+
+
+def model_index(results: Results) -> list[dict[str, Any]]:
+    """The student's figures as the hub's model cards carry them."""
+    figures = [
+        {"type": metric.name.partition("@")[0], "name": metric.name, "value": round(metric.values[STUDENT].mean, 6)}
+        for metric in results.metrics
+        if STUDENT in metric.values
+    ]
+    return [
+        {
+            "name": results.model,
+            "results": [
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {"type": "text", "name": results.data["text"]},
+                    "metrics": figures,
+                }
+            ],
+        }
+    ]
 
 
 def _metadata(base: dict[str, Any], base_folder: Path) -> str:

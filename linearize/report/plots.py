@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def plots_of(results: Results) -> Iterator[Plot]:
             }
             yield Plot(
                 key.replace("_", "-"), f"{title} by context", "context, tokens", unit, lines,
-                {name: COLOURS[name] for name in lines}, log_y=scale == MIB,
+                {name: COLOURS[name] for name in lines}, log_y=key == "cache_bytes",
             )  # fmt: skip
     share = results.tables.get("branch_share", [])
     if share:
@@ -148,7 +149,8 @@ def svg(plot: Plot) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    text = buffer.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def write_plots(results: Results, folder: Path) -> None:

@@ -191,3 +191,24 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of results.json; published as linearize/report/results.schema.json."""
+    from pydantic import TypeAdapter
+
+    schema = TypeAdapter(Results).json_schema(mode="serialization")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "linearize results",
+        **_nullable(schema),
+    }
+
+
+def _nullable(schema: Any) -> Any:
+    """Numbers that are not finite are written as null."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "number":
+            return {**schema, "type": ["number", "null"]}
+        return {key: _nullable(item) for key, item in schema.items()}
+    return [_nullable(item) for item in schema] if isinstance(schema, list) else schema

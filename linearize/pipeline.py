@@ -1,0 +1,191 @@
+"""`linearize run`: convert, finetune, eval and gate from one file, as one command that goes on where it stopped.
+
+    model: HuggingFaceTB/SmolLM2-135M-Instruct
+    out: linearized/nightly
+    convert: {config: smollm2-135m, keep_softmax: "18:2,17:1"}
+    finetune: {recipe: lora, tokens: 300000}
+    eval: {suite: quick, gates: [perplexity@2048.ratio<=1.10], compare: last-release.json}
+
+The steps write OUT/converted, OUT/finetuned and OUT/eval. A step whose result is there, made with the same settings from
+the same inputs, is not done again; `finetune` and `eval` resume inside a step.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from linearize.checkpoint.fingerprint import fingerprint_of
+from linearize.checkpoint.writing import write_json
+from linearize.errors import ConfigError, nearest
+from linearize.recipe import ConversionConfig, Recipe, load_config, load_recipe
+
+STATE = "pipeline.json"
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConvertStep(Part):
+    """`config` names a config or YAML file; every other key is a key of it, as with --set."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    config: str | None = None
+    revision: str | None = None
+
+
+class FinetuneStep(Part):
+    """`recipe` names a recipe or YAML file; every other key is a key of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    recipe: str = "lora"
+
+
+class EvalStep(Part):
+    suite: str = "quick"
+    only: str | None = None
+    data: list[str] | None = None
+    max_tokens: int | None = None
+    tasks: list[str] | None = None
+    tasks_dir: str | None = None
+    task_limit: int | None = None
+    gates: list[str] = []
+    min_recovery: float | None = None
+    compare: str | None = None
+    summary_file: str | None = None
+
+
+class Pipeline(Part):
+    """The file. Without `finetune` the conversion itself is evaluated."""
+
+    model: str
+    out: str
+    convert: ConvertStep = ConvertStep()
+    finetune: FinetuneStep | None = None
+    eval: EvalStep | None = None
+
+
+def load_pipeline(path: Path) -> tuple[Pipeline, ConversionConfig, Recipe | None]:
+    """Reads the file and every setting in it, so that nothing starts that cannot end.
+
+    Raises:
+        ConfigError: no such file, unknown keys, wrong values.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"PIPELINE: no file '{path}'") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        pipeline = Pipeline.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
+    settings = load_config(pipeline.convert.config, pipeline.convert.model_extra)
+    recipe = load_recipe(pipeline.finetune.recipe, pipeline.finetune.model_extra) if pipeline.finetune else None
+    return pipeline, settings, recipe
+
+
+def run_pipeline(
+    path: Path, *, progress: Callable[[str], None] = print, report: Callable | None = None
+) -> dict[str, Any]:
+    """Runs the steps; returns what each made, and the results of the evaluation where there is one.
+
+    Raises:
+        LinearizeError: what a step raises. A gate that fails is in the results, not raised.
+    """
+    pipeline, settings, recipe = load_pipeline(path)
+    out = Path(pipeline.out)
+    done = _State(out / STATE)
+    converted, tuned = out / "converted", out / "finetuned"
+    inputs = {"model": pipeline.model, "revision": pipeline.convert.revision, "settings": settings.model_dump()}
+    if done.has("convert", inputs, converted):
+        progress(f"convert: {converted} is up to date")
+    else:
+        from linearize.convert import convert
+
+        convert(
+            pipeline.model, settings, out=converted, revision=pipeline.convert.revision, overwrite=converted.exists(),
+            progress=progress,
+        )  # fmt: skip
+        done.record("convert", inputs, converted)
+    student = converted
+    if recipe is not None:
+        inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump()}
+        if done.has("finetune", inputs, tuned):
+            progress(f"finetune: {tuned} is up to date")
+        else:
+            from linearize.finetune import finetune
+
+            finetune(
+                converted, recipe, recipe_name=pipeline.finetune.recipe, out=tuned, overwrite=tuned.exists(),
+                progress=progress, report=report or (lambda step: None),
+            )  # fmt: skip
+            done.record("finetune", inputs, tuned)
+        student = tuned
+    made = {"converted": str(converted), "student": str(student), "results": None}
+    if pipeline.eval is not None:
+        made["results"] = _evaluate(pipeline.eval, student, out / "eval", progress)
+    return made
+
+
+def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str], None]):
+    from linearize.cli.eval import append_summary, choose_suite
+    from linearize.evaluate import evaluate
+
+    suite = choose_suite(
+        step.suite,
+        step.only,
+        data=tuple(step.data) if step.data else None,
+        max_tokens=step.max_tokens,
+        tasks=tuple(step.tasks) if step.tasks else None,
+        tasks_dir=step.tasks_dir,
+        task_limit=step.task_limit,
+    )
+    results = evaluate(
+        student,
+        suite,
+        gates=step.gates,
+        min_recovery=step.min_recovery,
+        compare=Path(step.compare) if step.compare else None,
+        out=out,
+        progress=progress,
+    )
+    if step.summary_file:
+        append_summary(Path(step.summary_file), results)
+    return results
+
+
+class _State:
+    """Which steps are done, with a fingerprint of what went into each and of what came out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.steps: dict[str, str] = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            self.steps = {}
+
+    def has(self, step: str, inputs: dict, out: Path) -> bool:
+        return (out / "linearize.json").is_file() and self.steps.get(step) == self._fingerprint(inputs, out)
+
+    def record(self, step: str, inputs: dict, out: Path) -> None:
+        self.steps[step] = self._fingerprint(inputs, out)
+        write_json(self.path, self.steps)
+
+    def _fingerprint(self, inputs: dict, out: Path) -> str:
+        return fingerprint_of({"inputs": inputs, "made": json.loads((out / "linearize.json").read_bytes())})
+
+
+def _explain(path: Path, item: dict) -> str:
+    location = [str(part) for part in item["loc"]]
+    if item["type"] == "extra_forbidden":
+        group = Pipeline.model_fields if len(location) == 1 else EvalStep.model_fields
+        return (
+            f"{path}: {'.'.join(location)}: unknown key, allowed are {', '.join(group)}{nearest(location[-1], group)}"
+        )
+    return f"{path}: {'.'.join(location) or 'top'}: {item['msg'][0].lower()}{item['msg'][1:]}"

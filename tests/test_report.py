@@ -1,0 +1,338 @@
+"""The report: statistics, what is kept, judged and drawn; the page in a real browser; pipelines."""
+
+import json
+import math
+import shutil
+import struct
+import subprocess
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from test_evaluate import FLAGS, SUITE, converted, quiet  # noqa: F401  (a fixture)
+
+from linearize import evaluate as evaluation
+from linearize.evaluate import SUITES, Suite, evaluate
+from linearize.evaluation.generation import health
+from linearize.evaluation.recall import associative_accuracy, associative_task
+from linearize.report.html import render_html
+from linearize.report.plots import plots_of
+from linearize.report.results import BASE, STUDENT, json_schema, make_metric
+from linearize.report.statistics import bootstrap_error, mcnemar, paired_bootstrap
+
+WHOLE = replace(
+    SUITES["quick"], lengths=(32, 64), recall=(8, 40), associative=(8, 40), passkey=(100,), efficiency=(32, 64),
+    max_tokens=256, recall_rows=3, generation=6,
+)  # fmt: skip
+
+
+def test_bootstrap_and_paired_tests():
+    values = [float((7 * i) % 11) for i in range(200)]
+    mean = sum(values) / 200
+    classical = math.sqrt(sum((v - mean) ** 2 for v in values) / 199 / 200)
+    assert bootstrap_error(values) == pytest.approx(classical, rel=0.1)
+    assert bootstrap_error(values) == bootstrap_error(values)
+    assert paired_bootstrap([0.0] * 5) == 1.0 and paired_bootstrap([1.0]) is None
+    assert paired_bootstrap([1.0, 1.1, 0.9, 1.2]) == 0.001
+    assert paired_bootstrap([1.0, -1.1, 0.9, -0.8]) > 0.3
+    # 1 against 9 discordant items: 2 (C(10,0) + C(10,1)) / 2^10
+    assert mcnemar([1.0] + [0.0] * 9 + [1.0] * 4, [0.0] + [1.0] * 9 + [1.0] * 4) == pytest.approx(22 / 1024)
+    assert mcnemar([1.0, 0.0], [1.0, 0.0]) == 1.0
+
+
+def test_chance():
+    units = {BASE: [1.0, 1.0, 1.0, 0.0], STUDENT: [1.0, 1.0, 0.0, 0.0]}
+    metric = make_metric("arc_acc", "higher", units, chance=0.25, items=True)
+    assert metric.recovery_over_chance == pytest.approx(0.5) and metric.p_value == 1.0
+
+
+def test_associative_rows():
+    for distance in (2, 40, 300):
+        task = associative_task(distance, 2, 1000, 7, seed=0)
+        row, pairs = task.ids[0].tolist(), task.counted
+        first = dict(zip(row[1 : 1 + 2 * pairs : 2], row[2 : 2 + 2 * pairs : 2]))
+        again = dict(zip(row[-2 * pairs :: 2], row[-2 * pairs + 1 :: 2]))
+        assert first == again and len(first) == pairs
+        assert len(row) - 1 - 2 * pairs >= distance
+        perfect = torch.cat([torch.eye(1000)[task.ids[0][1:]], torch.zeros(1, 1000)])
+        assert associative_accuracy(perfect, torch.eye(1000), task.ids[0], pairs) == 1.0
+        assert associative_accuracy(perfect.roll(1, 0), torch.eye(1000), task.ids[0], pairs) == 0.0
+
+
+def test_health():
+    stuck, lively = health([1, 2] * 10, stopped=False), health(list(range(20)), stopped=True)
+    assert stuck["repetition"] > 0.8 and stuck["distinct2"] < 0.2 and stuck["stopped"] == 0
+    assert lively == {"repetition": 0.0, "distinct2": 1.0, "length": 20.0, "stopped": 1.0}
+
+
+@pytest.fixture
+def whole(converted, tmp_path):  # noqa: F811
+    """Everything measured on a tiny model, and its folder."""
+    out = tmp_path / "report"
+    return evaluate(converted, WHOLE, out=out, progress=quiet), out
+
+
+def test_everything_is_measured_written_and_valid(whole):
+    results, out = whole
+    assert set(WHOLE.metric_names()) <= {metric.name for metric in results.metrics}
+    assert {"efficiency", "branch_share", "samples", "passkey@100"} <= results.tables.keys()
+    assert len(results.checks) == 5 and results.passed
+    metric = results.metric("perplexity@64")
+    assert metric.values["window_off"].mean != metric.values["student"].mean
+    bits, loss = results.metric("bits_per_byte@64").values["student"].mean, math.log2(metric.values["student"].mean)
+    assert 0 < bits < loss
+    shares = [v for row in results.tables["branch_share"] for heads in row["shares"].values() for v in heads]
+    assert len(shares) == 18 and all(0 < share < 1 for share in shares)
+    row = results.tables["efficiency"][1]
+    assert row["student_cache_bytes"] < row["base_cache_bytes"] and row["student_decode_tokens_per_second"] > 0
+
+    import jsonschema
+
+    document = json.loads((out / "results.json").read_bytes())
+    published = json.loads(
+        (evaluation.Path(evaluation.__file__).parent / "report" / "results.schema.json").read_bytes()
+    )
+    assert published == json_schema(), "run scripts/make_schema.py"
+    jsonschema.validate(document, published)
+    for plot in plots_of(results):
+        rows = (out / "plots" / f"{plot.name}.csv").read_text().splitlines()
+        assert len(rows) == len(plot.rows()) > 1
+        assert (out / "plots" / f"{plot.name}.png").stat().st_size > 5000
+    assert not (out / evaluation.UNFINISHED).exists()
+    page = (out / "report.html").read_text()
+    assert (
+        page == render_html(results)
+        and "http://" not in page.replace("http://www.w3.org", "")
+        and "<script" not in page
+    )
+
+
+def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):  # noqa: F811
+    suite, out = replace(SUITE, parity=True), tmp_path / "report"
+    real, calls = evaluation._recall, []
+
+    def stopped(lab, suite, kind, distance):
+        if distance == 40:
+            raise KeyboardInterrupt
+        return real(lab, suite, kind, distance)
+
+    monkeypatch.setattr(evaluation, "_recall", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(converted, suite, out=out, progress=quiet)
+    assert not (out / "results.json").exists() and len(list((out / evaluation.UNFINISHED).iterdir())) == 4
+    monkeypatch.setattr(evaluation, "_recall", lambda lab, s, k, d: calls.append(d) or real(lab, s, k, d))
+    messages: list[str] = []
+    results = evaluate(converted, suite, out=out, progress=messages.append)
+    assert calls == [40] and sum("kept from an interrupted run" in m for m in messages) == 4
+    fresh = evaluate(converted, suite, progress=quiet)
+    assert results.metrics == fresh.metrics and results.checks == fresh.checks
+
+
+def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch, cli):  # noqa: F811
+    from linearize.modeling import cache
+
+    plain = cache.LinearizedLayer.extend
+
+    def forgetful(self, keys, values, raw_keys, padding_mask):
+        if self.window_keys is not None:
+            self.window_values = self.window_values * 0
+        return plain(self, keys, values, raw_keys, padding_mask)
+
+    monkeypatch.setattr(cache.LinearizedLayer, "extend", forgetful)
+    code, out, _ = cli("eval", converted, "--only", "parity", "--json")
+    document = json.loads(out)
+    assert code == 3 and document["verdict"].startswith("FAILED: parity: cached = uncached")
+
+
+def test_gates_from_a_file_and_regressions(converted, cli, tmp_path):  # noqa: F811
+    flags = [*FLAGS, "--only", "perplexity,recall"]
+    gates = tmp_path / "gates.txt"
+    gates.write_text("# for the release\nperplexity@64.ratio<=50  # generous\n\nrecall@8>=0\n")
+    summary = tmp_path / "summary.md"
+    options = ["--gate", gates, "-o", tmp_path / "old", "--summary-file", summary, "--json"]
+    code, out, err = cli("eval", converted, *flags, *options)
+    assert code == 0, err
+    assert [gate["expression"] for gate in json.loads(out)["gates"]] == ["perplexity@64.ratio<=50", "recall@8>=0"]
+    assert "passed 2 gate(s)" in summary.read_text() and "| perplexity@64 ↓ |" in summary.read_text()
+
+    older = tmp_path / "old" / "results.json"
+    code, out, _ = cli("eval", converted, *flags, "--compare", older, "--json")
+    assert code == 0 and all(gate["passed"] for gate in json.loads(out)["gates"])
+    document = json.loads(older.read_bytes())
+    for metric in document["metrics"]:
+        if metric["name"] == "perplexity@64":
+            metric["values"]["student"] = {"mean": metric["values"]["student"]["mean"] / 2, "error": 0.01, "n": 4}
+    document["schema_version"] = 1  # an older schema reads as well
+    older.write_text(json.dumps(document))
+    code, out, _ = cli("eval", converted, *flags, "--compare", older, "--json")
+    assert code == 3 and "perplexity@64 worse than before" in json.loads(out)["verdict"]
+    for change, words in (({"schema_version": 99}, "schema version 99"), ({"data": {}}, "measured on other data")):
+        older.write_text(json.dumps({**document, **change}))
+        code, _, err = cli("eval", converted, *flags, "--compare", older)
+        assert code == 2 and words in err
+    older.write_text("{}")
+    assert "is not a results.json" in cli("eval", converted, *flags, "--compare", older)[2]
+
+
+def test_the_card_carries_the_evaluation_once(converted, cli):  # noqa: F811
+    for _ in range(2):
+        assert cli("eval", converted, *FLAGS, "--only", "perplexity")[0] == 0
+    card = (converted / "README.md").read_text()
+    assert card.count("## Evaluation") == 1 and "`linearize eval PATH` measures it" in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    metrics = metadata["model-index"][0]["results"][0]["metrics"]
+    assert "base_model" in metadata and {"perplexity@32", "perplexity@64"} <= {metric["name"] for metric in metrics}
+
+
+def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'linearize[tasks]')")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"query": f"{i} and", "choices": [f"{j} more" for j in range(4)], "gold": i % 4} for i in range(12)]
+    (data / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [{"context": f"the number {i} is", "continuation": "odd"} for i in range(5)]
+    (data / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
+    from conftest import ROOT
+
+    maker = [shutil.which("python"), ROOT / "scripts" / "make_tasks.py", data, tmp_path / "tasks"]
+    subprocess.run(maker, check=True, capture_output=True)
+    flags = [
+        "--only",
+        "tasks",
+        "--tasks",
+        "toy,words",
+        "--tasks-dir",
+        tmp_path / "tasks",
+        "--task-limit",
+        "8",
+        "--json",
+    ]
+    code, out, err = cli("eval", converted, *flags, "--gate", "toy_acc>=0")
+    assert code == 0, err
+    metrics = {metric["name"]: metric for metric in json.loads(out)["metrics"]}
+    assert metrics["toy_acc"]["chance"] == 0.25 and metrics["toy_acc"]["values"]["student"]["n"] == 8
+    assert metrics["words_acc"]["chance"] is None and metrics["words_acc"]["values"]["base"]["n"] == 5
+    code, _, err = cli("eval", converted, *flags[:-1], "-o", tmp_path / "again")
+    assert code == 0 and "the base's answers are at hand" in err
+    code, _, err = cli("eval", converted, "--only", "tasks", "--tasks", "toyy", "--tasks-dir", tmp_path / "tasks")
+    assert code == 2 and "did you mean 'toy'" in err
+
+
+PIPELINE = """
+model: {base}
+out: {out}
+convert: {{window: 12, sinks: 2, mix_options: {{log_mass: 0.0}}}}
+finetune: {{recipe: lora, tokens: 128, seq_len: 32, lora: {{rank: 2, alpha: 4}}}}
+eval: {{only: "perplexity", max_tokens: 4096, gates: ["perplexity@512.ratio<={limit}"]}}
+"""
+
+
+def test_a_pipeline_goes_on_and_gates(base_folder, cli, tmp_path):
+    path, out = tmp_path / "pipeline.yaml", tmp_path / "made"
+    path.write_text(PIPELINE.format(base=base_folder(), out=out, limit=100))
+    code, text, err = cli("run", path)
+    assert code == 0, err
+    assert "verdict: passed 1 gate(s)" in text and (out / "eval" / "report.html").is_file()
+    stamps = [(out / name / "linearize.json").stat().st_mtime_ns for name in ("converted", "finetuned")]
+    path.write_text(PIPELINE.format(base=tmp_path / "base", out=out, limit=0.01))
+    code, text, err = cli("run", path, "--json")
+    assert code == 3 and "FAILED" in json.loads(text)["results"]["verdict"]
+    assert "converted is up to date" in err and "finetuned is up to date" in err
+    assert stamps == [(out / name / "linearize.json").stat().st_mtime_ns for name in ("converted", "finetuned")]
+    path.write_text(path.read_text().replace("tokens: 128", "tokens: 96"))
+    code, _, err = cli("run", path)
+    assert code == 3 and "converted is up to date" in err and "finetuned is up to date" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: x\nout: y\nconvrt: {}\n", ["convrt", "did you mean 'convert'"]),
+        ("model: x\n", ["out", "required"]),
+        ("model: x\nout: y\nconvert: {windw: 3}\n", ["windw", "did you mean 'window'"]),
+        ("model: x\nout: y\neval: {gate: []}\n", ["eval.gate", "did you mean 'gates'"]),
+        ("a: [", ["not valid YAML"]),
+    ],
+)
+def test_a_pipeline_with_mistakes(cli, tmp_path, text, words):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(text)
+    code, out, err = cli("run", path)
+    assert code == 2 and out == "" and all(word in err for word in words), err
+
+
+def pixels(path) -> tuple[int, int, set]:
+    """Width, height and the distinct colours of a PNG that Chromium wrote (8-bit RGB or RGBA, not interlaced)."""
+    data = path.read_bytes()
+    width, height, _, kind = struct.unpack(">IIBB", data[16:26])
+    step = {2: 3, 6: 4}[kind]
+    packed, position = b"", 8
+    while position < len(data):
+        (length,) = struct.unpack(">I", data[position : position + 4])
+        if data[position + 4 : position + 8] == b"IDAT":
+            packed += data[position + 8 : position + 8 + length]
+        position += 12 + length
+    raw, stride = zlib.decompress(packed), width * step
+    previous, colours = bytearray(stride), set()
+    for y in range(height):
+        start = y * (stride + 1)
+        kind, line = raw[start], bytearray(raw[start + 1 : start + 1 + stride])
+        for i in range(stride):
+            a, b = (line[i - step] if i >= step else 0), previous[i]
+            c = previous[i - step] if i >= step else 0
+            if kind == 1:
+                line[i] = (line[i] + a) & 255
+            elif kind == 2:
+                line[i] = (line[i] + b) & 255
+            elif kind == 3:
+                line[i] = (line[i] + (a + b) // 2) & 255
+            elif kind == 4:
+                p = a + b - c
+                nearest = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
+                line[i] = (line[i] + nearest) & 255
+        colours.update(tuple(line[i : i + 3]) for i in range(0, stride, step))
+        previous = line
+    return width, height, colours
+
+
+def test_the_page_in_a_browser(whole, tmp_path):
+    """Headless Chromium opens the file offline, at a phone's width, and the verdict and every curve are in the picture."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no chromium here (apt-get install chromium)")
+    results, out = whole
+    common = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]  # fmt: skip
+    url = (out / "report.html").as_uri()
+    shot = tmp_path / "shot.png"
+    for width in (390, 1200):
+        subprocess.run(
+            [*common, f"--window-size={width},2600", f"--screenshot={shot}", url],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        seen_width, _, colours = pixels(shot)
+        assert seen_width == width
+        # the banner, the base's and the student's curves, the map's colours
+        for colour in ((0x4A, 0x55, 0x68), (0x22, 0x22, 0x22), (0x0B, 0x6B, 0xCB), (0xC2, 0x3B, 0x3B)):
+            assert colour in colours, f"{colour} is not in the picture at {width} pixels"
+    dom = subprocess.run([*common, "--dump-dom", url], check=True, capture_output=True, text=True, timeout=120).stdout
+    assert "Verdict: no gates were set; passed 5 parity checks" in dom
+    for plot in plots_of(results):
+        assert f'id="{plot.name}"' in dom
+
+
+def test_suites_grow():
+    quick, standard, full = (SUITES[name] for name in ("quick", "standard", "full"))
+    for name in ("lengths", "recall", "associative", "passkey", "efficiency"):
+        assert set(getattr(quick, name)) <= set(getattr(standard, name)) | {512} and set(
+            getattr(standard, name)
+        ) <= set(getattr(full, name)), name
+    assert quick.max_tokens < standard.max_tokens < full.max_tokens and isinstance(quick, Suite)
