@@ -1,8 +1,9 @@
 """Every gated structure on one real model, by the tool's own commands: convert, finetune, eval; one table.
 
-    python scripts/structures.py run MODEL --work FOLDER [--only gla,kda]   measures what FOLDER lacks, one at a time
-    python scripts/structures.py render --work FOLDER                       writes scripts/results/structures.json and
-                                                                            the README's table from what FOLDER holds
+    python scripts/structures.py run MODEL --work FOLDER [--only gla,kda]   measures, one at a time, what neither FOLDER
+                                                                            nor scripts/results/structures.json has
+    python scripts/structures.py render --work FOLDER                       adds what FOLDER has to that file, and
+                                                                            renders the README's table from it
 
 All share window 256 and 4 sinks on every head, `outside` (hedgehog: `joint`), the `lora` recipe, and text. Gates that
 have a normaliser get 64, so that they remember past the window. Stopped and started again, `run` goes on where it was.
@@ -43,8 +44,10 @@ def main() -> None:
         render(arguments.work)
         return
     names = arguments.only.split(",") if arguments.only else [*FIRST, *(n for n in MIXERS if n not in FIRST)]
+    known = {row["structure"] for row in known_rows()}
     for name in names:
-        measure(name, arguments)
+        if name not in known or arguments.only:
+            measure(name, arguments)
 
 
 def measure(name: str, arguments: argparse.Namespace) -> None:
@@ -81,6 +84,10 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         shutil.rmtree(path)
 
 
+def known_rows() -> list[dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+
+
 def linearize(*arguments) -> dict:
     command = [sys.executable, "-m", "linearize", *map(str, arguments), "--json"]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -90,7 +97,9 @@ def linearize(*arguments) -> dict:
 
 
 def render(work: Path) -> None:
-    rows = [json.loads(path.read_text()) for path in sorted(work.glob("*/row.json"))]
+    by_name = {row["structure"]: row for row in known_rows()}
+    by_name |= {path.parent.name: json.loads(path.read_text()) for path in sorted(work.glob("*/row.json"))}
+    rows = list(by_name.values())
     if not rows:
         sys.exit(f"{work} holds no measured structure")
     rows.sort(key=lambda row: row["metrics"][f"perplexity@{LENGTHS[-1]}"]["student"])

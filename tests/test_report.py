@@ -336,3 +336,15 @@ def test_suites_grow():
             getattr(standard, name)
         ) <= set(getattr(full, name)), name
     assert quick.max_tokens < standard.max_tokens < full.max_tokens and isinstance(quick, Suite)
+
+
+def test_the_pipeline_of_the_readme_loads(tmp_path):
+    from conftest import ROOT
+
+    from linearize.pipeline import load_pipeline
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = text[text.index("# pipeline.yaml") :].partition("```")[0]
+    (tmp_path / "pipeline.yaml").write_text(example)
+    pipeline, settings, recipe = load_pipeline(tmp_path / "pipeline.yaml")
+    assert settings.keep_softmax == "18:2,17:1,8:0" and recipe.tokens == 300_000 and len(pipeline.eval.gates) == 2
