@@ -50,6 +50,7 @@ class Inspection:
     Attributes:
         added: names, shapes of the parameters the conversion adds (float32).
         cache_bytes: context length -> bytes of one sequence's cache, of the base and of the student.
+        scores: by layer and key/value head, where heads were chosen by them.
     """
 
     source: Source
@@ -60,6 +61,7 @@ class Inspection:
     ignored: tuple[str, ...]
     added: dict[str, tuple[int, ...]]
     cache_bytes: dict[int, dict[str, int]]
+    scores: tuple[tuple[float, ...], ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -96,6 +98,7 @@ class Inspection:
                 "mixer": layer.mixer,
                 "mix": layer.mix,
                 "gate": layer.gate,
+                "scores": list(self.scores[i]) if self.scores else None,
                 "window": layer.window,
                 "sinks": layer.sinks,
             }
@@ -120,27 +123,76 @@ class Inspection:
         }
 
 
-def inspect_source(source: Source, settings: ConversionConfig, weights: Weights | None = None) -> Inspection:
+def inspect_source(
+    source: Source,
+    settings: ConversionConfig,
+    weights: Weights | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Inspection:
     """Steps 1 to 3: everything that can be checked without writing.
 
     Args:
         weights: what `read_weights` found, where it has been called already.
+        progress: hears of the heads being scored, the one thing here that runs the base model.
     """
     raw = checked_model_type(source)
     weights = weights or read_weights(source.folder)
     config, family_name = _full_config(source, raw), raw["model_type"]
-    plan = make_plan(family_name, config, settings)
+    scores: list[list[float]] = []
+
+    def score() -> list[list[float]]:
+        scores.extend(_head_scores(source, config, settings, progress))
+        return scores
+
+    plan = make_plan(family_name, config, settings, score)
     ignored = _check_tensors(source, config, family_name, weights)
     added = added_parameters(config, plan)
     dtype = PLAIN_DTYPES.get(next(iter(weights.tensors.values())).dtype, "bfloat16")
     width = BITS[{value: key for key, value in PLAIN_DTYPES.items()}[dtype]] // 8
-    return Inspection(source, config, settings, plan, weights, ignored, added, cache_sizes(config, plan, width))
+    return Inspection(
+        source,
+        config,
+        settings,
+        plan,
+        weights,
+        ignored,
+        added,
+        cache_sizes(config, plan, width),
+        tuple(map(tuple, scores)),
+    )
 
 
-def make_plan(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> Plan:
-    """One LayerPlan for every layer of the model."""
+def _head_scores(
+    source: Source, config: dict[str, Any], settings: ConversionConfig, progress: Callable[[str], None]
+) -> list[list[float]]:
+    """What recall loses with each head, from running the base; kept for the next conversion of the same base."""
+    from linearize.device import compute_dtype, pick_device
+    from linearize.modeling.loading import load_base
+    from linearize.scoring import cached_scores, head_scores
+
+    scoring, device, dtype = settings.scoring, pick_device(), compute_dtype("auto")
+    key = {"base": source.fingerprint(), "window": settings.window, "sinks": settings.sinks, **scoring.model_dump()}
+
+    def compute() -> list[list[float]]:
+        progress(f"{source.name}: scoring key/value heads by recall ({scoring.method})")
+        return head_scores(
+            load_base(source, dtype=dtype).to(device), window=settings.window, sinks=settings.sinks,
+            vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"), method=scoring.method,
+            distances=tuple(scoring.distances), rows=scoring.rows, progress=progress,
+        )  # fmt: skip
+
+    return cached_scores(key, compute)
+
+
+def make_plan(
+    family_name: str,
+    config: dict[str, Any],
+    settings: ConversionConfig,
+    score: Callable[[], list[list[float]]] | None = None,
+) -> Plan:
+    """One LayerPlan for every layer of the model; `score` is called where heads are chosen by their scores."""
     layers = config["num_hidden_layers"]
-    kept = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"])
+    kept = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"], score)
     changes: dict[int, dict[str, Any]] = {}
     for spec, changed in settings.layers.items():
         for number in layer_numbers(spec):
@@ -342,7 +394,7 @@ def convert(
             # the bytes flow while torch and transformers are being imported
             placing({weights.folder / name: folder / name for name in weights.files}, link) as placed,
         ):
-            inspection = inspect_source(source, settings, weights)
+            inspection = inspect_source(source, settings, weights, progress)
             coverage = inspection.coverage()
             if coverage["heads_planned"] == 0 and settings.keep_softmax != "all":
                 raise CoverageError("nothing to convert: the plan leaves every head as it is")

@@ -1,17 +1,27 @@
 """`--keep-softmax`: which key/value heads keep softmax attention.
 
-none | all | every:N | 0,7,18 (whole layers) | 18:2,17:1,8:0 (layer:key/value head)
+none | all | every:N | recall:SHARE | 0,7,18 (whole layers) | 18:2,17:1,8:0 (layer:key/value head)
 """
+
+import math
+from collections.abc import Callable
 
 from linearize.errors import ConfigError
 
-ALLOWED = "none, all, every:N, layers (0,7,18) or layer:head pairs (18:2,17:1)"
+ALLOWED = "none, all, every:N, recall:SHARE (recall:12.5%), layers (0,7,18) or layer:head pairs (18:2,17:1)"
+Scores = list[list[float]]
 
 
-def softmax_heads(spec: str, layers: int, key_value_heads: int) -> tuple[tuple[int, ...], ...]:
+def softmax_heads(
+    spec: str, layers: int, key_value_heads: int, score: Callable[[], Scores] | None = None
+) -> tuple[tuple[int, ...], ...]:
     """For every layer, the key/value heads that keep softmax, ascending.
 
-    `every:N` keeps layers 0, N, 2N… whole, as Liger-H and its relatives do.
+    `every:N` keeps layers 0, N, 2N… whole, as Liger-H and its relatives do. `recall:SHARE` keeps that share of all heads,
+    those that recall depends on most.
+
+    Args:
+        score: computes the heads' scores, [layers][key/value heads]; only called for `recall:SHARE`.
 
     Raises:
         ConfigError: unknown form, or a layer or head the model does not have.
@@ -26,6 +36,11 @@ def softmax_heads(spec: str, layers: int, key_value_heads: int) -> tuple[tuple[i
         if step < 1:
             raise ConfigError(f"keep_softmax: got '{spec}', allowed is every:N with N of at least 1")
         return tuple(every_head if layer % step == 0 else () for layer in range(layers))
+    if spec.startswith("recall:"):
+        share = recall_share(spec)
+        if score is None:
+            raise ConfigError(f"keep_softmax: '{spec}' needs the base model to be run, which is not possible here")
+        return top_heads(score(), share)
     kept: list[set[int]] = [set() for _ in range(layers)]
     for item in spec.split(","):
         layer_text, separator, head_text = item.strip().partition(":")
@@ -42,6 +57,30 @@ def softmax_heads(spec: str, layers: int, key_value_heads: int) -> tuple[tuple[i
                 f"heads 0 to {key_value_heads - 1}"
             )
         kept[layer].add(head)
+    return tuple(tuple(sorted(heads)) for heads in kept)
+
+
+def recall_share(spec: str) -> float:
+    """SHARE of recall:SHARE, a fraction of one: 12.5% and 0.125 are the same."""
+    text = spec.removeprefix("recall:").strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ConfigError(f"keep_softmax: got '{spec}', allowed is recall:SHARE with a share above 0% and below 100%")
+    return share
+
+
+def top_heads(scores: Scores, share: float) -> tuple[tuple[int, ...], ...]:
+    """For every layer the heads among the best `share` of all, at least one in the model, ascending."""
+    ranked = sorted(
+        ((score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row)),
+        key=lambda item: (-item[0], item[1], item[2]),
+    )
+    kept: list[list[int]] = [[] for _ in scores]
+    for _, layer, head in ranked[: max(1, round(share * len(ranked)))]:
+        kept[layer].append(head)
     return tuple(tuple(sorted(heads)) for heads in kept)
 
 

@@ -24,6 +24,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Scoring(Strict):
+    """How `keep_softmax: recall:SHARE` scores heads (linearize/scoring.py). Distances are in tokens."""
+
+    method: Literal["gradient", "swap", "lookup"] = "gradient"
+    distances: list[int] = Field(default=[512, 1024], min_length=1)
+    rows: int = Field(default=2, ge=1)
+
+
 class LayerSettings(Strict):
     """What can differ from layer to layer; what is not said is as in the rest of the config."""
 
@@ -50,6 +58,7 @@ class ConversionConfig(Strict):
     # layers that differ: "0-3,7" -> settings
     layers: dict[str, LayerSettings] = {}
     keep_softmax: str = "none"
+    scoring: Scoring = Scoring()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @field_validator("keep_softmax", mode="before")

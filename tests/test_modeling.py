@@ -278,12 +278,16 @@ def test_cache_of_linear_heads_does_not_grow():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mix_name", ["outside", "sum"])
-def test_planned_cache_bytes_are_the_real_ones(mix_name):
+@pytest.mark.parametrize("plan", ["outside", "sum", *MIXERS])
+def test_planned_cache_bytes_are_the_real_ones(plan):
     from linearize import convert
 
     base = tiny_base("gqa")
-    plan = plan_for(mix_name, 3)
+    if plan in MIXERS:
+        gates = ("key", "learned" if MIXERS[plan].gated else "key", "key")
+        plan = Plan("llama", tuple(LayerPlan((1,), mixer=plan, window=9, gate=gate) for gate in gates))
+    else:
+        plan = plan_for(plan, 3)
     student = tiny_student(plan, base)
     cache = student(tokens(1, 100), use_cache=True).past_key_values
     held = sum(

@@ -29,7 +29,7 @@ KeepSoftmax = Annotated[
     str | None,
     typer.Option(
         "--keep-softmax",
-        help="none, all, every:N, layers 0,7,18, or layer:key/value-head pairs 18:2,17:1 (default: none).",
+        help="none, all, every:N, recall:SHARE (as recall:12.5%), layers 0,7,18, or layer:head pairs 18:2,17:1.",
         rich_help_panel=ATTENTION,
     ),
 ]
@@ -171,7 +171,7 @@ def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) ->
     from linearize.convert import inspect_source
 
     with open_source(model, revision=revision, dtype=settings.dtype) as source:
-        shown = inspect_source(source, settings).to_dict()
+        shown = inspect_source(source, settings, progress=note).to_dict()
     if json_:
         emit_json(shown)
         return
@@ -185,7 +185,8 @@ def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) ->
         kept, linear = ((",".join(map(str, layer[key])) or "-") for key in ("softmax_heads", "linear_heads"))
         gate = " with learned gate" if layer["gate"] == "learned" else ""
         what = f"{layer['mixer']}{gate} {layer['mix']}, window {layer['window']} + {layer['sinks']} sinks"
-        emit(f"{layer['layer']:5}  {kept:13}  {linear:13} {what if layer['linear_heads'] else 'unchanged'}")
+        scores = "  scores " + " ".join(f"{score:.3f}" for score in layer["scores"]) if layer["scores"] else ""
+        emit(f"{layer['layer']:5}  {kept:13}  {linear:13} {what if layer['linear_heads'] else 'unchanged'}{scores}")
     emit(f"parameters: {shown['parameters_base']:,} and {shown['parameters_added']:,} added")
     for name, (count, shape) in _per_kind(shown["tensors_added"]).items():
         emit(f"  {count} x {name} {shape}")

@@ -1,0 +1,129 @@
+"""Cheap head scores beside the exact one: rank correlation, and what each choice of heads keeps without any training.
+
+    python scripts/compare_scoring.py MODEL_FOLDER [--text FILE] [--swap-distances 1024]
+
+For every method and share: copy recall and perplexity with the chosen heads at softmax and all others at window + sinks,
+on rows and text that the scoring did not see. Writes scripts/results/scoring.json and prints a Markdown table.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize import scoring
+from linearize.convert import versions
+from linearize.device import compute_dtype, keep_freed_memory
+from linearize.evaluation.perplexity import windows_of
+from linearize.evaluation.recall import accuracy, recall_task
+from linearize.placement import top_heads
+from linearize.samples import SAMPLES
+
+RESULTS = Path(__file__).resolve().parent / "results" / "scoring.json"
+SHARES = (0.0, 6 / 90, 12 / 90, 18 / 90, 24 / 90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, help="plain text (default: sample-eval)")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--swap-distances", default="1024")
+    parser.add_argument("--methods", default="lookup,gradient,swap")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=compute_dtype("auto")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if arguments.text:
+        text = arguments.text.read_text(encoding="utf-8")[:60_000]
+    else:
+        rows = SAMPLES["sample-eval"].read_text(encoding="utf-8").splitlines()
+        text = "\n\n".join(json.loads(row)["text"] for row in rows)[:60_000]
+    ids = torch.tensor(tokenizer(text).input_ids)
+
+    scores, seconds = {}, {}
+    for method in arguments.methods.split(","):
+        distances = tuple(map(int, arguments.swap_distances.split(","))) if method == "swap" else scoring.DISTANCES
+        started = time.perf_counter()
+        scores[method] = scoring.head_scores(
+            model, window=arguments.window, sinks=4, vocabulary=len(tokenizer), start_token=tokenizer.bos_token_id,
+            method=method, distances=distances, rows=1 if method == "swap" else scoring.ROWS, progress=note,
+        )  # fmt: skip
+        seconds[method] = time.perf_counter() - started
+    choices = []
+    layers, heads = len(model.base_model.layers), model.config.num_key_value_heads
+    every_fourth = tuple(tuple(range(heads)) if layer % 4 == 0 else () for layer in range(layers))
+    for share in SHARES:
+        for method, values in scores.items():
+            kept = top_heads(values, share) if share else ((),) * layers
+            choices.append(measure(model, tokenizer, ids, arguments.window, method if share else "none", kept))
+            if not share:
+                break
+    choices.append(measure(model, tokenizer, ids, arguments.window, "every fourth layer", every_fourth))
+    choices.append(measure(model, tokenizer, ids, arguments.window, "base", (tuple(range(heads)),) * layers))
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+        "window": arguments.window,
+        "seconds": seconds,
+        "rank_correlation_with_swap": {m: spearman(scores[m], scores["swap"]) for m in scores}
+        if "swap" in scores
+        else {},
+        "choices": choices,
+        "scores": scores,
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
+
+
+@torch.no_grad()
+def measure(model, tokenizer, ids, window: int, name: str, kept) -> dict:
+    with scoring._gated(model, window, 4) as attentions:
+        for attention, heads in zip(attentions, kept, strict=True):
+            attention.head_gates = torch.tensor([float(h in heads) for h in range(attention.head_gates.numel())])
+        found = {"choice": name, "heads": sum(map(len, kept)), "kept": [list(heads) for heads in kept]}
+        head = model.get_output_embeddings().weight
+        for distance in (512, 1024):
+            task = recall_task(distance, 4, len(tokenizer), tokenizer.bos_token_id, 0)
+            units = [
+                accuracy(model.base_model(row[None], use_cache=False).last_hidden_state[0], head, row, task.counted)
+                for row in task.ids
+            ]
+            found[f"recall@{distance}"] = sum(units) / len(units)
+        losses = [model(row[None], labels=row[None]).loss for row in windows_of(ids, 2048, 8192)]
+        found["perplexity@2048"] = torch.stack(losses).mean().exp().item()
+    note(str({key: value for key, value in found.items() if key != "kept"}))
+    return found
+
+
+def spearman(first, second) -> float:
+    ranks = [torch.tensor(x).flatten().argsort().argsort().double() for x in (first, second)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def table(record: dict) -> str:
+    lines = ["| heads kept by | heads | recall@512 | recall@1024 | perplexity@2048 |", "|---|---|---|---|---|"]
+    for row in record["choices"]:
+        lines.append(
+            f"| {row['choice']} | {row['heads']} | {row['recall@512']:.2f} | {row['recall@1024']:.2f} | "
+            f"{row['perplexity@2048']:.2f} |"
+        )
+    for method, seconds in record["seconds"].items():
+        correlation = record["rank_correlation_with_swap"].get(method)
+        lines.append(
+            f"\n{method}: {seconds:.0f} s" + (f", rank correlation with swap {correlation:.2f}" if correlation else "")
+        )
+    return "\n".join(lines)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
