@@ -22,7 +22,7 @@ WIKITEXT = SHARED / "data" / "eval" / "wikitext-2" / "valid.txt"
 def converted(smollm2, tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "converted"
     result = convert(smollm2, load_config("smollm2-135m"), out=out, progress=lambda message: None)
-    assert result["coverage"]["heads_converted"] == 90
+    assert result["coverage"]["heads_converted"] == 78
     assert result["verification"]["softmax_everywhere_max_difference"] == 0.0
     assert result["verification"]["cached_decode_max_difference"] < 1e-5
     return out
