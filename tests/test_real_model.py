@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct, for truth: known figures of the base, an exact conversion, a start no worse than the window."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED
+from transformers import AutoConfig
 
 from linearize.convert import convert
 from linearize.modeling.loading import load_student, load_unconverted, open_base, read_manifest
@@ -21,8 +23,9 @@ WIKITEXT = SHARED / "data" / "eval" / "wikitext-2" / "valid.txt"
 @pytest.fixture(scope="module")
 def converted(smollm2, tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "converted"
-    result = convert(smollm2, load_config("smollm2-135m"), out=out, progress=lambda message: None)
-    assert result["coverage"]["heads_converted"] == 78
+    settings = load_config("smollm2-135m", {"keep_softmax": "none"})
+    result = convert(smollm2, settings, out=out, progress=lambda message: None)
+    assert result["coverage"]["heads_converted"] == 90
     assert result["verification"]["softmax_everywhere_max_difference"] == 0.0
     assert result["verification"]["cached_decode_max_difference"] < 1e-5
     return out
@@ -104,6 +107,31 @@ def test_cache_is_constant_and_a_fraction(converted):
     manifest = read_manifest(converted)
     sizes = {int(length): value["student"] / value["base"] for length, value in manifest["cache_bytes"].items()}
     assert sizes[32768] < 0.02 and sizes[131072] < 0.005
+
+
+def test_the_config_keeps_the_heads_that_recall_needs(converted):
+    """Without any training a text four windows back is still copied; with every head linear nothing is."""
+    from linearize.convert import make_plan
+    from linearize.evaluation.recall import accuracy, recall_task
+    from linearize.modeling.loading import load_tokenizer
+
+    manifest, tokenizer = read_manifest(converted), load_tokenizer(converted)
+    task = recall_task(1024, 2, len(tokenizer), tokenizer.bos_token_id, 0)
+    recalled = {}
+    with open_base(manifest) as source, torch.no_grad():
+        for kept in ("none", None):
+            config = AutoConfig.from_pretrained(source.folder).to_dict()
+            plan = make_plan("llama", config, load_config("smollm2-135m", {"keep_softmax": kept}))
+            model = load_unconverted(source, plan, dtype=torch.float32)
+            modes = {"base": model.softmax_attention(), kept or "config": contextlib.nullcontext()}
+            for name, mode in modes.items():
+                with mode:
+                    hidden = [model.base_model(row[None], use_cache=False).last_hidden_state[0] for row in task.ids]
+                head = model.get_output_embeddings().weight
+                right = [accuracy(h, head, row, task.counted) for h, row in zip(hidden, task.ids)]
+                recalled[name] = sum(right) / len(right)
+    assert recalled["base"] > 0.3 and recalled["none"] < 0.05
+    assert recalled["config"] > 0.8 * recalled["base"]
 
 
 def test_base_figures_on_wikitext(converted):
