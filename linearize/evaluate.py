@@ -13,14 +13,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.writing import write_json, write_text
 from linearize.convert import versions
-from linearize.errors import ConfigError, LinearizeError
+from linearize.errors import ConfigError, LinearizeError, nearest
 from linearize.report.card import add_evaluation
 from linearize.report.gates import check_gates, evaluate_gates, expand_gates, read_older, regression_gates
 from linearize.report.markdown import render_markdown
@@ -98,6 +98,29 @@ SUITES = {
         efficiency=(512, 2048, 8192, 32768), branch=True, parity=True, max_tokens=131072, recall_rows=16,
     ),
 }  # fmt: skip
+
+
+def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
+    """A named suite with the given settings on top, cut down to the parts of `only`."""
+    if name not in SUITES:
+        raise ConfigError(f"--suite: got '{name}', allowed are {', '.join(SUITES)}{nearest(name, SUITES)}")
+    for key in ("max_tokens", "recall_rows"):
+        if changes.get(key) is not None and changes[key] < 1:
+            raise ConfigError(f"--{key.replace('_', '-')}: got {changes[key]}, allowed are numbers of at least 1")
+    suite = replace(SUITES[name], **{key: value for key, value in changes.items() if value is not None})
+    if only is None:
+        return suite
+    parts = {"perplexity": "lengths"}
+    parts |= {
+        key: key
+        for key in ("recall", "associative", "passkey", "tasks", "generation", "efficiency", "branch", "parity")
+    }
+    wanted = [part.strip() for part in only.split(",")]
+    for part in wanted:
+        if part not in parts:
+            raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
+    empty = {field.name: type(getattr(suite, field.name))() for field in fields(suite)}
+    return replace(suite, **{key: empty[key] for part, key in parts.items() if part not in wanted})
 
 
 def evaluate(
@@ -248,7 +271,7 @@ def _kept(folder: Path | None, name: str, identity: dict, run: Callable, lab, pr
     found = run(lab)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(adapter.dump_json(found))
+        write_text(path, adapter.dump_json(found).decode())
     except PermissionError:
         raise ConfigError(f"--out: no permission to write in {folder.parent}") from None
     return found
@@ -344,7 +367,7 @@ def _passkey(lab, suite: Suite, length: int) -> Findings:
 
 
 def _generation(lab, tokens: int) -> Findings:
-    from linearize.evaluation.generation import PROMPTS, continuation, health, prompt_ids
+    from linearize.evaluation.generation import PROMPTS, health, prompt_ids
 
     figures: dict[str, dict[str, list[float]]] = {}
     samples = []
@@ -353,8 +376,8 @@ def _generation(lab, tokens: int) -> Findings:
         for name in (BASE, STUDENT, WINDOW):
             model, mode = lab.modes()[name]
             with mode():
-                produced, stopped = continuation(lab, model, prompt_ids(lab, prompt), tokens)
-            for key, value in health(produced, stopped).items():
+                produced = lab.greedy(model, prompt_ids(lab, prompt), tokens)
+            for key, value in health(produced, stopped=len(produced) < tokens).items():
                 figures.setdefault(key, {}).setdefault(name, []).append(value)
             row[name] = lab.tokenizer.decode(produced, skip_special_tokens=True)
         samples.append(row)

@@ -134,8 +134,8 @@ def run_pipeline(
 
 
 def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str], None]):
-    from linearize.cli.eval import append_summary, choose_suite
-    from linearize.evaluate import evaluate
+    from linearize.evaluate import choose_suite, evaluate
+    from linearize.report.markdown import append_summary
 
     suite = choose_suite(
         step.suite,

@@ -246,6 +246,44 @@ def test_old_llama_buffers_are_ignored_by_name(base_folder, tmp_path):
     assert result["ignored_tensors"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
 
 
+def test_a_copy_stops_when_the_checks_fail(tmp_path, monkeypatch):
+    """Leaving the block ends the copying between two steps, and the error is the block's own."""
+    import threading
+
+    from linearize.checkpoint import writing
+
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(os.urandom(4096))
+    monkeypatch.setattr(writing, "COPY_BYTES", 64)
+    started, go_on = threading.Event(), threading.Event()
+    real = os.sendfile
+
+    def slowly(*arguments):
+        started.set()
+        go_on.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "sendfile", slowly)
+    with pytest.raises(ZeroDivisionError), writing.placing({source: target}, "copy"):
+        assert started.wait(10)
+        threading.Timer(0.2, go_on.set).start()
+        raise ZeroDivisionError
+    assert target.stat().st_size < 4096
+    monkeypatch.setattr(os, "sendfile", real)
+    with writing.placing({source: target}, "copy") as placed:
+        assert placed() == "copy"
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_nothing_stays_of_a_copy_whose_checks_fail(base_folder, tmp_path, cli):
+    base = base_folder()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+    code, _, err = cli("convert", base, "-o", tmp_path / "made" / "out", "--link", "copy")
+    assert code == 1 and "config.json asks for" in err
+    assert not list((tmp_path / "made").iterdir())
+
+
 MIXED = {
     "0": {"mixer": "hedgehog", "mix": "joint"},
     "1": {"mixer": "mom", "mixer_options": {"inner": "kda"}, "gate": "learned", "window": 5},

@@ -7,7 +7,6 @@ import typer
 
 from linearize.cli.help import Command, examples
 from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
-from linearize.errors import ConfigError
 
 MEASURE, JUDGE, OUTPUT = "What is measured", "Judging", "Output"
 
@@ -106,8 +105,9 @@ def evaluate(
     """Measure the student beside its base on the same data, with a verdict."""
     from linearize.convert import newest_output
     from linearize.device import keep_freed_memory
+    from linearize.evaluate import choose_suite
     from linearize.evaluate import evaluate as run
-    from linearize.report.markdown import summary_table
+    from linearize.report.markdown import append_summary, summary_table
     from linearize.report.results import GATE_FAILED
 
     chosen = choose_suite(
@@ -147,39 +147,3 @@ def evaluate(
         emit(f"verdict: {results.verdict}")
         emit(str((out or model / "eval").resolve() / "report.md"))
     return 0 if results.passed else GATE_FAILED
-
-
-def append_summary(path: Path, results) -> None:
-    """Adds verdict and table to a file, as CI systems show it."""
-    from linearize.report.markdown import summary_table
-
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
-
-
-def choose_suite(name: str, only: str | None, **changes):
-    """A named suite with the given settings on top, cut down to the parts of `only`."""
-    from dataclasses import fields, replace
-
-    from linearize.errors import nearest
-    from linearize.evaluate import SUITES
-
-    if name not in SUITES:
-        raise ConfigError(f"--suite: got '{name}', allowed are {', '.join(SUITES)}{nearest(name, SUITES)}")
-    for key in ("max_tokens", "recall_rows"):
-        if changes.get(key) is not None and changes[key] < 1:
-            raise ConfigError(f"--{key.replace('_', '-')}: got {changes[key]}, allowed are numbers of at least 1")
-    suite = replace(SUITES[name], **{key: value for key, value in changes.items() if value is not None})
-    if only is None:
-        return suite
-    parts = {"perplexity": "lengths"}
-    parts |= {
-        key: key
-        for key in ("recall", "associative", "passkey", "tasks", "generation", "efficiency", "branch", "parity")
-    }
-    wanted = [part.strip() for part in only.split(",")]
-    for part in wanted:
-        if part not in parts:
-            raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
-    empty = {field.name: type(getattr(suite, field.name))() for field in fields(suite)}
-    return replace(suite, **{key: empty[key] for part, key in parts.items() if part not in wanted})

@@ -28,18 +28,6 @@ def prompt_ids(lab: Lab, prompt: str) -> torch.Tensor:
     return lab.tokenizer(prompt, return_tensors="pt").input_ids.to(lab.device)
 
 
-def continuation(lab: Lab, model, ids: torch.Tensor, tokens: int) -> tuple[list[int], bool]:
-    """New token ids, and whether the model stopped of its own accord."""
-    produced = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=lab.tokenizer.pad_token_id or lab.tokenizer.eos_token_id or 0,
-    )[0, ids.shape[1] :].tolist()
-    return produced, len(produced) < tokens
-
-
 def health(tokens: list[int], stopped: bool) -> dict[str, float]:
     """repetition: share of 4-grams that came before; distinct2: share of different pairs; length; stopped."""
     fours = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,6 +45,18 @@ class Lab:
     def forwards(self, *names: str) -> dict[str, Forward]:
         """ids [1, T] -> (final hidden states [T, D], output embeddings [C, D]), for the named models."""
         return {name: _forward(*self.modes()[name]) for name in names}
+
+    def greedy(self, model: PreTrainedModel, ids: Tensor, tokens: int) -> list[int]:
+        """At most `tokens` new token ids after ids [1, T], through the cache; fewer when the model stops by itself."""
+        ids = ids.to(self.device)
+        produced = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+        )
+        return produced[0, ids.shape[1] :].tolist()
 
     def tick(self, what: str, done: int, total: int) -> None:
         if done == total or done % 4 == 0:

@@ -43,12 +43,4 @@ def passkey_task(lab: Lab, length: int, depth: float, rows: int) -> PasskeyTask:
 
 def answer_is_right(lab: Lab, model, prompt: Tensor, answer: str) -> float:
     """1.0 if a greedy continuation names the number."""
-    prompt = prompt.to(lab.device)
-    produced = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        pad_token_id=lab.tokenizer.pad_token_id or lab.tokenizer.eos_token_id or 0,
-    )
-    return float(answer in lab.tokenizer.decode(produced[0, prompt.shape[1] :]))
+    return float(answer in lab.tokenizer.decode(lab.greedy(model, prompt, ANSWER_TOKENS)))

@@ -1,6 +1,7 @@
 """report.md and the summary table, pure functions of the results."""
 
 import math
+from pathlib import Path
 
 from linearize.report.results import BASE, MODELS, STUDENT, Metric, Results
 
@@ -104,6 +105,12 @@ def summary_table(results: Results) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines += ["| " + " | ".join(metric_cells(results, metric)) + " |" for metric in results.metrics]
     return "\n".join(lines)
+
+
+def append_summary(path: Path, results: Results) -> None:
+    """Adds verdict and table to a file, as CI systems show it."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
 
 
 def _shown_models(results: Results) -> list[str]:
