@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from linearize.mixers.registry import MIXERS, mixer_class
 from linearize.mixers.structure import Site
+from linearize.modeling.cache import CACHE_NAME
 
 
 def bench_structures(
@@ -139,12 +140,12 @@ def _inference(model: PreTrainedModel, ids: Tensor, steps: int = 8) -> dict[str,
     token = result.logits[:, -1:].argmax(-1)
     _wait(ids)
     first = time.perf_counter() - started
-    cache = result.past_key_values
+    cache = result[CACHE_NAME]
     times = []
     for _ in range(steps):
         started = time.perf_counter()
-        result = model(token, past_key_values=cache, use_cache=True)
-        token, cache = result.logits[:, -1:].argmax(-1), result.past_key_values
+        result = model(token, use_cache=True, **{CACHE_NAME: cache})
+        token, cache = result.logits[:, -1:].argmax(-1), result[CACHE_NAME]
         _wait(ids)
         times.append(time.perf_counter() - started)
     return {

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from linearize.checkpoint.weights import TensorInfo, read_weights
 from linearize.device import keep_freed_memory
+from linearize.modeling.cache import CACHE_NAME
 
 STREAM_ABOVE = 1 << 30
 BLOCK_BYTES = 1 << 24
@@ -115,8 +116,8 @@ def _decode_difference(folder: Path, ids: torch.Tensor, offload: Path) -> float:
     steps = [ids.shape[1] - 8, 5, 1, 1, 1]
     cache, outputs = None, []
     for chunk in ids.split(steps, dim=1):
-        result = student(chunk, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+        result = student(chunk, use_cache=True, **{CACHE_NAME: cache})
+        cache = result[CACHE_NAME]
         outputs.append(result.logits)
     difference = ((torch.cat(outputs, dim=1) - full).abs().max() / full.abs().max()).item()
     if not difference <= DECODE_TOLERANCE[full.dtype]:

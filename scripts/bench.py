@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 
 from linearize.convert import versions
 from linearize.device import compute_dtype, keep_freed_memory, pick_device
+from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.loading import load_student
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -90,10 +91,10 @@ def bench_decode(model, lengths: list[int]) -> list[dict]:
             with mode():
                 cache = None
                 for piece in ids.split(2048, dim=1):
-                    cache = model.base_model(piece, past_key_values=cache, use_cache=True).past_key_values
+                    cache = model.base_model(piece, use_cache=True, **{CACHE_NAME: cache})[CACHE_NAME]
                 step = ids[:, :1]
                 row[f"{name}_ms_per_token"] = 1e3 * best_of(
-                    lambda cache=cache, step=step: model.base_model(step, past_key_values=cache, use_cache=True),
+                    lambda cache=cache, step=step: model.base_model(step, use_cache=True, **{CACHE_NAME: cache}),
                     repeats=8,
                 )
                 row[f"{name}_cache_mib"] = cache_bytes(cache) / 2**20

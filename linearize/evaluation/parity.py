@@ -9,6 +9,7 @@ from torch import Tensor
 from linearize.checkpoint.writing import check_space
 from linearize.errors import ResourceError
 from linearize.evaluation.lab import Lab
+from linearize.modeling.cache import CACHE_NAME
 from linearize.report.results import Check, Findings
 
 TOKENS = 400
@@ -49,8 +50,8 @@ def measure_parity(lab: Lab) -> Findings:
 def _pieces(model, ids: Tensor, sizes: list[int]) -> Tensor:
     cache, logits = None, []
     for piece in ids.split(sizes, dim=1):
-        result = model(piece, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+        result = model(piece, use_cache=True, **{CACHE_NAME: cache})
+        cache = result[CACHE_NAME]
         logits.append(result.logits)
     return torch.cat(logits, dim=1)
 

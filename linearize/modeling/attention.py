@@ -17,11 +17,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.mixers.structure import Site
 from linearize.modeling.branch import LinearHeads
-from linearize.modeling.cache import adopt_layer, context_of
+from linearize.modeling.cache import CACHE_NAME, adopt_layer, context_of
 from linearize.modeling.plan import LayerPlan
 
 IMPLEMENTATION = "linearize"
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+CACHE_ARGUMENTS = (CACHE_NAME, "layer_past")
 
 
 @dataclass

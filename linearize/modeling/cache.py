@@ -9,8 +9,13 @@ Shapes: B batch, S slots, J linear key/value heads, K head dim, N sink keys.
 from dataclasses import dataclass, replace
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+# what models call their cache, as argument and in their output
+CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 @dataclass

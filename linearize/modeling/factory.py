@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from linearize.families.registry import FAMILIES, Family
 from linearize.modeling.attention import IMPLEMENTATION, LinearizedAttention
 from linearize.modeling.branch import LinearHeads
+from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.configuration import config_class
 from linearize.modeling.plan import Plan
 
@@ -44,21 +45,15 @@ class LinearizedDecoder:
 
     _keep_in_fp32_modules_strict = {"mixer"}
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         if self.layers_linear:
             kwargs["padding_mask"] = padding_mask = _padding_mask(attention_mask)
             if padding_mask is not None and position_ids is None:
                 # structures behind rotary are not all indifferent to where a row starts, as softmax is
                 tokens = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
                 position_ids = (padding_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-            kwargs["segments"] = _segments(attention_mask, position_ids, past_key_values, input_ids, kwargs)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+            kwargs["segments"] = _segments(attention_mask, position_ids, input_ids, kwargs)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LinearHeads):
@@ -203,9 +198,9 @@ def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _segments(attention_mask, position_ids, past_key_values, input_ids, kwargs) -> Tensor | None:
+def _segments(attention_mask, position_ids, input_ids, kwargs) -> Tensor | None:
     """Document numbers of packed rows, recognised as transformers does: positions that restart, no mask, no cache."""
-    cached = past_key_values is not None or kwargs.get("use_cache")
+    cached = any(kwargs.get(name) is not None for name in (CACHE_NAME, "past_key_values")) or kwargs.get("use_cache")
     if attention_mask is not None or cached or position_ids is None:
         return None
     batch = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[0]
