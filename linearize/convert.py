@@ -3,12 +3,13 @@
 1. Resolve the settings, the source and its family; refuse what cannot be converted.
 2. Make the plan, layer by layer and head by head.
 3. Check the base's tensors, from the safetensors headers, against what the family expects.
-4. Write beside the target: base weights linked or copied, new parameters in a file of their own, index, config,
+4. Where the base can be run, fit the added parameters to it (linearize/calibrate.py).
+5. Write beside the target: base weights linked or copied, new parameters in a file of their own, index, config,
    tokenizer and licence files, the portable modelling file, the model card.
-5. Verify in a fresh process.
-6. Rename into place.
+6. Verify in a fresh process.
+7. Rename into place.
 
-No weight is read here (a GGUF file, which must be dequantised, excepted), so memory does not grow with the model.
+Only steps 2 (heads chosen by score) and 4 read weights (and a GGUF file must be dequantised), so memory does not grow with the model.
 """
 
 import importlib.metadata
@@ -35,10 +36,13 @@ from linearize.placement import softmax_heads
 from linearize.recipe import ConversionConfig, layer_numbers
 
 if TYPE_CHECKING:
+    from linearize.calibrate import Calibration
     from linearize.modeling.branch import LinearHeads
 
 OUTPUT_ROOT = Path("linearized")
 PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
+# weights that a CPU gets through in seconds to minutes
+CPU_LIMIT = 1 << 30
 CONTEXTS = (4096, 32768, 131072)
 PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -225,7 +229,9 @@ def _linear_head_bytes(branch: "LinearHeads", head_dim: int, width: int, length:
     """Window keys and values, what the recurrent branch waits for, sinks, state."""
     slots = min(branch.window, length)
     waiting = 0
-    if branch.keeps_raw_keys and branch.gate_projection is None:
+    if branch.structure.rotary:
+        waiting = branch.structure.arrival_width() * width * slots * branch.delayed
+    elif branch.keeps_raw_keys and branch.gate_projection is None:
         waiting = head_dim * width * slots
     elif branch.keeps_raw_keys:  # key and gate logits in float32
         waiting = 4 * (head_dim + branch.structure.gate_width()) * slots
@@ -402,7 +408,7 @@ def convert(
                 f"{source.name}: {coverage['layers_planned']} of {coverage['layers']} layers, "
                 f"{coverage['heads_planned']} of {coverage['heads']} key/value heads become linear"
             )
-            manifest = write_checkpoint(folder, inspection, placed)
+            manifest = write_checkpoint(folder, inspection, placed, _calibration(inspection, progress))
             if verify:
                 progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
                 manifest["verification"] = run_verification(folder, source.folder)
@@ -410,8 +416,40 @@ def convert(
     return {"output": str(out.resolve()), **manifest}
 
 
-def write_checkpoint(folder: Path, inspection: Inspection, placed: Callable[[], str]) -> dict[str, Any]:
-    """Step 4, the base's shards being on their way. Returns the manifest that becomes linearize.json."""
+def base_runs(weights: Weights) -> bool:
+    """Whether the base can be run here in reasonable time: a GPU has room for it, or it is small."""
+    import torch
+
+    if torch.cuda.is_available():
+        return weights.nbytes < 0.7 * torch.cuda.mem_get_info()[0]
+    return weights.nbytes <= CPU_LIMIT
+
+
+def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Calibration | None":
+    """Step 4; None where the settings or the machine say no."""
+    settings = inspection.settings.calibration
+    if settings.when == "never" or not inspection.added:
+        return None
+    if settings.when == "auto" and not base_runs(inspection.weights):
+        progress("not calibrated: the base is too large to be run here (--calibrate insists)")
+        return None
+    from linearize.calibrate import calibrate, calibration_rows
+
+    rows = calibration_rows(inspection.source, inspection.plan, settings.text, settings.rows)
+    if rows is None and settings.when == "auto":
+        progress("not calibrated: rows of text in the model's positions do not leave the window")
+        return None
+    if rows is None:
+        raise ConfigError(
+            "calibration: rows of text in the model's positions do not leave the window; use a smaller --window"
+        )
+    return calibrate(inspection.source, inspection.plan, rows, settings.text, progress)
+
+
+def write_checkpoint(
+    folder: Path, inspection: Inspection, placed: Callable[[], str], calibration: "Calibration | None" = None
+) -> dict[str, Any]:
+    """Step 5, the base's shards being on their way. Returns the manifest that becomes linearize.json."""
     from linearize.modeling.export import write_portable
     from linearize.report.card import conversion_card
 
@@ -423,7 +461,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, placed: Callable[[], 
     write_json(folder / "config.json", config)
     write_portable(folder, inspection.plan)
     how = placed()
-    shard_names = _complete_weights(folder, inspection)
+    shard_names = _complete_weights(folder, inspection, calibration)
     manifest = {
         "format_version": 1,
         "kind": "converted",
@@ -434,6 +472,7 @@ def write_checkpoint(folder: Path, inspection: Inspection, placed: Callable[[], 
         "coverage": {**inspection.coverage(), **converted},
         "ignored_tensors": list(inspection.ignored),
         "parameters_added": inspection.added_parameters,
+        "calibration": None if calibration is None else calibration.to_dict(),
         "state_bytes": inspection.state_bytes,
         "vocabulary": inspection.config["vocab_size"],
         "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
@@ -460,7 +499,7 @@ def student_config(inspection: Inspection) -> dict[str, Any]:
     return config
 
 
-def _complete_weights(folder: Path, inspection: Inspection) -> list[str]:
+def _complete_weights(folder: Path, inspection: Inspection, calibration: "Calibration | None") -> list[str]:
     """Writes the added parameters and the index beside the base's shards; returns all weight files."""
     weights = inspection.weights
     names = dict.fromkeys(weights.files)
@@ -472,7 +511,7 @@ def _complete_weights(folder: Path, inspection: Inspection) -> list[str]:
     files = [new or old for old, new in names.items()]
     if inspection.added:
         added_file = "model-00002-of-00002.safetensors" if len(files) == 1 else "model-mixer.safetensors"
-        _write_added(folder / added_file, inspection)
+        _write_added(folder / added_file, inspection, calibration)
         weight_map.update(dict.fromkeys(inspection.added, added_file))
         files.append(added_file)
     if files != [SINGLE]:
@@ -483,10 +522,14 @@ def _complete_weights(folder: Path, inspection: Inspection) -> list[str]:
     return files
 
 
-def _write_added(path: Path, inspection: Inspection) -> None:
+def _write_added(path: Path, inspection: Inspection, calibration: "Calibration | None") -> None:
     from safetensors.torch import save_file
 
-    save_file(_added_tensors(inspection.config, inspection.plan, device="cpu"), path, metadata={"format": "pt"})
+    tensors = _added_tensors(inspection.config, inspection.plan, device="cpu")
+    if calibration is not None:
+        assert calibration.tensors.keys() == tensors.keys()
+        tensors = calibration.tensors
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _assert_coverage(inspection: Inspection) -> dict[str, int]:

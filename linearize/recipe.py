@@ -32,6 +32,17 @@ class Scoring(Strict):
     rows: int = Field(default=2, ge=1)
 
 
+class Calibration(Strict):
+    """How added parameters get their first values from the base model (linearize/calibrate.py).
+
+    `auto` calibrates where the base can be run: on a GPU that holds it, on a CPU up to 1 GiB of weights.
+    """
+
+    when: Literal["auto", "always", "never"] = "auto"
+    text: str = "sample"
+    rows: int = Field(default=4, ge=2)
+
+
 class LayerSettings(Strict):
     """What can differ from layer to layer; what is not said is as in the rest of the config."""
 
@@ -59,7 +70,15 @@ class ConversionConfig(Strict):
     layers: dict[str, LayerSettings] = {}
     keep_softmax: str = "none"
     scoring: Scoring = Scoring()
+    calibration: Calibration = Calibration()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mix_of_the_mixer(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("mix") is None:
+            return {**data, "mix": _default_mix(data.get("mixer", cls.model_fields["mixer"].default))}
+        return data
 
     @field_validator("keep_softmax", mode="before")
     @classmethod
@@ -95,9 +114,19 @@ class ConversionConfig(Strict):
         for kind in ("mixer", "mix"):
             if changes.get(kind, settings[kind]) != settings[kind]:
                 settings[f"{kind}_options"] = {}
+        if (
+            "mix" not in changes
+            and changes.get("mixer") in MIXERS
+            and settings["mix"] not in MIXERS[changes["mixer"]].mixes
+        ):
+            settings["mix"], settings["mix_options"] = _default_mix(changes["mixer"]), {}
         for name, value in changes.items():
             settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
         return settings
+
+
+def _default_mix(mixer: Any) -> str:
+    return MIXERS[mixer].mixes[0] if mixer in MIXERS else "outside"
 
 
 def layer_numbers(spec: str) -> list[int]:
@@ -119,6 +148,10 @@ def _problems(settings: dict[str, Any], prefix: str) -> list[str]:
     entry = MIXERS[name]
     problems = _check_options(f"{prefix}mixer_options", settings["mixer_options"], entry.options)
     problems += _check_options(f"{prefix}mix_options", settings["mix_options"], MIX_OPTIONS[mix])
+    if mix not in entry.mixes:
+        problems.append(
+            f"{prefix}mix: got '{mix}'; {name} counts in softmax's own unit, allowed are {', '.join(entry.mixes)}"
+        )
     if not problems and mix == "joint" and not entry.shares_normaliser(settings["mixer_options"]):
         problems.append(
             f"{prefix}mix: {name} can give tokens negative weights or has a norm of its own, so it cannot share a "

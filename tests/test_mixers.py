@@ -34,6 +34,7 @@ ROWS = {
     "linear identity none": ("linear", {"feature_map": "identity", "normalization": "none"}),
     "transnormer": ("transnormer", {}),
     "hedgehog": ("hedgehog", {}),
+    "vq": ("vq", {"codes": 6}),
     "based": ("based", {"features": 4}),
     "t2r": ("t2r", {"features": 6}),
     "mala": ("mala", {}),
@@ -197,7 +198,7 @@ IN_MODELS = [
     for name, entry in MIXERS.items()
     for mix in ("sum", "outside", "joint")
     for gate in ("key", "learned")
-    if (entry.gated or gate == "key") and (mix != "joint" or entry.shares_normaliser({}))
+    if (entry.gated or gate == "key") and mix in entry.mixes and (mix != "joint" or entry.shares_normaliser({}))
 ]
 
 

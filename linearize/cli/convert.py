@@ -36,6 +36,14 @@ KeepSoftmax = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any config key, key=value; repeatable.", rich_help_panel=ATTENTION)
 ]
+Calibrate = Annotated[
+    bool | None,
+    typer.Option(
+        "--calibrate/--no-calibrate",
+        help="Fit added parameters to the base, without training (default: where the base can be run).",
+        rich_help_panel=ATTENTION,
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", rich_help_panel=SOURCE)
 ]
@@ -79,6 +87,7 @@ def convert(
     sinks: Sinks = None,
     mix: Mix = None,
     keep_softmax: KeepSoftmax = None,
+    calibrate: Calibrate = None,
     set_: Set = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -102,6 +111,9 @@ def convert(
     if link not in ("auto", "hard", "copy"):
         raise ConfigError(f"--link: got '{link}', allowed are auto, hard, copy")
     settings = _settings(config, mixer, window, sinks, mix, keep_softmax, set_)
+    if calibrate is not None:
+        when = "always" if calibrate else "never"
+        settings = settings.model_copy(update={"calibration": settings.calibration.model_copy(update={"when": when})})
     if dry_run:
         from linearize.checkpoint.writing import check_target
 

@@ -16,6 +16,7 @@ class MixerEntry:
         gated: whether it has gates, which the keys drive and a learned gate can correct.
         positive: whether no token gets a negative weight, so that window and past can share one normaliser. Where it
             depends on an option, {option: values that make it so}.
+        mixes: how it can meet the window, the default first.
     """
 
     path: str
@@ -24,6 +25,7 @@ class MixerEntry:
     options: dict[str, Any] = field(default_factory=dict)
     gated: bool = True
     positive: bool | dict[str, tuple] = False
+    mixes: tuple[str, ...] = ("outside", "sum", "joint")
 
     def defaults(self) -> dict[str, Any]:
         return {name: value[0] if isinstance(value, tuple) else value for name, value in self.options.items()}
@@ -60,6 +62,7 @@ MIXERS = {
     "linear": _entry("linear:LinearAttention", "no decay, a feature map, normaliser or norm", "Linear Transformers 2006.16236; SUPRA 2405.06640", options={"feature_map": FEATURES, "normalization": ("sum", "rms", "none")}, gated=False, positive={"feature_map": FEATURES[:-1], "normalization": ("sum", "none")}),
     "transnormer": _entry("transnormer:NormAttention", "no decay, a norm in place of the normaliser", "TransNormer 2210.10340", gated=False),
     "hedgehog": _entry("hedgehog:Hedgehog", "learned softmax features, rotary", "Hedgehog 2402.04347; LoLCATs 2410.10254", gated=False, positive=True),
+    "vq": _entry("vq:VectorQuantized", "softmax over the means of clustered keys, rotary", "Transformer-VQ 2309.16354; GSA 2409.07146", options={"codes": 16}, gated=False, positive=True, mixes=("joint", "sum")),
     "based": _entry("based:Based", "second-order Taylor features of a learned projection", "Based 2402.18668", options={"features": 16}, gated=False, positive=True),
     "t2r": _entry("t2r:T2R", "learned ReLU features", "T2R 2103.13076", options={"features": 32}, gated=False, positive=True),
     "mala": _entry("mala:MagnitudeAwareLinearAttention", "no decay, the query's magnitude restored", "MALA 2507.00698", gated=False),

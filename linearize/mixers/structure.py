@@ -58,6 +58,23 @@ class Structure(nn.Module):
     def reset_parameters(self) -> None:
         """Gives the structure's own parameters their first values; the same in every process."""
 
+    def fit(self, q: Tensor, q_rotary: Tensor, k: Tensor, scale: float) -> None:
+        """Finds the structure's own parameters in what the base model's heads see of N tokens.
+
+        Args:
+            q, q_rotary: queries before and after rotary, [N, H, K]. k: keys before rotary, [N, J, K].
+            scale: of the base model's scores.
+        """
+
+    def arrive(self, k: Tensor) -> Tensor | None:
+        """What a structure behind rotary notes of a token when it arrives, from its key before rotary: [..., J, K] ->
+        [..., J, arrival_width()]. It comes back to `forward` as `offset`."""
+        return None
+
+    def arrival_width(self) -> int:
+        """Numbers per token and key/value head that `arrive` notes."""
+        return 0
+
     def gate_width(self) -> int:
         """Numbers per token and key/value head that a learned gate has to supply."""
         return sum(self.site.head_dim if gate == "channel" else 1 for gate in self.gates)

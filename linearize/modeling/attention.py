@@ -7,6 +7,7 @@ projections left them; rotary is then applied with the family's own function.
 
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,31 @@ class AttentionCall:
     hidden_states: Tensor
 
 
+@dataclass
+class Observation:
+    """What an observer sees of one layer while the model runs as its base (`LinearizedAttention.observer`).
+
+    Attributes:
+        branch: the layer's linear heads.
+        q, q_rotary, k, k_rotary, v: their queries [B, T, H, K], keys and values [B, T, J, K].
+        hidden_states: [B, T, D], what the layer's projections read.
+        target: the base model's attention output of the same heads, [B, T, H, K].
+        run: computes their own output, [B, T, H, K].
+    """
+
+    layer: int
+    branch: LinearHeads
+    q: Tensor
+    q_rotary: Tensor
+    k: Tensor
+    k_rotary: Tensor
+    v: Tensor
+    hidden_states: Tensor
+    target: Tensor
+    scale: float
+    run: Callable[[], Tensor]
+
+
 def _attend(module, query, key, value, attention_mask, *, linearize_call: AttentionCall, **kwargs):
     return module.attend(query, key, value, attention_mask, linearize_call, **kwargs), None
 
@@ -44,8 +70,11 @@ AttentionInterface.register(IMPLEMENTATION, _attend)
 
 class LinearizedAttention:
     """Mixed in before the family's attention class by the factory. Some key/value heads keep softmax, the rest are
-    linear; see `LinearHeads`. In softmax mode (`linear = False`) the class is the family's own.
+    linear; see `LinearHeads`. In softmax mode (`linear = False`) the class is the family's own. With an `observer` all
+    heads keep softmax too, and the observer is shown what the linear heads would have had to do.
     """
+
+    observer: Callable[[Observation], None] | None = None
 
     def setup(self, plan: LayerPlan, config, key_value_heads: int, query_heads: int) -> None:
         """Turns an instance of the family's class into this one, in place.
@@ -105,6 +134,8 @@ class LinearizedAttention:
     ) -> Tensor:
         """q [B, H, T, K], k and v [B, J, T, K], before rotary; returns [B, T, H, K]."""
         q_rotary, k_rotary = self.family_module.apply_rotary_pos_emb(q, k, *call.position_embeddings)
+        if self.observer is not None:
+            return self._observed(q, q_rotary, k, k_rotary, v, attention_mask, call, scaling=scaling, **kwargs)
         layer = None
         if call.cache is not None:
             window, sinks, keeps_raw = (
@@ -127,6 +158,24 @@ class LinearizedAttention:
         if self.restore is None:
             return joined
         return joined.unflatten(2, (-1, self.query_group))[:, :, self.restore].flatten(2, 3)
+
+    def _observed(self, q, q_rotary, k, k_rotary, v, attention_mask, call, *, scaling, **kwargs) -> Tensor:
+        output = self._softmax(q_rotary, k_rotary, v, attention_mask, None, scaling=scaling, **kwargs)
+        if self.linear_heads:
+            picked = [self._heads(x, self.linear_heads).transpose(1, 2) for x in (q, q_rotary, k, k_rotary, v)]
+            target = self._heads(output.transpose(1, 2), self.linear_heads).transpose(1, 2)
+            self.observer(
+                Observation(
+                    self.layer_idx,
+                    self.mixer,
+                    *picked,
+                    hidden_states=call.hidden_states,
+                    target=target,
+                    scale=scaling,
+                    run=lambda: self._linear(*picked, call, None, scaling),
+                )
+            )
+        return output
 
     def _softmax(self, q, k, v, attention_mask, layer, **kwargs) -> Tensor:
         if layer is not None:

@@ -31,6 +31,8 @@ from linearize.ops.window import window_attention
 # without gradients long prefills go through in parts this long, so that intermediate arrays stay small
 SEGMENT = 4096
 NORM_EPSILON = 1e-6
+# what `fit_mix` tries, the first being nothing
+LOG_MASSES = (-20.0, -8.0, -6.0, -5.0, -4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
 
 class LinearHeads(nn.Module):
@@ -70,7 +72,7 @@ class LinearHeads(nn.Module):
     @property
     def keeps_raw_keys(self) -> bool:
         """Whether a cache has to keep more of the window's tokens than softmax needs."""
-        return self.delayed and not self.structure.rotary
+        return self.delayed and (not self.structure.rotary or self.structure.arrival_width() > 0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -93,9 +95,10 @@ class LinearHeads(nn.Module):
 
     def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor) -> Tensor:
         """What the recurrent branch reads of each token besides its value: [B, T, J, K], or with a learned gate
-        [B, T, J, K + gate_width()], the projection of the hidden states [B, T, D] behind the key."""
+        [B, T, J, K + gate_width()], the projection of the hidden states [B, T, D] behind the key. Behind rotary, what it
+        reads besides the key that the window has anyway."""
         if self.structure.rotary:
-            return k_rotary
+            return self.structure.arrive(k) if self.structure.arrival_width() else k_rotary
         if self.gate_projection is None:
             return k
         dtype = state_dtype(hidden)
@@ -143,17 +146,61 @@ class LinearHeads(nn.Module):
         if start >= q.shape[1]:
             return windowed if self.window_enabled else torch.zeros_like(windowed), state
         past, state = self._recurrent(queries, context, state, start=start, delay=self.window)
-        if not self.shared:
-            mixed = self._joined(windowed[:, start:], self.branch_scale[:, None] * _rms_norm(past))
-        else:
-            log_mass = self.log_mass[:, None]
-            if log_sum is not None:
-                log_mass = (log_mass - log_sum[:, start:]).clamp(max=80.0)
-            mass = log_mass.exp()
-            total = self.window_enabled + mass * past[..., -1:]
-            mixed = self._joined(windowed[:, start:], mass * past[..., :-1]) / total.clamp(min=NORM_EPSILON)
+        mixed = self._mixed(windowed[:, start:], None if log_sum is None else log_sum[:, start:], past)
         before = windowed[:, :start] if self.window_enabled else torch.zeros_like(windowed[:, :start])
         return torch.cat([before, mixed.to(q.dtype)], dim=1), state
+
+    def _mixed(self, windowed: Tensor, log_sum: Tensor | None, past: Tensor) -> Tensor:
+        """Window [B, T, H, K] and delayed recurrence [B, T, H, V] as one output [B, T, H, K]."""
+        if not self.shared:
+            return self._joined(windowed, self.branch_scale[:, None] * _rms_norm(past))
+        log_mass = self.log_mass[:, None]
+        if log_sum is not None:
+            log_mass = (log_mass - log_sum).clamp(max=80.0)
+        mass = log_mass.exp()
+        total = self.window_enabled + mass * past[..., -1:]
+        return self._joined(windowed, mass * past[..., :-1]) / total.clamp(min=NORM_EPSILON)
+
+    @torch.no_grad()
+    def fit_mix(self, q: Tensor, q_rotary: Tensor, context: Context, target: Tensor, scale: float) -> list[Tensor]:
+        """Sets how much the recurrent branch counts, per query head, so that the output is nearest to `target`.
+
+        Args:
+            target: [B, T, H, K], the base model's own; T beyond the window. Others as in `forward`.
+
+        Returns:
+            Square errors [H] over the tokens beyond the window, relative to `target`: of window + sinks, and as fitted.
+        """
+        windowed, log_sum = self._window(q_rotary, context, scale, with_log_sum=self.mix == "joint")
+        start = 0 if self.mix == "sum" else self.window
+        queries = q_rotary if self.structure.rotary else q
+        past, _ = self._recurrent(queries, context, None, start=start, delay=start)
+        near, target = windowed[:, start:].float(), target[:, start:].float()
+        log_sum = None if log_sum is None else log_sum[:, start:]
+        total = target.square().sum((0, 1, 3)).clamp(min=NORM_EPSILON)
+
+        def error(output: Tensor) -> Tensor:
+            return (output - target).square().sum((0, 1, 3)) / total
+
+        if self.log_mass is not None:
+            errors = []
+            for value in LOG_MASSES:
+                self.log_mass.fill_(value)
+                errors.append(error(self._mixed(near, log_sum, past)))
+            least = torch.stack(errors).min(dim=0)
+            self.log_mass.copy_(torch.tensor(LOG_MASSES, device=near.device)[least.indices])
+            return [error(near), least.values]
+        if self.branch_scale is not None:
+            normed = _rms_norm(past)
+            cross, power = ((x * normed).sum((0, 1, 3)) for x in (target - near, normed))
+            self.branch_scale.copy_(cross / power.clamp(min=NORM_EPSILON))
+            return [error(near), error(self._mixed(near, None, past))]
+        if self.branch_weights is not None:
+            parts = torch.stack([near, past], dim=-1).permute(2, 0, 1, 3, 4).flatten(1, 3)  # [H, N, 2]
+            wanted = target.permute(2, 0, 1, 3).flatten(1)[..., None]
+            self.branch_weights.copy_(torch.linalg.lstsq(parts, wanted).solution[..., 0].T)
+        weights = self._branch_weights(near)
+        return [error(near), error(weights[0] * near + weights[1] * past)]
 
     def _joined(self, window: Tensor, recurrent: Tensor) -> Tensor:
         """The sum of the two parts [B, T, H, K]."""
@@ -194,6 +241,8 @@ class LinearHeads(nn.Module):
         values = _ending(context.values, count, delay).to(dtype)
         keys = _ending(context.keys if self.structure.rotary else context.raw_keys, count, delay).to(dtype)
         offset = keys[..., q.shape[-1] :] if self.gate_projection is not None else None
+        if self.structure.arrival_width():
+            offset = _ending(context.raw_keys, count, delay).to(dtype)
         normalised = not self.shared and self.structure.normalization == "sum"
         if self.shared or normalised:
             values = F.pad(values, (0, 1), value=1.0)

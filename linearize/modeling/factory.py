@@ -20,7 +20,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from linearize.families.registry import FAMILIES, Family
-from linearize.modeling.attention import IMPLEMENTATION, LinearizedAttention
+from linearize.modeling.attention import IMPLEMENTATION, LinearizedAttention, Observation
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.configuration import config_class
@@ -109,6 +109,17 @@ class LinearizedForCausalLM:
             yield
         finally:
             self._set_linear(True)
+
+    @contextlib.contextmanager
+    def observed(self, observer: Callable[[Observation], None]) -> Iterator[None]:
+        """Inside, the model runs as its base and `observer` is called with every layer that has linear heads."""
+        for _, module in self.linear_attentions():
+            module.observer = observer
+        try:
+            yield
+        finally:
+            for _, module in self.linear_attentions():
+                module.observer = None
 
     @contextlib.contextmanager
     def recurrent_branch_off(self) -> Iterator[None]:

@@ -29,6 +29,15 @@ def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
             f"\nRecovered with recipe `{done['recipe_name']}` on {done['tokens']:,} tokens of "
             f"{', '.join(done['recipe']['data'])} (loss {done['recipe']['loss']['kind']}).\n"
         )
+    if fitted := manifest.get("calibration"):
+        near, far = (
+            sum(pair[i] for pair in fitted["attention_error"].values()) / len(fitted["attention_error"]) for i in (0, 1)
+        )
+        recovery = (
+            f"\nThe added parameters were fitted to the base's attention on {fitted['rows'] - 1} rows of {fitted['tokens']:,} tokens of "
+            f"{fitted['text']}; on another row the relative square error beyond the window is {far:.3f} (window + sinks: {near:.3f}).\n"
+            + recovery
+        )
     return f"""---
 {_metadata(base, base_folder)}library_name: transformers
 pipeline_tag: text-generation
@@ -54,7 +63,8 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 `linearize eval PATH` measures it beside its base model.
 """.replace(
-        "Base weights are unchanged", "Base weights are merged with LoRA" if recovery else "Base weights are unchanged"
+        "Base weights are unchanged",
+        "Base weights are merged with LoRA" if "finetune" in manifest else "Base weights are unchanged",
     )
 
 

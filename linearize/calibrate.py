@@ -1,0 +1,107 @@
+"""Calibration: the first values of the added parameters, from the base model's own statistics. No gradients.
+
+1. Run the base model over text, every linear head observed beside the softmax attention that it replaces.
+2. Of all rows but the last, let the structure find its parameters (`Structure.fit`).
+3. On the last row, give each query head the share of the recurrent branch that brings it nearest to softmax, none where
+   none helps: a head starts no worse than window + sinks.
+
+One layer's activations are held at a time. Rows lie at different positions, so that what follows rotary is seen all over
+the model's positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from linearize.checkpoint.source import Source
+from linearize.device import compute_dtype, pick_device
+from linearize.modeling.attention import Observation
+from linearize.modeling.cache import context_of
+from linearize.modeling.loading import load_unconverted
+from linearize.modeling.plan import Plan
+from linearize.training.data import documents
+
+LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted.
+
+    Attributes:
+        tensors: the added parameters by their names in the checkpoint.
+        errors: layer -> mean square error beyond the window relative to the base's attention, of window + sinks and as
+            fitted.
+    """
+
+    tensors: dict[str, Tensor]
+    errors: dict[int, tuple[float, float]]
+    rows: int
+    tokens: int
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What linearize.json says."""
+        return {
+            "text": self.text,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "attention_error": {str(layer): list(pair) for layer, pair in self.errors.items()},
+        }
+
+
+def calibration_rows(source: Source, plan: Plan, name: str, rows: int) -> Tensor | None:
+    """Token ids [rows, T] of a dataset, T as long as text and positions allow, at most 2048; None where that is not
+    twice as long as the window.
+
+    Raises:
+        ConfigError: no such dataset.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    ids: list[int] = []
+    for document, _ in documents(name, tokenizer, text_field="text", completion_only=False, seed=None):
+        ids += document
+        if len(ids) >= rows * LONGEST:
+            break
+    length = min(len(ids) // rows, LONGEST, AutoConfig.from_pretrained(source.folder).max_position_embeddings)
+    if length < 2 * max(layer.window for layer in plan.layers):
+        return None
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+@torch.no_grad()
+def calibrate(
+    source: Source, plan: Plan, ids: Tensor, name: str, progress: Callable[[str], None] = lambda text: None
+) -> Calibration:
+    """Fits the parameters that a conversion adds.
+
+    Args:
+        ids: token ids [rows, T], at least two rows, longer than every window. name: where they come from.
+    """
+    device = pick_device()
+    model = load_unconverted(source, plan, dtype=compute_dtype("auto")).to(device)
+    ids, (rows, length) = ids.to(device), ids.shape
+    spread = (model.config.max_position_embeddings - length) // max(1, rows - 1)
+    positions = torch.arange(length)[None] + spread * torch.arange(rows)[:, None]
+    errors: dict[int, tuple[float, float]] = {}
+
+    def fit(seen: Observation) -> None:
+        branch, structure = seen.branch, seen.branch.structure
+        structure.fit(*(x[:-1, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scale)
+        read = branch.recurrent_keys(seen.k, seen.k_rotary, seen.hidden_states)
+        context = context_of(*(x[-1:] for x in (seen.k_rotary, seen.v, read)), sinks=branch.sinks)
+        before, after = branch.fit_mix(seen.q[-1:], seen.q_rotary[-1:], context, seen.target[-1:], seen.scale)
+        errors[seen.layer] = (before.mean().item(), after.mean().item())
+        progress(
+            f"calibrating layer {seen.layer + 1} of {len(plan.layers)}: error {errors[seen.layer][0]:.4f} with window + sinks, "
+            f"{errors[seen.layer][1]:.4f} fitted"
+        )
+
+    with model.observed(fit):
+        model.base_model(input_ids=ids, position_ids=positions.to(device), use_cache=False)
+    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if ".mixer." in name}
+    return Calibration(tensors, errors, rows, length, name)

@@ -1,0 +1,115 @@
+"""Vector-quantised attention: past keys are kept as the means of a few clusters, and softmax attends to the means.
+
+    s_t = softmax(A k_t + a)                                       k before rotary: clusters know no positions
+    N_t = N_{t-1} + s_t,  M_t = M_{t-1} + s_t k~_t^T,  S_t = S_{t-1} + s_t v_t^T         k~ after rotary
+    o_t = sum_c w_c S_{t,c} / sum_c w_c N_{t,c},  w_c = exp(scale q~_t . M_{t,c} / N_{t,c})
+
+Source: Transformer-VQ, arXiv 2309.16354, theorem 3.7, with two changes. The codes that stand for past keys are the running
+means of what was assigned to them, so they carry the positions they were read at (the two passes of gated slot attention,
+arXiv 2409.07146). And the assignment is a sharp softmax, so that decoding does not hang on ties and gradients reach it.
+With `mix: joint` the w share the window's normaliser in the base model's own unit. `fit` finds the clusters.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.structure import Structure, hold, outer
+from linearize.ops.simple_gla import simple_gla
+
+SHARPNESS = 8.0
+ITERATIONS = 10
+LARGEST = 60.0
+LEAST_COUNT = 1e-6
+
+
+class VectorQuantized(Structure):
+    """No decay; the state is [codes, K + 1 + V]: key sums, counts, value sums."""
+
+    rotary = True
+    positive = True
+    normalization = "sum"
+
+    def __init__(self, site, codes: int = 16):
+        super().__init__(site)
+        J, K = len(site.heads), site.head_dim
+        self.codes = codes
+        self.key_codes = nn.Parameter(torch.empty(J, codes, K))
+        self.key_bias = nn.Parameter(torch.empty(J, codes))
+        self.query_scale = nn.Parameter(torch.empty(J * site.group))
+
+    def reset_parameters(self):
+        """Random directions, the same everywhere; `fit` finds better ones."""
+        codes = torch.randn(self.key_codes.shape, generator=torch.Generator().manual_seed(self.site.layer))
+        self.key_codes.copy_(codes)
+        self.key_bias.copy_(-0.5 * codes.square().sum(-1))
+        self.query_scale.fill_(self.site.head_dim**-0.5)
+
+    @torch.no_grad()
+    def fit(self, q, q_rotary, k, scale):
+        """k-means over keys, where the distance of two is the mean square difference of their scores.
+
+        Queries are turned by what rotary does to them on average over the positions seen: what turns fast cancels, and
+        does not count in the distance.
+        """
+        group = self.site.group
+        for j in range(len(self.site.heads)):
+            raw, turned = (x[:, j * group : (j + 1) * group].flatten(0, 1).float() for x in (q, q_rotary))
+            turn = torch.linalg.lstsq(raw, turned).solution
+            expected = scale * raw @ turn
+            moment = expected.T @ expected / expected.shape[0]
+            moment.diagonal().add_(1e-4 * moment.diagonal().mean() + 1e-12)
+            metric = turn @ torch.linalg.cholesky(moment)
+            codes = _k_means(k[:, j].float() @ metric, self.codes)
+            self.key_codes[j] = SHARPNESS * codes @ metric.T
+            self.key_bias[j] = -0.5 * SHARPNESS * codes.square().sum(-1)
+        self.query_scale.fill_(scale)
+
+    def state_shape(self, value_dim):
+        return (self.codes, self.site.head_dim + 1 + value_dim)
+
+    def arrive(self, k):
+        scores = torch.einsum("...k,...ck->...c", k.to(self.key_codes.dtype), self.key_codes) + self.key_bias
+        return scores.softmax(-1).to(k.dtype)
+
+    def arrival_width(self):
+        return self.codes
+
+    def gate_logits(self, k, offset):
+        return [self.arrive(k) if offset is None else offset]
+
+    def update(self, state, k, v, s):
+        return state + outer(s, torch.cat([k, torch.ones_like(k[..., :1]), v], dim=-1))
+
+    def read(self, before, after, q, k, v):
+        keys, counts, values = after.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
+        q = q * self.query_scale.to(q.dtype).unflatten(0, (-1, self.site.group))[..., None]
+        return _weights(q @ keys.transpose(-1, -2), counts.transpose(-1, -2)) @ values
+
+    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+        (s,) = hold(write_mask, *self.gate_logits(k, offset))
+        q, one = q * self.query_scale.to(q.dtype)[:, None], torch.ones_like(k[..., :1])
+        keys = counts = values = None
+        if initial_state is not None:
+            keys, counts, values = initial_state.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
+            keys, counts = keys.transpose(-1, -2), counts.transpose(-1, -2)
+        scores, keys = simple_gla(q, k, s, initial_state=keys, segments=segments)
+        seen, counts = simple_gla(one, one, s, initial_state=counts, segments=segments)
+        weights = _weights(scores, seen.repeat_interleave(self.site.group, 2))
+        output, values = simple_gla(weights, s, v, initial_state=values, segments=segments)
+        return output, torch.cat([keys.transpose(-1, -2), counts.transpose(-1, -2), values], dim=-1)
+
+
+def _weights(scores: Tensor, counts: Tensor) -> Tensor:
+    """Exponentials of the mean scores, from their sums over each code's keys and how many those are."""
+    return (scores / counts.clamp(min=LEAST_COUNT)).clamp(max=LARGEST).exp()
+
+
+def _k_means(points: Tensor, count: int) -> Tensor:
+    """Centres [count, K] of points [N, K], from evenly spaced ones."""
+    centres = points[torch.linspace(0, points.shape[0] - 1, count, device=points.device).long()].clone()
+    for _ in range(ITERATIONS):
+        nearest = (points @ centres.T - 0.5 * centres.square().sum(-1)).argmax(-1)
+        counts = torch.bincount(nearest, minlength=count)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
