@@ -46,8 +46,8 @@ def finetune(
     from linearize.device import compute_dtype
     from linearize.modeling.loading import load_student, load_tokenizer, read_manifest
     from linearize.training.data import packed_rows
-    from linearize.training.loop import total_steps, train
-    from linearize.training.model import Distiller, add_adapters, parameter_groups
+    from linearize.training.loop import legs_of, train
+    from linearize.training.model import OWN_TEACHER, Distiller, add_adapters, optimizers_of
     from linearize.training.state import check_fingerprint, states
 
     manifest = read_manifest(model)
@@ -64,16 +64,21 @@ def finetune(
     if not main:
         progress = _silent
     tokenizer = load_tokenizer(model)
-    rows = packed_rows(
-        recipe.data,
-        tokenizer,
-        seq_len=recipe.seq_len,
-        text_field=recipe.text_field,
-        completion_only=recipe.loss.completion_only,
-        seed=recipe.seed,
-    )
-    # the first row is read before anything is loaded or written, so that bad data fails at once
-    rows = _peeked(rows)
+    legs = legs_of(recipe)
+    # the first rows are read before anything is loaded or written, so that bad data fails at once
+    rows = [
+        _peeked(
+            packed_rows(
+                recipe.data,
+                tokenizer,
+                seq_len=leg.stage.seq_len,
+                text_field=recipe.text_field,
+                completion_only=leg.stage.loss.completion_only,
+                seed=recipe.seed + number,
+            )
+        )
+        for number, leg in enumerate(legs)
+    ]
     fingerprint = run_fingerprint(manifest, recipe, teacher, accelerator.num_processes)
     if main:
         if restart:
@@ -91,17 +96,28 @@ def finetune(
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
+    if teacher is None and recipe.lora.variant in OWN_TEACHER:
+        teacher = manifest["base"]["reference"]
     teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
     adapted = add_adapters(student, recipe.lora).to(accelerator.device)
-    distiller = Distiller(adapted, recipe.loss, teacher_model)
-    optimizer = torch.optim.AdamW(parameter_groups(adapted, recipe), betas=recipe.optimizer.betas)
+    distiller = Distiller(adapted, teacher_model)
     trainable = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     progress(
-        f"{recipe_name}: {trainable:,} trainable parameters, {total_steps(recipe)} steps of {recipe.batch_size} x "
-        f"{recipe.seq_len} tokens, {str(dtype).removeprefix('torch.')} on {accelerator.device}"
+        f"{recipe_name}: {trainable:,} trainable parameters, {legs[-1].total} steps ("
+        + ", then ".join(
+            f"{leg.stage.name} {leg.steps} of {leg.stage.batch_size} x {leg.stage.seq_len}" for leg in legs
+        )
+        + f" tokens), {str(dtype).removeprefix('torch.')} on {accelerator.device}"
     )
     started = time.monotonic()
-    losses = train(distiller, optimizer, rows, recipe, accelerator, work, fingerprint=fingerprint, report=report)
+    trained = 0
+    for leg, leg_rows in zip(legs, rows):
+        distiller.start(leg.stage)
+        optimizers = optimizers_of(distiller, leg.stage.optimizer)
+        losses = train(
+            distiller, optimizers, leg_rows, recipe, leg, accelerator, work, fingerprint=fingerprint, report=report
+        )
+        trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
     seconds = time.monotonic() - started
     if not main:
         accelerator.wait_for_everyone()
@@ -115,13 +131,14 @@ def finetune(
             "recipe": recipe.model_dump(),
             "parent": str(model.resolve()),
             "teacher": teacher or "base model",
-            "tokens": total_steps(recipe) * recipe.batch_size * recipe.seq_len,
-            "steps": total_steps(recipe),
+            "tokens": metrics[-1]["tokens"],
+            "steps": legs[-1].total,
+            "stages": [{"name": leg.stage.name, "steps": leg.steps} for leg in legs],
             "trainable_parameters": trainable,
             "first_loss": metrics[0]["loss"],
             "last_loss": sum(m["loss"] for m in metrics[-10:]) / len(metrics[-10:]),
             "seconds": seconds,
-            "tokens_per_second": len(losses) * recipe.batch_size * recipe.seq_len / seconds if losses else None,
+            "tokens_per_second": trained / seconds if trained else None,
             "processes": accelerator.num_processes,
             "data_fingerprint": fingerprint["data"],
         },
@@ -180,19 +197,20 @@ def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
     if not config:
         raise ConfigError(f"MODEL: {model} holds an adapter only; finetune its parent {manifest['finetune']['parent']}")
     positions = config.get("max_position_embeddings")
-    if positions and recipe.seq_len > positions:
-        raise ConfigError(f"seq_len: got {recipe.seq_len}, the model has {positions} positions")
     settings = manifest["settings"]
-    if settings["mix"] == "outside" and recipe.seq_len <= settings["window"] + settings["sinks"]:
+    shortest, longest = (pick(stage.seq_len for stage in recipe.plan()) for pick in (min, max))
+    if positions and longest > positions:
+        raise ConfigError(f"seq_len: got {longest}, the model has {positions} positions")
+    if settings["mix"] != "sum" and shortest <= settings["window"] + settings["sinks"]:
         raise ConfigError(
-            f"seq_len: got {recipe.seq_len}, which never leaves the window of {settings['window']} keys and "
+            f"seq_len: got {shortest}, which never leaves the window of {settings['window']} keys and "
             f"{settings['sinks']} sinks, so the recurrent branch would not train; use more"
         )
 
 
 def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
     """A teacher of its own: the one named, or the base of a student whose own weights were already trained."""
-    if recipe.loss.kind != "kl" or (named is None and manifest["kind"] == "converted"):
+    if all(stage.loss.kind != "kl" for stage in recipe.plan()) or (named is None and manifest["kind"] == "converted"):
         return None
     from linearize.modeling.loading import load_base, open_base
 

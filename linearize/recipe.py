@@ -7,7 +7,7 @@ Unknown keys and wrong values are collected at every depth and reported together
 import importlib.resources
 import math
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -192,16 +192,20 @@ def _check_options(group: str, given: dict, allowed: dict) -> list[str]:
 
 
 class Loss(Strict):
-    """What is minimised. `kl` is the forward divergence from the teacher to the student, `ce` next-token loss."""
+    """What is minimised. `kl` is the forward divergence from the teacher to the student, of which `ce_share` can be
+    next-token loss; `ce` is next-token loss alone; `attention` the square error of every layer's attention output, relative
+    to the base's, on the base's own hidden states (training/transfer.py)."""
 
-    kind: Literal["kl", "ce"] = "kl"
+    kind: Literal["kl", "ce", "attention"] = "kl"
+    ce_share: float = Field(default=0.0, ge=0, le=1)
     completion_only: bool = False
     chunk_tokens: int = Field(default=256, ge=1)
 
 
 class Lora(Strict):
-    """Low-rank adapters (arXiv 2106.09685) on the named projections of every attention block."""
+    """Low-rank adapters (arXiv 2106.09685) on the named projections of every attention block, or one of PEFT's variants."""
 
+    variant: Literal["lora", "dora", "rslora", "pissa", "olora", "vera"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -209,8 +213,10 @@ class Lora(Strict):
 
 
 class Optimizer(Strict):
-    """AdamW and its schedule. `mixer_lr` is the rate of the parameters a conversion added."""
+    """Optimizer and schedule. `muon` is for matrices, with AdamW for the rest. `mixer_lr` is the rate of the parameters a
+    conversion added."""
 
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: float = Field(default=5e-4, gt=0)
     mixer_lr: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -221,8 +227,36 @@ class Optimizer(Strict):
     clip_norm: float | None = Field(default=1.0, gt=0)
 
 
+class Stage(Strict):
+    """One part of a recipe. What it leaves out is as in the recipe around it; its name decides the kind of loss."""
+
+    name: Literal["transfer", "distill", "finetune", "longcontext"]
+    share: float = Field(default=1.0, gt=0, le=1)
+    seq_len: int = Field(default=1024, ge=2)
+    batch_size: int = Field(default=1, ge=1)
+    window_dropout: float = Field(default=0.0, ge=0, lt=1)
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+
+    def steps(self, tokens: int) -> int:
+        """Optimizer steps of this stage, of a budget of `tokens` for the whole recipe."""
+        return max(1, math.ceil(self.share * tokens / (self.seq_len * self.batch_size)))
+
+
+STAGE_LOSSES = {
+    "transfer": {"kind": "attention"},
+    "distill": {"kind": "kl"},
+    "longcontext": {"kind": "kl"},
+    "finetune": {"kind": "ce", "completion_only": True},
+}
+
+
 class Recipe(Strict):
-    """What `linearize finetune` does."""
+    """What `linearize finetune` does: one stage as the keys here say, or the `stages`, which share out the tokens.
+
+    `window_dropout` is the probability that a linear head's window is, for one step, a quarter as long (none at all in the
+    mix `sum`), so that the recurrent branch has to do more.
+    """
 
     description: str = ""
     data: list[str] = Field(default=["sample"], min_length=1)
@@ -235,9 +269,59 @@ class Recipe(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     checkpoint_every: int = Field(default=25, ge=1)
     seed: int = Field(default=0, ge=0)
+    window_dropout: float = Field(default=0.0, ge=0, lt=1)
     loss: Loss = Loss()
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
+    stages: list[Stage] = []
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _suffixed(cls, value: Any) -> Any:
+        return tokens_of(value) if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_stages(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
+            return data
+        shared = ("seq_len", "batch_size", "window_dropout")
+        filled = []
+        for stage in data["stages"]:
+            if isinstance(stage, dict):
+                loss = {**data.get("loss", {}), **STAGE_LOSSES.get(stage.get("name"), {}), **stage.get("loss", {})}
+                optimizer = {**data.get("optimizer", {}), **stage.get("optimizer", {})}
+                around = {key: data[key] for key in shared if key in data}
+                stage = {**around, **stage, "loss": loss, "optimizer": optimizer}
+            filled.append(stage)
+        return {**data, "stages": filled}
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Recipe":
+        if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
+            raise ValueError(f"stages: shares add up to {sum(s.share for s in self.stages):g}, allowed is 1")
+        seen = [stage.loss.kind for stage in self.plan()]
+        if "attention" in seen[1:]:
+            raise ValueError("stages: transfer matches the base's own hidden states, so allowed is only as the first")
+        return self
+
+    def plan(self) -> list[Stage]:
+        """The stages to go through."""
+        if self.stages:
+            return self.stages
+        name = {"kl": "distill", "ce": "finetune", "attention": "transfer"}[self.loss.kind]
+        around = self.model_dump(include={"seq_len", "batch_size", "window_dropout", "loss", "optimizer"})
+        return [Stage.model_validate({"name": name, **around})]
+
+
+def tokens_of(text: str) -> int | str:
+    """A number of tokens as people write it: 300K, 1.5M, 20_000. What is none of them comes back unchanged."""
+    units = {"K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        return round(float(number.replace("_", "")) * unit)
+    except ValueError:
+        return text
 
 
 def packaged(kind: Literal["recipes", "configs"]) -> dict[str, Path]:
@@ -339,8 +423,10 @@ def _explain(item: dict, schema: type[BaseModel], prefix: str = "") -> str:
     if item["type"] == "extra_forbidden":
         group = schema
         for part in location[:-1]:
+            if part.isdecimal():
+                continue  # the group is what the list holds
             group = LayerSettings if group is dict else group.model_fields[part].annotation
-            group = get_origin(group) or group
+            group = get_args(group)[0] if get_origin(group) is list else get_origin(group) or group
         return _unknown(dotted, location[-1], group.model_fields)
     message = item["msg"].removeprefix("Value error, ")
     if not location:

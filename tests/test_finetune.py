@@ -126,7 +126,8 @@ def test_teacher_is_the_base_and_the_student_starts_as_converted(converted):
     tokenizer = AutoTokenizer.from_pretrained(converted)
     batch = next(packed_rows(["sample"], tokenizer, seq_len=48, text_field="text", completion_only=False, seed=0))
     student = load_student(converted, dtype=torch.float32)
-    distiller = Distiller(add_adapters(student, settings.lora), settings.loss)
+    distiller = Distiller(add_adapters(student, settings.lora))
+    distiller.start(settings.plan()[0])
     got = distiller(batch, torch.tensor(float(distiller.counted(batch))))
     base = tiny_base(tie_word_embeddings=True)
     with torch.no_grad():

@@ -34,7 +34,10 @@ def finetune(
     recipe: Annotated[
         str, typer.Option("--recipe", help="Named recipe or YAML file.", rich_help_panel=TRAINING)
     ] = "lora",
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Budget.", rich_help_panel=TRAINING)] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", help="Budget of all stages: 300K, 1M, 20M, 100M.", rich_help_panel=TRAINING),
+    ] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens a row.", rich_help_panel=TRAINING)] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows a step, over all processes.", rich_help_panel=TRAINING)
@@ -137,7 +140,7 @@ class Reporter:
             return
         self.last = now
         progress_line(
-            f"step {step.step}/{step.steps}  {step.tokens:,} tokens  loss {step.loss:.4f}  lr {step.lr:.1e}  "
+            f"{step.stage} {step.step}/{step.steps}  {step.tokens:,} tokens  loss {step.loss:.4f}  lr {step.lr:.1e}  "
             f"{step.tokens_per_second:,.0f} tokens/s  ETA {_clock(step.eta_seconds)}  {step.memory_bytes / 2**30:.1f} GiB",
             final=final,
         )

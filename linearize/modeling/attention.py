@@ -71,10 +71,11 @@ AttentionInterface.register(IMPLEMENTATION, _attend)
 class LinearizedAttention:
     """Mixed in before the family's attention class by the factory. Some key/value heads keep softmax, the rest are
     linear; see `LinearHeads`. In softmax mode (`linear = False`) the class is the family's own. With an `observer` all
-    heads keep softmax too, and the observer is shown what the linear heads would have had to do.
+    heads keep softmax too, and the observer is shown what the linear heads would have had to do. What it returns, if
+    anything, takes the place of their output.
     """
 
-    observer: Callable[[Observation], None] | None = None
+    observer: Callable[[Observation], Tensor | None] | None = None
 
     def setup(self, plan: LayerPlan, config, key_value_heads: int, query_heads: int) -> None:
         """Turns an instance of the family's class into this one, in place.
@@ -164,7 +165,7 @@ class LinearizedAttention:
         if self.linear_heads:
             picked = [self._heads(x, self.linear_heads).transpose(1, 2) for x in (q, q_rotary, k, k_rotary, v)]
             target = self._heads(output.transpose(1, 2), self.linear_heads).transpose(1, 2)
-            self.observer(
+            seen = self.observer(
                 Observation(
                     self.layer_idx,
                     self.mixer,
@@ -175,6 +176,10 @@ class LinearizedAttention:
                     run=lambda: self._linear(*picked, call, None, scaling),
                 )
             )
+            if seen is not None:
+                output = output.unflatten(2, (-1, self.query_group)).clone()
+                output[:, :, list(self.linear_heads)] = seen.unflatten(2, (-1, self.query_group)).to(output.dtype)
+                output = output.flatten(2, 3)
         return output
 
     def _softmax(self, q, k, v, attention_mask, layer, **kwargs) -> Tensor:

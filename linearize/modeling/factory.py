@@ -111,7 +111,7 @@ class LinearizedForCausalLM:
             self._set_linear(True)
 
     @contextlib.contextmanager
-    def observed(self, observer: Callable[[Observation], None]) -> Iterator[None]:
+    def observed(self, observer: Callable[[Observation], Tensor | None]) -> Iterator[None]:
         """Inside, the model runs as its base and `observer` is called with every layer that has linear heads."""
         for _, module in self.linear_attentions():
             module.observer = observer

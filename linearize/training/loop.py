@@ -18,16 +18,19 @@ import torch
 from accelerate import Accelerator
 
 from linearize.errors import ConfigError, Interrupted, LinearizeError
-from linearize.recipe import Recipe
+from linearize.recipe import Recipe, Stage
 from linearize.training.data import Batch, join
 from linearize.training.model import Distiller
 from linearize.training.state import load_state, save_state, states
+from linearize.training.transfer import transfer_backward
+from linearize.training.window_dropout import window_dropout
 
 
 @dataclass(frozen=True)
 class Progress:
     """One optimizer step, as metrics.jsonl records it."""
 
+    stage: str
     step: int
     steps: int
     tokens: int
@@ -39,62 +42,83 @@ class Progress:
     memory_bytes: int
 
 
-def total_steps(recipe: Recipe) -> int:
-    return max(1, math.ceil(recipe.tokens / (recipe.seq_len * recipe.batch_size)))
+@dataclass(frozen=True)
+class Leg:
+    """A stage's place in the whole run: its first step comes after `before` steps and `tokens` tokens, of `total` steps."""
+
+    stage: Stage
+    steps: int
+    before: int
+    tokens: int
+    total: int
+
+
+def legs_of(recipe: Recipe) -> list[Leg]:
+    """The stages of a recipe in their order."""
+    stages = recipe.plan()
+    counts = [stage.steps(recipe.tokens) for stage in stages]
+    sizes = [count * stage.seq_len * stage.batch_size for count, stage in zip(counts, stages)]
+    return [
+        Leg(stage, count, sum(counts[:i]), sum(sizes[:i]), sum(counts))
+        for i, (stage, count) in enumerate(zip(stages, counts))
+    ]
 
 
 def train(
     distiller: Distiller,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     rows: Iterator[Batch],
     recipe: Recipe,
+    leg: Leg,
     accelerator: Accelerator,
     work: Path,
     *,
     fingerprint: dict,
     report: Callable[[Progress], None],
 ) -> list[float]:
-    """Runs the remaining steps and returns the loss of every step of this call.
+    """Runs the remaining steps of one stage and returns the loss of every step of this call.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the state is saved. LinearizeError: the loss is not finite.
     """
-    micro = _micro_batch(recipe, accelerator.num_processes)
-    steps = total_steps(recipe)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+    stage, micro = leg.stage, _micro_batch(leg.stage, recipe, accelerator.num_processes)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    base_rates = [group["lr"] for group in groups]
     trainable = [value for value in distiller.parameters() if value.requires_grad]
     saved = states(work)
     done = 0
     if saved:
-        done = load_state(saved[-1], distiller, optimizer, accelerator.device)["step"]
+        done = load_state(saved[-1], distiller, optimizers, accelerator.device, leg.before)["step"]
         _truncate_metrics(work / "metrics.jsonl", done)
-    wrapped = accelerator.prepare(distiller)
+    done = max(done - leg.before, 0)
+    # what matches attentions goes backward layer by layer, which a wrapper would not expect
+    wrapped = distiller if stage.loss.kind == "attention" else accelerator.prepare(distiller)
     wrapped.train()
-    rows = itertools.islice(rows, done * recipe.batch_size, None)
+    rows = itertools.islice(rows, done * stage.batch_size, None)
     losses, started = [], time.monotonic()
     with _stop_requests() as stop:
-        for step in range(done + 1, steps + 1):
-            factor = _schedule(recipe, step, steps)
-            for group, rate in zip(optimizer.param_groups, base_rates):
+        for step in range(done + 1, leg.steps + 1):
+            factor = _schedule(stage, step, leg.steps)
+            for group, rate in zip(groups, base_rates):
                 group["lr"] = rate * factor
-            loss, grad_norm = _step(wrapped, distiller, optimizer, rows, recipe, accelerator, micro, trainable)
+            loss, grad_norm = _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable)
             if not math.isfinite(loss):
                 raise LinearizeError(
-                    f"the loss became {loss} at step {step}; the last good state is kept in {work}. Lower the rate "
+                    f"the loss became {loss} at step {leg.before + step}; the last good state is kept in {work}. Lower the rate "
                     "(--lr) or clip (--set optimizer.clip_norm=1.0)"
                 )
             losses.append(loss)
             elapsed = time.monotonic() - started
-            rate = len(losses) * recipe.batch_size * recipe.seq_len / elapsed
             progress = Progress(
-                step=step,
-                steps=steps,
-                tokens=step * recipe.batch_size * recipe.seq_len,
+                stage=stage.name,
+                step=leg.before + step,
+                steps=leg.total,
+                tokens=leg.tokens + step * stage.batch_size * stage.seq_len,
                 loss=loss,
                 lr=base_rates[0] * factor,
                 grad_norm=grad_norm,
-                tokens_per_second=rate,
-                eta_seconds=(steps - step) * elapsed / len(losses),
+                tokens_per_second=len(losses) * stage.batch_size * stage.seq_len / elapsed,
+                eta_seconds=(leg.steps - step) * elapsed / len(losses),
                 memory_bytes=memory_bytes(),
             )
             if accelerator.is_main_process:
@@ -102,17 +126,19 @@ def train(
                     file.write(json.dumps(progress.__dict__) + "\n")
                 report(progress)
             stopping = stop.requested
-            if (stopping or step % recipe.checkpoint_every == 0 or step == steps) and accelerator.is_main_process:
-                save_state(work, step, distiller, optimizer, fingerprint, {})
-            if stopping and step < steps:
-                raise Interrupted(f"stopped at step {step} of {steps}; the same command goes on from there")
+            if (stopping or step % recipe.checkpoint_every == 0 or step == leg.steps) and accelerator.is_main_process:
+                save_state(work, leg.before + step, distiller, optimizers, fingerprint, {})
+            if stopping and leg.before + step < leg.total:
+                raise Interrupted(
+                    f"stopped at step {leg.before + step} of {leg.total}; the same command goes on from there"
+                )
     return losses
 
 
-def _step(wrapped, distiller, optimizer, rows, recipe, accelerator, micro, trainable) -> tuple[float, float]:
+def _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable) -> tuple[float, float]:
     """One optimizer step: (loss, gradient norm)."""
-    every = list(itertools.islice(rows, recipe.batch_size))
-    share = recipe.batch_size // accelerator.num_processes
+    every = list(itertools.islice(rows, stage.batch_size))
+    share = stage.batch_size // accelerator.num_processes
     mine = join(every[accelerator.process_index * share : (accelerator.process_index + 1) * share])
     batches = [batch.to(accelerator.device) for batch in mine.split(micro)]
     # every process reads every row, so the count needs no communication
@@ -120,38 +146,47 @@ def _step(wrapped, distiller, optimizer, rows, recipe, accelerator, micro, train
     # data parallelism averages gradients over processes, the loss is a sum
     normaliser = torch.tensor(counted / accelerator.num_processes, device=accelerator.device)
     total = torch.zeros((), device=accelerator.device)
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
-            loss = wrapped(batch, normaliser)
-        accelerator.backward(loss)
-        total += loss.detach()
-    limit = recipe.optimizer.clip_norm if recipe.optimizer.clip_norm is not None else float("inf")
+    with window_dropout(distiller, stage.window_dropout):
+        for i, batch in enumerate(batches):
+            if stage.loss.kind == "attention":
+                with accelerator.autocast():
+                    total += transfer_backward(distiller.student.get_base_model(), batch, 1 / len(batches))
+                continue
+            last = i == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
+                loss = wrapped(batch, normaliser)
+            accelerator.backward(loss)
+            total += loss.detach()
+    if stage.loss.kind == "attention" and accelerator.num_processes > 1:
+        for parameter in trainable:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    limit = stage.optimizer.clip_norm if stage.optimizer.clip_norm is not None else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return accelerator.reduce(total, "mean").item(), norm.item()
 
 
-def _micro_batch(recipe: Recipe, processes: int) -> int:
+def _micro_batch(stage: Stage, recipe: Recipe, processes: int) -> int:
     parts = processes * recipe.gradient_accumulation
-    if recipe.batch_size % parts:
+    if stage.batch_size % parts:
         raise ConfigError(
-            f"batch_size: got {recipe.batch_size} rows a step, which do not divide over {processes} process(es) times "
+            f"batch_size: got {stage.batch_size} rows a step, which do not divide over {processes} process(es) times "
             f"gradient_accumulation {recipe.gradient_accumulation}"
         )
-    return recipe.batch_size // parts
+    return stage.batch_size // parts
 
 
-def _schedule(recipe: Recipe, step: int, steps: int) -> float:
+def _schedule(stage: Stage, step: int, steps: int) -> float:
     """Factor on the rates at a step counted from 1: linear warm-up, then cosine or constant."""
-    warmup = math.ceil(recipe.optimizer.warmup_fraction * steps)
+    warmup = math.ceil(stage.optimizer.warmup_fraction * steps)
     if step <= warmup:
         return step / warmup
-    if recipe.optimizer.schedule == "constant":
+    if stage.optimizer.schedule == "constant":
         return 1.0
     position = (step - warmup) / max(1, steps - warmup)
-    floor = recipe.optimizer.final_fraction
+    floor = stage.optimizer.final_fraction
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * position))
 
 

@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.errors import ConfigError, nearest
 from linearize.families.registry import FAMILIES
-from linearize.recipe import Lora, Loss, Recipe
+from linearize.recipe import Lora, Loss, Optimizer, Stage
 from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
@@ -31,34 +31,74 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
                 f"{nearest(target, family.lora_targets)}"
             )
     adds_parameters = any(True for name, _ in model.named_parameters() if MIXER in name)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        # a full match, so that nothing inside the mixers can be hit
-        target_modules=rf".*\.{family.attention_attribute}\.({'|'.join(lora.targets)})",
-        modules_to_save=["mixer"] if adds_parameters else None,
-        task_type="CAUSAL_LM",
+    adapted = get_peft_model(
+        model,
+        _adapter_config(
+            lora,
+            # a full match, so that nothing inside the mixers can be hit
+            target_modules=rf".*\.{family.attention_attribute}\.({'|'.join(lora.targets)})",
+            modules_to_save=["mixer"] if adds_parameters else None,
+            task_type="CAUSAL_LM",
+        ),
     )
-    adapted = get_peft_model(model, config)
     expected = len(lora.targets) * model.config.num_hidden_layers
-    hit = sum(1 for name, _ in adapted.named_modules() if name.endswith(".lora_A"))
+    adapter = ".vera_lambda_b" if lora.variant == "vera" else ".lora_A"
+    hit = sum(1 for name, _ in adapted.named_modules() if name.endswith(adapter))
     if hit != expected:
         raise ConfigError(f"lora.targets: adapters on {hit} projections, expected {expected}")
     return adapted
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """LoRA and mixer parameters as two groups with a rate of their own; both must be float32."""
+# variants that take their start out of the base weights, so that these alone are no longer the base model
+OWN_TEACHER = ("pissa", "olora")
+
+
+def _adapter_config(lora: Lora, **common) -> PeftConfig:
+    if lora.variant == "vera":
+        return VeraConfig(r=lora.rank, vera_dropout=lora.dropout, **common)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_dora=lora.variant == "dora",
+        use_rslora=lora.variant == "rslora",
+        init_lora_weights=lora.variant if lora.variant in OWN_TEACHER else True,
+        **common,
+    )
+
+
+def optimizers_of(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers of one stage, over what has gradients."""
+    groups = parameter_groups(model, settings)
+    if settings.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise ConfigError("optimizer.name: adamw8bit needs bitsandbytes (pip install bitsandbytes)") from None
+        return [AdamW8bit(groups, betas=settings.betas)]
+    if settings.name == "adamw":
+        return [torch.optim.AdamW(groups, betas=settings.betas)]
+    found = []
+    for make, wanted in ((torch.optim.Muon, True), (torch.optim.AdamW, False)):
+        parts = [{**group, "params": [p for p in group["params"] if (p.dim() == 2) == wanted]} for group in groups]
+        parts = [part for part in parts if part["params"]]
+        if parts:
+            found.append(make(parts) if wanted else make(parts, betas=settings.betas))
+    return found
+
+
+def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict]:
+    """LoRA and mixer parameters as groups with a rate of their own; all must be float32."""
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     low = [name for name, value in trainable.items() if value.dtype != torch.float32]
     assert not low, f"trainable parameters must be float32 masters, {low[0]} is not"
     mixer = [value for name, value in trainable.items() if MIXER in name]
     adapters = [value for name, value in trainable.items() if MIXER not in name]
-    groups = [{"params": adapters, "lr": recipe.optimizer.lr, "weight_decay": recipe.optimizer.weight_decay}]
-    if mixer:
-        groups.append({"params": mixer, "lr": recipe.optimizer.mixer_lr, "weight_decay": 0.0})
-    return groups
+    groups = [
+        {"params": adapters, "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": mixer, "lr": settings.mixer_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class Distiller(nn.Module):
@@ -67,11 +107,21 @@ class Distiller(nn.Module):
     The teacher is the student's own instance in softmax mode with its adapters off, or a model of its own.
     """
 
-    def __init__(self, student: PeftModel, loss: Loss, teacher: PreTrainedModel | None = None):
+    def __init__(self, student: PeftModel, teacher: PreTrainedModel | None = None):
         super().__init__()
-        self.student, self.loss = student, loss
+        self.student, self.loss = student, Loss()
+        self.trainable = [name for name, value in self.named_parameters() if value.requires_grad]
         # not a submodule: it neither trains nor is saved
         object.__setattr__(self, "teacher", teacher)
+
+    def start(self, stage: Stage) -> None:
+        """Gets ready for a stage: its loss, and what trains in it. Attention transfer trains the added parameters alone."""
+        self.loss = stage.loss
+        parameters = dict(self.named_parameters())
+        for name in self.trainable:
+            parameters[name].requires_grad_(stage.loss.kind != "attention" or MIXER in name)
+        if not any(value.requires_grad for value in parameters.values()):
+            raise ConfigError(f"stages: {stage.name} has nothing to train, since the conversion added no parameters")
 
     def forward(self, batch: Batch, normaliser: Tensor) -> Tensor:
         """Sum of the losses of this batch's counted positions, divided by `normaliser`."""
@@ -90,7 +140,12 @@ class Distiller(nn.Module):
         with torch.no_grad(), self._teaching() as teacher:
             reference = _hidden_states(teacher, batch)
             teacher_head = teacher.get_output_embeddings().weight
-        return chunked_kl(hidden, reference, head, teacher_head, weights, self.loss.chunk_tokens)
+        loss = chunked_kl(hidden, reference, head, teacher_head, weights, self.loss.chunk_tokens)
+        if self.loss.ce_share:
+            targets = weights * (labels != IGNORED)
+            likelihood = chunked_cross_entropy(hidden, head, labels, targets, self.loss.chunk_tokens)
+            loss = (1 - self.loss.ce_share) * loss + self.loss.ce_share * likelihood
+        return loss
 
     def counted(self, batch: Batch) -> int:
         """How many positions of `batch` the loss counts."""

@@ -22,16 +22,22 @@ KEPT = 2
 
 
 def save_state(
-    work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any], extra: dict
+    work: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    fingerprint: dict[str, Any],
+    extra: dict,
 ) -> Path:
     """Writes the state after `step` optimizer steps and drops all but the newest two."""
     names = _names(model)
     tensors = {
         f"parameter/{name}": value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad
     }
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"optimizer/{key}/{names[parameter]}"] = torch.as_tensor(value).detach().cpu()
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                tensors[f"optimizer/{key}/{names[parameter]}"] = torch.as_tensor(value).detach().cpu()
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -52,25 +58,37 @@ def save_state(
 
 
 def load_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], device: torch.device, stage_start: int
 ) -> dict[str, Any]:
-    """Puts a saved state into model, optimizer and random generators; returns its JSON."""
+    """Puts a saved state into model, optimizers and random generators; returns its JSON.
+
+    Args:
+        stage_start: the step at which the current stage began; of an earlier stage only the parameters are taken over.
+    """
     tensors = load_file(folder / "state.safetensors")
     parameters = dict(model.named_parameters())
+    record = json.loads((folder / "state.json").read_bytes())
+    owners = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     with torch.no_grad():
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
             if kind == "parameter":
                 parameters[rest].copy_(value)
-            elif kind == "optimizer":
+            elif kind == "optimizer" and record["step"] > stage_start:
                 entry, _, name = rest.partition("/")
                 # AdamW keeps its step counts on the CPU
                 where = torch.device("cpu") if entry == "step" else device
-                optimizer.state[parameters[name]][entry] = value.to(where)
+                parameter = parameters[name]
+                owners[parameter].state[parameter][entry] = value.to(where)
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
-    return json.loads((folder / "state.json").read_bytes())
+    return record
 
 
 def states(work: Path) -> list[Path]:
