@@ -1,8 +1,9 @@
 """Calibration: the first values of the added parameters, from the base model's own statistics. No gradients.
 
-1. Run the base model over text, every linear head observed beside the softmax attention that it replaces.
-2. Of all rows but the last, let the structure find its parameters (`Structure.fit`).
-3. On the last row, give each query head the share of the recurrent branch that brings it nearest to softmax, none where
+1. Run the base model over rows of text and of random tokens copied from far back, every linear head observed beside the
+   softmax attention that it replaces.
+2. In all rows but one of each kind, let the structure find its parameters (`Structure.fit`).
+3. On those two, give each query head the share of the recurrent branch that brings it nearest to softmax, none where
    none helps: a head starts no worse than window + sinks.
 
 One layer's activations are held at a time. Rows lie at different positions, so that what follows rotary is seen all over
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from linearize.checkpoint.source import Source
 from linearize.device import compute_dtype, pick_device
+from linearize.evaluation.recall import SPAN, recall_task
 from linearize.modeling.attention import Observation
 from linearize.modeling.cache import context_of
 from linearize.modeling.loading import load_unconverted
@@ -26,6 +28,11 @@ from linearize.modeling.plan import Plan
 from linearize.training.data import documents
 
 LONGEST = 2048
+# rows that nothing but the mix is fitted on: one of text, one of copying
+HELD = 2
+SEED = 777_002
+# settings that say what `LinearHeads.fit_mix` would find
+FITTED_OPTIONS = {"log_mass", "branch_scale", "window_weight", "recurrent_weight"}
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,21 @@ def calibrate(
     """
     device = pick_device()
     model = load_unconverted(source, plan, dtype=compute_dtype("auto")).to(device)
-    ids, (rows, length) = ids.to(device), ids.shape
+    copies = _copied_rows(2, ids.shape[1], model.config)
+    ids = torch.cat([ids[:-1], copies[:1], ids[-1:], copies[1:]]).to(device)
+    rows, length = ids.shape
     spread = (model.config.max_position_embeddings - length) // max(1, rows - 1)
     positions = torch.arange(length)[None] + spread * torch.arange(rows)[:, None]
     errors: dict[int, tuple[float, float]] = {}
 
     def fit(seen: Observation) -> None:
         branch, structure = seen.branch, seen.branch.structure
-        structure.fit(*(x[:-1, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scale)
+        structure.fit(*(x[:-HELD, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scale)
         read = branch.recurrent_keys(seen.k, seen.k_rotary, seen.hidden_states)
-        context = context_of(*(x[-1:] for x in (seen.k_rotary, seen.v, read)), sinks=branch.sinks)
-        before, after = branch.fit_mix(seen.q[-1:], seen.q_rotary[-1:], context, seen.target[-1:], seen.scale)
+        context = context_of(*(x[-HELD:] for x in (seen.k_rotary, seen.v, read)), sinks=branch.sinks)
+        if FITTED_OPTIONS & plan.layers[seen.layer].mix_options.keys():
+            return  # somebody decided
+        before, after = branch.fit_mix(seen.q[-HELD:], seen.q_rotary[-HELD:], context, seen.target[-HELD:], seen.scale)
         errors[seen.layer] = (before.mean().item(), after.mean().item())
         progress(
             f"calibrating layer {seen.layer + 1} of {len(plan.layers)}: error {errors[seen.layer][0]:.4f} with window + sinks, "
@@ -105,3 +116,10 @@ def calibrate(
         model.base_model(input_ids=ids, position_ids=positions.to(device), use_cache=False)
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if ".mixer." in name}
     return Calibration(tensors, errors, rows, length, name)
+
+
+def _copied_rows(rows: int, length: int, config: PretrainedConfig) -> Tensor:
+    """Rows of random tokens [rows, length] that end with a copy of what they start with, as in evaluation/recall.py."""
+    span = min(SPAN, length // 2)
+    task = recall_task(length - span, rows, config.vocab_size, None, SEED)
+    return task.ids[:, :length]

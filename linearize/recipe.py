@@ -40,7 +40,7 @@ class Calibration(Strict):
 
     when: Literal["auto", "always", "never"] = "auto"
     text: str = "sample"
-    rows: int = Field(default=4, ge=2)
+    rows: int = Field(default=3, ge=2)
 
 
 class LayerSettings(Strict):

@@ -169,7 +169,7 @@ class LinearHeads(nn.Module):
             target: [B, T, H, K], the base model's own; T beyond the window. Others as in `forward`.
 
         Returns:
-            Square errors [H] over the tokens beyond the window, relative to `target`: of window + sinks, and as fitted.
+            Square errors [H] over the tokens beyond the window, relative to `target` row by row: of window + sinks, and as fitted.
         """
         windowed, log_sum = self._window(q_rotary, context, scale, with_log_sum=self.mix == "joint")
         start = 0 if self.mix == "sum" else self.window
@@ -177,10 +177,10 @@ class LinearHeads(nn.Module):
         past, _ = self._recurrent(queries, context, None, start=start, delay=start)
         near, target = windowed[:, start:].float(), target[:, start:].float()
         log_sum = None if log_sum is None else log_sum[:, start:]
-        total = target.square().sum((0, 1, 3)).clamp(min=NORM_EPSILON)
+        total = target.square().sum((1, 3)).clamp(min=NORM_EPSILON)
 
         def error(output: Tensor) -> Tensor:
-            return (output - target).square().sum((0, 1, 3)) / total
+            return ((output - target).square().sum((1, 3)) / total).mean(0)
 
         if self.log_mass is not None:
             errors = []

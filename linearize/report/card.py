@@ -34,8 +34,8 @@ def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
             sum(pair[i] for pair in fitted["attention_error"].values()) / len(fitted["attention_error"]) for i in (0, 1)
         )
         recovery = (
-            f"\nThe added parameters were fitted to the base's attention on {fitted['rows'] - 1} rows of {fitted['tokens']:,} tokens of "
-            f"{fitted['text']}; on another row the relative square error beyond the window is {far:.3f} (window + sinks: {near:.3f}).\n"
+            f"\nThe added parameters were fitted to the base's attention on rows of {fitted['tokens']:,} tokens, from "
+            f"{fitted['text']} and random ones copied; on two rows held out the relative square error beyond the window is {far:.3f} (window + sinks: {near:.3f}).\n"
             + recovery
         )
     return f"""---

@@ -1,0 +1,135 @@
+"""Calibration: what is observed is what the base does, and what is fitted is nearer to it than window + sinks."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_base, tiny_student
+
+from linearize.convert import convert
+from linearize.mixers.registry import MIXERS
+from linearize.modeling.cache import context_of
+from linearize.modeling.loading import load_student, read_manifest
+from linearize.modeling.plan import LayerPlan, Plan
+from linearize.recipe import load_config
+
+
+def quiet(*_) -> None:
+    pass
+
+
+def student_of(base, **settings):
+    layers = tuple(LayerPlan(heads, window=8, sinks=2, **settings) for heads in ((), (1,), (0, 2)))
+    return tiny_student(Plan("llama", layers), base)
+
+
+@torch.no_grad()
+def test_an_observed_model_is_its_base():
+    base, ids = tiny_base(), torch.randint(2, 300, (2, 40))
+    student, seen = student_of(base), []
+    with student.observed(seen.append):
+        logits = student(ids).logits
+    assert torch.equal(logits, base(ids).logits)
+    assert [(o.layer, o.target.shape[2], o.k.shape[2]) for o in seen] == [(0, 6, 3), (1, 4, 2), (2, 2, 1)]
+    with student.observed(lambda o: o.target):  # put back what was there
+        torch.testing.assert_close(student(ids).logits, logits)
+    plain = student(ids).logits
+    with student.observed(lambda o: o.run()):
+        torch.testing.assert_close(student(ids).logits, plain)
+    assert not torch.allclose(plain, logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mixer", "mix"),
+    [
+        (name, mix)
+        for name in ("gla", "vq", "gated_deltanet", "hedgehog")
+        for mix in MIXERS[name].mixes
+        if mix != "joint" or MIXERS[name].positive
+    ],
+)
+def test_the_mix_is_fitted_head_by_head(mixer, mix):
+    """No head ends further from the base's attention than with window + sinks alone, where nothing can be chosen."""
+    student = student_of(tiny_base(), mixer=mixer, mix=mix, mix_options={"learned": True} if mix == "sum" else {})
+    errors = []
+
+    def fit(o):
+        branch = o.branch
+        branch.structure.fit(*(x.flatten(0, 1) for x in (o.q, o.q_rotary, o.k)), o.scale)
+        context = context_of(o.k_rotary, o.v, branch.recurrent_keys(o.k, o.k_rotary, o.hidden_states), sinks=2)
+        errors.append(branch.fit_mix(o.q, o.q_rotary, context, o.target, o.scale))
+        start = 0 if mix == "sum" else branch.window
+        difference = (o.run() - o.target)[:, start:].square().sum((0, 1, 3))
+        torch.testing.assert_close(
+            difference / o.target[:, start:].square().sum((0, 1, 3)), errors[-1][1], rtol=1e-3, atol=1e-5
+        )
+
+    with student.observed(fit):
+        student(torch.randint(2, 300, (1, 200)))
+    assert len(errors) == 3
+    before, after = (torch.cat([pair[i] for pair in errors]) for i in (0, 1))
+    assert (after <= before + 1e-5).all() and (after < before - 1e-5).any()
+
+
+@torch.no_grad()
+def test_clusters_of_keys_stand_for_the_keys_in_them():
+    """Where the past consists of a few keys, repeated, the codes are those keys and nothing is lost."""
+    student = student_of(tiny_base(), mixer="vq", mix="joint", mixer_options={"codes": 4})
+    o = []
+    with student.observed(o.append):
+        student(torch.randint(2, 300, (1, 120)))
+    branch = o[0].branch
+    keys = torch.randn(4, 3, 8)
+    k = keys[torch.randint(4, (120,))][None]
+    q = torch.randn(1, 120, 6, 8)
+    branch.structure.fit(q[0], q[0], k[0], 0.3)
+    branch.log_mass.zero_()
+    v = torch.randn(1, 120, 3, 8)
+    context = context_of(k, v, branch.recurrent_keys(k, k, None), sinks=2)
+    output, _ = branch(q, q, context, scale=0.3, state=None)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(output, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_convert_calibrates_and_says_so(base_folder, tmp_path):
+    base = base_folder()
+    settings = load_config(None, {"mixer": "vq", "window": 12, "sinks": 2})
+    result = convert(str(base), settings, out=tmp_path / "out", progress=quiet)
+    fitted = result["calibration"]
+    assert fitted["text"] == "sample" and fitted["rows"] == 5 and fitted["tokens"] == 512
+    assert all(after < before for before, after in fitted["attention_error"].values())
+    assert "were fitted to the base's attention" in (tmp_path / "out" / "README.md").read_text()
+    never = load_config(None, {"mixer": "vq", "window": 12, "sinks": 2}, ["calibration.when=never"])
+    convert(str(base), never, out=tmp_path / "plain", verify=False, progress=quiet)
+    assert read_manifest(tmp_path / "plain")["calibration"] is None
+    ids = torch.randint(2, 300, (2, 200), generator=torch.Generator().manual_seed(0))
+    students = [load_student(tmp_path / name, dtype=torch.float32) for name in ("out", "plain")]
+    with torch.no_grad(), students[0].softmax_attention():
+        target = students[0](ids).logits.log_softmax(-1)
+    with torch.no_grad():
+        away = [(target.exp() * (target - s(ids).logits.log_softmax(-1))).sum(-1).mean().item() for s in students]
+        with students[0].recurrent_branch_off():
+            window = (target.exp() * (target - students[0](ids).logits.log_softmax(-1))).sum(-1).mean().item()
+    assert away[0] < window
+
+
+def test_settings_that_were_given_are_kept(base_folder, tmp_path):
+    settings = load_config(None, {"window": 12}, ["mix_options.log_mass=-1.25"])
+    convert(str(base_folder()), settings, out=tmp_path / "out", verify=False, progress=quiet)
+    masses = [p for n, p in load_student(tmp_path / "out", dtype=torch.float32).named_parameters() if "log_mass" in n]
+    assert len(masses) == 3 and all((p - p[0] == 0).all() for p in masses)
+
+
+def test_no_room_to_calibrate(base_folder, cli, tmp_path):
+    base = base_folder()
+    code, _, err = cli("convert", base, "--window", "300", "-o", tmp_path / "out", "--no-verify")
+    assert code == 0 and "not calibrated" in err
+    code, _, err = cli("convert", base, "--window", "300", "-o", tmp_path / "never", "--no-verify", "--calibrate")
+    assert code == 2 and "--window" in err and not (tmp_path / "never").exists()
+    code, out, _ = cli(
+        "convert", base, "--window", "12", "-o", tmp_path / "no", "--no-verify", "--no-calibrate", "--json"
+    )
+    assert code == 0 and json.loads(out)["calibration"] is None

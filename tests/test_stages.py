@@ -1,0 +1,195 @@
+"""Recipes of stages: attention transfer, window dropout, resumption over a stage's end, variants of LoRA, optimizers."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_base
+from test_calibrate import student_of
+from test_finetune import SETTINGS, quiet, weights_of
+from transformers import AutoTokenizer
+
+from linearize.convert import convert
+from linearize.errors import ConfigError, Interrupted
+from linearize.finetune import finetune
+from linearize.modeling.branch import LinearHeads
+from linearize.modeling.loading import load_student
+from linearize.recipe import Recipe, load_config, load_recipe, packaged
+from linearize.training.data import Batch, packed_rows
+from linearize.training.transfer import transfer_backward
+from linearize.training.window_dropout import window_dropout
+
+STAGES = [
+    {"name": "transfer", "share": 0.3, "optimizer": {"mixer_lr": 0.02}},
+    {"name": "distill", "share": 0.5, "window_dropout": 0.5},
+    {"name": "longcontext", "share": 0.2, "seq_len": 96, "batch_size": 1},
+]
+
+
+def staged(**changes) -> Recipe:
+    around = {"seq_len": 48, "batch_size": 2, "tokens": 960, "checkpoint_every": 2, "lora": {"rank": 2}}
+    return Recipe.model_validate({**around, "stages": STAGES, **changes})
+
+
+@pytest.fixture
+def converted(base_folder, tmp_path):
+    out = tmp_path / "converted"
+    settings = load_config(None, {"mixer": "hedgehog", "mix": "joint", "window": 12, "sinks": 2, "keep_softmax": "1:0"})
+    convert(str(base_folder()), settings, out=out, verify=False, progress=quiet)
+    return out
+
+
+def run(converted, out, recipe, **options):
+    options = {"report": quiet, **options}
+    return finetune(converted, recipe, recipe_name="staged", out=out, progress=quiet, **options)
+
+
+def test_transfer_is_the_sum_of_the_layers_own_losses():
+    """Against one graph over all layers, with the base's attention computed beside it."""
+    base, ids = tiny_base(), torch.randint(2, 300, (2, 50))
+    students = [student_of(base, mixer="hedgehog", mix="joint") for _ in range(2)]
+    batch = Batch(ids, torch.arange(50).expand(2, -1), ids)
+    loss = transfer_backward(students[0], batch, 0.5)
+    errors = []
+
+    def match(seen):
+        target = seen.target.detach()
+        errors.append((seen.run() - target).square().sum() / target.square().sum())
+        return target
+
+    with students[1].observed(match):
+        students[1].base_model(ids, position_ids=batch.position_ids, use_cache=False)
+    (0.5 * sum(errors) / 3).backward()
+    torch.testing.assert_close(loss, 0.5 * sum(errors).detach() / 3)
+    found = 0
+    for (name, one), (_, other) in zip(students[0].named_parameters(), students[1].named_parameters()):
+        if ".mixer." in name:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+            found += bool(one.grad.abs().max() > 0)
+    assert found == 9  # log_mass and both feature maps of three layers
+
+
+def test_window_dropout_shortens_and_restores():
+    student = student_of(tiny_base())
+    heads = [module for module in student.modules() if isinstance(module, LinearHeads)]
+    ids = torch.randint(2, 300, (1, 40))
+    with torch.no_grad():
+        before = student(ids).logits
+        with window_dropout(student, 0.999999):
+            assert [module.window for module in heads] == [2, 2, 2]
+            assert not torch.allclose(student(ids).logits, before)
+        assert [module.window for module in heads] == [8, 8, 8] and torch.equal(student(ids).logits, before)
+    summed = student_of(tiny_base(), mix="sum")
+    with window_dropout(summed, 0.999999):
+        assert not any(m.window_enabled for m in summed.modules() if isinstance(m, LinearHeads))
+    assert all(m.window_enabled and m.window == 8 for m in summed.modules() if isinstance(m, LinearHeads))
+
+
+def test_stages_run_one_after_the_other(converted, tmp_path):
+    result = run(converted, tmp_path / "out", staged())
+    done = result["finetune"]
+    assert done["stages"] == [
+        {"name": "transfer", "steps": 3},
+        {"name": "distill", "steps": 5},
+        {"name": "longcontext", "steps": 2},
+    ]
+    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["stage"] for m in metrics] == ["transfer"] * 3 + ["distill"] * 5 + ["longcontext"] * 2
+    assert [m["step"] for m in metrics] == list(range(1, 11)) and metrics[-1]["tokens"] == 8 * 96 + 2 * 96
+
+
+@pytest.mark.parametrize("stop", [2, 3, 6])
+def test_a_stopped_run_goes_on_to_the_same_weights(converted, tmp_path, stop):
+    """Inside the first stage, at its very end, and inside the second."""
+    import os
+    import signal
+
+    def interrupt(step):
+        if step.step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run(converted, tmp_path / "whole", staged())
+    with pytest.raises(Interrupted, match=f"step {stop} of 10"):
+        run(converted, tmp_path / "broken", staged(), report=interrupt)
+    run(converted, tmp_path / "broken", staged())
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "broken")
+
+
+def test_transfer_trains_the_added_parameters_alone(converted, tmp_path):
+    out = tmp_path / "out"
+    run(converted, out, staged(stages=[{"name": "transfer", "optimizer": {"mixer_lr": 0.05}}], tokens=3000))
+    before, after = (load_student(folder, dtype=torch.float32).state_dict() for folder in (converted, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".mixer." in name for name in changed)
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa", "olora", "vera"])
+def test_variants_of_lora_start_at_the_conversion_and_merge(converted, tmp_path, variant):
+    recipe = load_recipe("lora", {}, [*SETTINGS, f"lora.variant={variant}", "tokens=192"])
+    result = run(converted, tmp_path / "out", recipe)
+    plain = run(converted, tmp_path / "plain", load_recipe("lora", {}, [*SETTINGS, "tokens=192"]))
+    # the first loss is the untrained conversion's divergence from the base, whatever the adapter
+    assert result["finetune"]["first_loss"] == pytest.approx(plain["finetune"]["first_loss"], rel=1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    row = next(packed_rows(["sample"], tokenizer, seq_len=48, text_field="text", completion_only=False, seed=0))
+    assert load_student(tmp_path / "out", dtype=torch.float32)(row.input_ids).logits.isfinite().all()
+
+
+def test_muon_for_matrices(converted, tmp_path):
+    result = run(converted, tmp_path / "out", staged(optimizer={"name": "muon"}, stages=[{"name": "distill"}]))
+    assert result["finetune"]["last_loss"] < result["finetune"]["first_loss"] * 1.5
+    with pytest.raises(Interrupted):
+        run(
+            converted,
+            tmp_path / "half",
+            staged(optimizer={"name": "muon"}, stages=[{"name": "distill"}]),
+            report=_stop_at(4),
+        )
+    run(converted, tmp_path / "half", staged(optimizer={"name": "muon"}, stages=[{"name": "distill"}]))
+    assert weights_of(tmp_path / "half") == weights_of(tmp_path / "out")
+
+
+def _stop_at(number):
+    import os
+    import signal
+
+    return lambda step: os.kill(os.getpid(), signal.SIGINT) if step.step == number else None
+
+
+def test_a_share_of_cross_entropy(converted, tmp_path):
+    first = {}
+    for share in (0.0, 0.5, 1.0):
+        loss = {"kind": "kl", "ce_share": share}
+        recipe = staged(tokens=96, stages=[{"name": "distill", "loss": loss}])
+        first[share] = run(converted, tmp_path / f"out{share}", recipe)["finetune"]["first_loss"]
+    assert first[0.5] == pytest.approx((first[0.0] + first[1.0]) / 2, rel=1e-4) and first[0.0] < first[1.0]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"stages": [{"name": "transfr"}]}, "stages.0.name"),
+        ({"stages": [{"name": "distill", "optimizer": {"lrr": 1}}]}, "stages.0.optimizer.lrr"),
+        ({"stages": [{"name": "distill", "share": 0.5}]}, "shares add up to 0.5"),
+        ({"stages": [{"name": "distill", "share": 0.5}, {"name": "transfer", "share": 0.5}]}, "only as the first"),
+        ({"tokens": "many"}, "tokens: got 'many'"),
+    ],
+)
+def test_bad_stages(tmp_path, sets, message):
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sets))
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(path))
+
+
+def test_every_packaged_recipe_and_config_loads():
+    for name in packaged("recipes"):
+        assert load_recipe(name).description
+    for name in packaged("configs"):
+        assert load_config(name).description
+    assert load_recipe("lora", {"tokens": "300K"}).tokens == 300_000
+    assert load_recipe("distill", {"tokens": "1.5M"}).tokens == 1_500_000
