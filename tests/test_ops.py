@@ -1,11 +1,14 @@
 """Every fast operator against its naive twin: values and gradients, odd lengths, states, documents, extreme gates."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from linearize.ops import dispatch
 from linearize.ops.gla import gla, gla_chunked, gla_naive
 from linearize.ops.window import window_attention, window_attention_naive
 
@@ -131,6 +134,50 @@ def test_gla_any_shape(T, B, J, G, K, V, documents, seed):
     assert_same_with_gradients(
         lambda: gla_chunked(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial]
     )
+
+
+def kernel_like_fla(q, k, v, g, *, scale, initial_state=None, output_final_state=False, cu_seqlens=None):
+    """The contract of fla's operators: as many heads everywhere, documents in one row, a float32 state for each."""
+    assert q.shape == k.shape == g.shape and v.shape[:3] == q.shape[:3] and output_final_state
+    rows = zip(*(x.unbind(0) for x in (q, k, v, g)))
+    if cu_seqlens is not None:
+        assert q.shape[0] == 1
+        pairs = list(itertools.pairwise(cu_seqlens.tolist()))
+        rows = [[x[0, start:end] for x in (q, k, v, g)] for start, end in pairs]
+    outputs, finals = [], []
+    for i, row in enumerate(rows):
+        state = None if initial_state is None else initial_state[i : i + 1]
+        output, final = gla_naive(*(x[None] for x in row), scale=scale, initial_state=state)
+        outputs.append(output)
+        finals.append(final)
+    return torch.cat(outputs, dim=0 if cu_seqlens is None else 1), torch.cat(finals)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+def test_kernels_are_called_as_they_want_to_be(state, documents):
+    inputs, initial, segments = gla_inputs(60, B=3, state=state, documents=documents)
+    keywords = {"scale": 0.7, "initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: dispatch.run_kernel(kernel_like_fla, *inputs, **keywords),
+        lambda: gla_naive(*inputs, **keywords),
+        [*inputs, initial],
+    )
+
+
+def test_which_calls_a_kernel_may_serve(monkeypatch):
+    monkeypatch.setattr(dispatch, "_load", lambda module, name: name)
+    monkeypatch.setattr(dispatch, "_backward_refused", lambda: True)
+    x = torch.zeros(1, 5, 2, 4)
+    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x) is None  # not on a device
+    monkeypatch.setattr(dispatch, "on_device", lambda x: True)
+    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x) == "chunk_gla"
+    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x[:, :1]) is None
+    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x.double()) is None
+    for name in dispatch.REFUSED_ON_HOPPER:
+        assert dispatch.fla_operator("fla.ops", name, x) is None
+        with torch.no_grad():
+            assert dispatch.fla_operator("fla.ops", name, x) == name
 
 
 def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=True, seed=0):
