@@ -52,13 +52,13 @@ def kernels_run(monkeypatch):
         interpreted()
         monkeypatch.setattr(dispatch, "on_device", lambda x: True)
     pytest.importorskip("fla.ops", reason="fla-core is not installed (pip install fla-core einops)")
-    names, load = [], dispatch._load
+    names, load = [], dispatch.load_kernel
 
     def recorded(module, name):
         names.append(name)
         return load(module, name)
 
-    monkeypatch.setattr(dispatch, "_load", recorded)
+    monkeypatch.setattr(dispatch, "load_kernel", recorded)
     return names
 
 
@@ -74,6 +74,9 @@ def interpreted():
         for i in builtins.range(*map(int, bounds)):
             yield tl.core.tensor(TensorHandle(numpy.array([i], dtype=numpy.int32), tl.int32), tl.int32)
 
+    def late_gather(*args, **keywords):  # the interpreter replaces it in triton.language alone
+        return tl.gather(*args, **keywords)
+
     run = Autotuner.run
 
     def run_first(self, *args, **keywords):
@@ -86,6 +89,7 @@ def interpreted():
     for name, module in list(sys.modules.items()):
         if name.startswith("fla.ops."):
             module.range = counters
+            module.gather = late_gather
 
 
 def gradients(outputs, tensors, weights):
@@ -94,7 +98,7 @@ def gradients(outputs, tensors, weights):
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("row", KERNELS)
-def test_kernel_equals_naive(row, documents, kernels_run):
+def test_kernel_equals_naive(row, documents, kernels_run, recwarn):
     """Without and with documents, masked tokens and a state; grouped queries; a column of ones behind the values."""
     built = structure(row, J=1, G=2, K=16, dtype=torch.float32)
     sequence, keywords = inputs(built, 70, B=2 if documents else 1, state=documents, dtype=torch.float32)
@@ -107,11 +111,11 @@ def test_kernel_equals_naive(row, documents, kernels_run):
     states = [keywords["initial_state"]] if documents else []
     tensors = [x.requires_grad_() for x in (*sequence, *states, *built.parameters())]
     got = built(*sequence, **keywords)
-    assert set(kernels_run) == {KERNELS[row]}
+    assert set(kernels_run) == {KERNELS[row]} and not [w for w in recwarn if "PyTorch serves" in str(w.message)]
     wanted = built.naive(*sequence, **keywords)
     weights = [torch.randn_like(x) for x in wanted]
     pairs = [*zip(got, wanted), *zip(*(gradients(outputs, tensors, weights) for outputs in (got, wanted)))]
     pairs = [(a, b) for a, b in pairs if a is not None or b is not None]
-    print(f"{row}: {max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in pairs):.1e}")
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, float(b.abs().max())))
+    differences = [float(((a - b).abs().max() / b.abs().max().clamp(min=1)).detach()) for a, b in pairs]
+    print(f"{row}: {max(differences):.1e}")
+    assert max(differences) < TOLERANCE

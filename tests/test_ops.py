@@ -153,31 +153,65 @@ def kernel_like_fla(q, k, v, g, *, scale, initial_state=None, output_final_state
     return torch.cat(outputs, dim=0 if cu_seqlens is None else 1), torch.cat(finals)
 
 
+@pytest.fixture
+def serving(monkeypatch):
+    """serving(kernel) lets it serve every call of `gla`."""
+
+    def serve(kernel):
+        monkeypatch.setattr(dispatch, "on_device", lambda x: True)
+        monkeypatch.setattr(dispatch, "load_kernel", lambda module, name: kernel)
+        monkeypatch.setattr(dispatch, "_tried", {})
+
+    return serve
+
+
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_kernels_are_called_as_they_want_to_be(state, documents):
-    inputs, initial, segments = gla_inputs(60, B=3, state=state, documents=documents)
+def test_kernels_are_called_as_they_want_to_be(state, documents, serving):
+    calls = []
+    serving(lambda *inputs, **keywords: calls.append(1) or kernel_like_fla(*inputs, **keywords))
+    inputs, initial, segments = gla_inputs(60, B=3, V=9, dtype=torch.float32, state=state, documents=documents)
     keywords = {"scale": 0.7, "initial_state": initial, "segments": segments}
     assert_same_with_gradients(
-        lambda: dispatch.run_kernel(kernel_like_fla, *inputs, **keywords),
-        lambda: gla_naive(*inputs, **keywords),
-        [*inputs, initial],
+        lambda: gla(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial], 1e-4
     )
+    assert len(calls) == 2  # the first on two tokens, to see whether it works
 
 
-def test_which_calls_a_kernel_may_serve(monkeypatch):
-    monkeypatch.setattr(dispatch, "_load", lambda module, name: name)
-    monkeypatch.setattr(dispatch, "_backward_refused", lambda: True)
-    x = torch.zeros(1, 5, 2, 4)
-    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x) is None  # not on a device
-    monkeypatch.setattr(dispatch, "on_device", lambda x: True)
-    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x) == "chunk_gla"
-    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x[:, :1]) is None
-    assert dispatch.fla_operator("fla.ops.gla", "chunk_gla", x.double()) is None
-    for name in dispatch.REFUSED_ON_HOPPER:
-        assert dispatch.fla_operator("fla.ops", name, x) is None
-        with torch.no_grad():
-            assert dispatch.fla_operator("fla.ops", name, x) == name
+def test_a_kernel_that_refuses_its_backward_does_not_serve(serving):
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("incorrect results on Hopper")
+
+    lengths = []
+
+    def kernel(q, *others, **keywords):
+        lengths.append(q.shape[1])
+        output, state = kernel_like_fla(q, *others, **keywords)
+        return Refusing.apply(output), state
+
+    serving(kernel)
+    inputs, _, _ = gla_inputs(60, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="chunk_gla .* incorrect results on Hopper"):
+        got, _ = gla(*inputs)
+    torch.testing.assert_close(got, gla_chunked(*inputs)[0])
+    gla(*inputs)
+    assert lengths == [2]
+    with torch.no_grad():  # without a backward it does
+        gla(*inputs)
+    assert lengths == [2, 2, 60]
+
+
+def test_kernels_serve_neither_float64_nor_single_tokens(serving):
+    serving(None)
+    inputs, _, _ = gla_inputs(5)
+    for sequence in (inputs, [x[:, :1].float() for x in inputs]):
+        assert dispatch.run_kernel("m", "n", sequence[0], list, initial_state=None, segments=None) is None
 
 
 def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=True, seed=0):

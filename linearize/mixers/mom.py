@@ -66,13 +66,24 @@ class MixtureOfMemories(Structure):
         return total
 
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        weights = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3)).unbind(-1)
-        written = (self._routes(k) > 0).unbind(-1)
-        starts = [None] * (1 + self.memories) if initial_state is None else initial_state.unbind(2)
-        total, finals = 0.0, []
-        for weight, w, start in zip(weights, written, starts):
-            mask = w if write_mask is None else w & write_mask
-            output, final = self.inner(q, k, v, offset=offset, write_mask=mask, initial_state=start, segments=segments)
-            total = total + weight[..., None, None] * output
-            finals.append(final)
-        return total, torch.stack(finals, dim=2)
+        weights = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3))
+        written = self._routes(k) > 0
+        if write_mask is not None:
+            written = written & write_mask[..., None]
+        output, states = self.inner(
+            *(self._to_each(x) for x in (q, k, v)),
+            offset=self._to_each(offset),
+            write_mask=written.movedim(-1, 0).flatten(0, 1),
+            initial_state=None if initial_state is None else initial_state.movedim(2, 0).flatten(0, 1),
+            segments=None if segments is None else self._to_each(segments.expand(q.shape[0], -1)),
+        )
+        read = (self._memories(output) * weights.movedim(-1, 0)[..., None, None]).sum(0)
+        return read, self._memories(states).movedim(0, 2)
+
+    def _to_each(self, x):
+        """The batch once for every memory: [B, ...] -> [(1 + M) B, ...]."""
+        return None if x is None else x.expand(1 + self.memories, *x.shape).flatten(0, 1)
+
+    def _memories(self, x):
+        """[(1 + M) B, ...] -> [1 + M, B, ...]."""
+        return x.unflatten(0, (1 + self.memories, -1))

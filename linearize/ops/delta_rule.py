@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
-from linearize.ops.dispatch import fla_operator, run_kernel
+from linearize.ops.dispatch import run_kernel
 from linearize.ops.gla import CHUNK, DecayedScores
 
 SCALAR_CHUNK = 64
@@ -112,24 +112,30 @@ def delta_rule(
     Autocast does not reach inside: the state stays float32.
     """
     keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    decay = torch.zeros_like(beta) if log_decay is None else log_decay
     with torch.autocast(q.device.type, enabled=False):
         if erase is not None:
-            kernel = fla_operator("fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule", q)
-        elif log_decay is not None and log_decay.shape[-1] > 1:
-            kernel = fla_operator("fla.ops.kda", "chunk_kda", q)
-        else:  # with or without decay: fla's chunk_delta_rule takes no float32
-            kernel = fla_operator("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", q)
-        if kernel is None:
+            # what this kernel erases it looks up before the decay, under its third key, and takes away under the fourth
+            ran = run_kernel(
+                "fla.ops.generalized_delta_rule",
+                "chunk_dplr_delta_rule",
+                q,
+                lambda: [beta * k, v, -erase * decay.exp(), beta * k, decay.expand_as(k)],
+                **keywords,
+            )
+        elif decay.shape[-1] > 1:
+            ran = run_kernel("fla.ops.kda", "chunk_kda", q, lambda: [k, v, decay, beta.squeeze(-1)], **keywords)
+        else:  # without decay too, since fla's chunk_delta_rule takes no float32
+            ran = run_kernel(
+                "fla.ops.gated_delta_rule",
+                "chunk_gated_delta_rule",
+                q,
+                lambda: [k, v, decay.squeeze(-1), beta.squeeze(-1)],
+                **keywords,
+            )
+        if ran is None:
             return delta_rule_chunked(q, k, v, beta, log_decay, erase=erase, **keywords)
-        decay = torch.zeros_like(beta) if log_decay is None else log_decay.float()
-        if erase is None:
-            inputs = [k, v, decay if decay.shape[-1] > 1 else decay.squeeze(-1), beta.squeeze(-1).float()]
-        else:
-            # what this kernel erases it looks up before the decay, under a, and takes away under b
-            decay, write = decay.expand_as(k), beta * k
-            inputs = [write, v, -erase * decay.exp(), write, decay]
-        output, final = run_kernel(kernel, q, *(x.to(q.dtype) for x in inputs), **keywords)
-        return output.to(v.dtype), final
+        return ran[0].to(v.dtype), ran[1]
 
 
 def _delta_chunks(rows, k, v, b, state, segments, per_channel) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Running a Triton kernel of flash-linear-attention in place of an operator of ours.
 
-The kernels need a CUDA device and an importable `fla` (an installed one can still fail to import for want of a
-matching triton), so importing is the test. The mixers know nothing of this.
+The kernels need a CUDA device and a `fla` that can be imported and run: an installed one can fail to import for want of
+a matching triton, and some kernels refuse some devices (the gated backward on Hopper under triton 3.4 to 3.7.0). So
+trying is the test. The mixers know nothing of this.
 
 fla 0.6 differs from us in three ways: it wants as many key/value heads as query heads, documents of one row marked by
 where they start, and a state for each document.
@@ -9,52 +10,52 @@ where they start, and a state for each document.
 
 import functools
 import importlib
-import importlib.util
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# kernels whose backward fla refuses on Hopper under triton 3.4 to 3.7.0 (flash-linear-attention issue 640)
-REFUSED_ON_HOPPER = ("chunk_simple_gla", "chunk_gated_delta_rule")
-
-
-def fla_operator(module: str, name: str, reference: Tensor) -> Callable | None:
-    """The kernel `module.name`, or None where it cannot serve sequences like `reference` [B, T, ...]."""
-    if not on_device(reference) or reference.element_size() == 8 or reference.shape[1] < 2:
-        return None
-    kernel = _load(module, name)
-    if kernel is None or (name in REFUSED_ON_HOPPER and torch.is_grad_enabled() and _backward_refused()):
-        return None
-    return kernel
+# (name of a kernel, shapes and dtypes) -> whether a first try went through
+_tried: dict[tuple, bool] = {}
 
 
 def run_kernel(
-    kernel: Callable,
+    module: str,
+    name: str,
     q: Tensor,
-    *others: Tensor,
+    others: Callable[[], list[Tensor]],
+    *,
     initial_state: Tensor | None,
     segments: Tensor | None,
+    adapt: Callable[[Callable], Callable] | None = None,
     **keywords,
-) -> tuple[Tensor, Tensor]:
-    """Calls a kernel with heads, documents and states the way it wants them.
+) -> tuple[Tensor, Tensor] | None:
+    """What the kernel `module.name` computes, or None where it cannot serve this call.
 
     Args:
-        q: [B, T, H, K]. others: [B, T, J, ...].
+        q: [B, T, H, K]. others: its further inputs, [B, T, J, ...], made when they are needed.
         initial_state: [B, J, ...], zero when absent.
         segments: [B, T] document number of each token.
+        adapt: makes a kernel that keeps its state otherwise look like the rest.
         keywords: further arguments of the kernel.
 
     Returns:
         output [B, T, H, V], final state [B, J, ...].
     """
     B, T, H, _ = q.shape
-    group, last = H // others[0].shape[2], slice(None)
-    inputs = [q, *(x.repeat_interleave(group, dim=2) for x in others)]
+    kernel = load_kernel(module, name) if on_device(q) and q.element_size() < 8 and T > 1 else None
+    if kernel is None:
+        return None
+    kernel, inputs = adapt(kernel) if adapt else kernel, others()
+    group, last = H // inputs[0].shape[2], slice(None)
+    inputs = [q, *(x.repeat_interleave(group, dim=2) for x in inputs)]
+    if not _works(kernel, name, inputs, keywords):
+        return None
     state = None if initial_state is None else initial_state.repeat_interleave(group, dim=1)
     if segments is not None:
-        keywords["cu_seqlens"], first, last = _documents(segments)
+        keywords["cu_seqlens"], first, last = _documents(segments.expand(B, -1))
         inputs = [x.flatten(0, 1).unsqueeze(0) for x in inputs]
         if state is not None:
             documents = len(keywords["cu_seqlens"]) - 1
@@ -71,24 +72,35 @@ def _documents(segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return bounds, F.pad(of_row[:-1], (1, 0)), of_row - 1
 
 
+def _works(kernel: Callable, name: str, inputs: list[Tensor], keywords: dict) -> bool:
+    """Whether the kernel goes through on two tokens like these, backward included where gradients are wanted."""
+    gradients = torch.is_grad_enabled()
+    key = (name, gradients, *((x.shape[2:], x.dtype, x.device) for x in inputs))
+    if key not in _tried:
+        few = [x[:1, :2].detach().requires_grad_(gradients) for x in inputs]
+        try:
+            output, _ = kernel(*few, output_final_state=True, **keywords)
+            if gradients:
+                output.sum().backward()
+            _tried[key] = True
+        except Exception as error:  # whatever a compiler or a driver comes up with
+            warnings.warn(f"{name} of flash-linear-attention does not run here, PyTorch serves: {error}", stacklevel=2)
+            _tried[key] = False
+    return _tried[key]
+
+
 def on_device(x: Tensor) -> bool:
     return x.is_cuda
 
 
 def fla_available() -> bool:
-    return _load("fla.ops.gla", "chunk_gla") is not None
+    return load_kernel("fla.ops.gla", "chunk_gla") is not None
 
 
 @functools.cache
-def _load(module: str, name: str) -> Callable | None:
+def load_kernel(module: str, name: str) -> Callable | None:
+    """The kernel, or None where it cannot be imported."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception:  # a broken triton raises anything from ImportError to RuntimeError
         return None
-
-
-@functools.cache
-def _backward_refused() -> bool:
-    facts = importlib.import_module("fla.utils")
-    broken = facts.IS_NVIDIA_HOPPER and facts.TRITON_ABOVE_3_4_0 and not facts.TRITON_ABOVE_3_7_1
-    return broken and importlib.util.find_spec("tilelang") is None

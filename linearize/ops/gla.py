@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
-from linearize.ops.dispatch import fla_operator, run_kernel
+from linearize.ops.dispatch import run_kernel
 
 CHUNK = 32
 SUBCHUNK = 4
@@ -97,14 +97,15 @@ def gla(
 
     Autocast does not reach inside: the state stays float32.
     """
-    kernel = fla_operator("fla.ops.gla", "chunk_gla", q)
     keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
     with torch.autocast(q.device.type, enabled=False):
-        if kernel is None:
+        ran = run_kernel(
+            "fla.ops.gla", "chunk_gla", q, lambda: [k.to(q.dtype), v.to(q.dtype), log_decay.float()], **keywords
+        )
+        if ran is None:
             operator = gla_naive if q.shape[1] == 1 else gla_chunked
             return operator(q, k, v, log_decay, **keywords)
-        output, final = run_kernel(kernel, q, k.to(q.dtype), v.to(q.dtype), log_decay.float(), **keywords)
-        return output.to(v.dtype), final
+        return ran[0].to(v.dtype), ran[1]
 
 
 class _ChunkedGLA(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
-from linearize.ops.dispatch import fla_operator, run_kernel
+from linearize.ops.dispatch import run_kernel
 from linearize.ops.gla import gla
 
 SLOT_CHUNK, SLOT_SUBCHUNK = 32, 8
@@ -41,13 +41,19 @@ def gsa(
     Returns:
         output [B, T, H, V] in v's dtype, final state [B, J, M, K + V].
     """
-    kernel = fla_operator("fla.ops.gsa", "chunk_gsa", q)
     keywords = {"initial_state": initial_state, "segments": segments}
-    if kernel is not None:
-        others = (x.to(q.dtype) for x in (k, v, s))
-        with torch.autocast(q.device.type, enabled=False):
-            output, final = run_kernel(_on_one_state(kernel), q, *others, log_decay.float(), scale=1.0, **keywords)
-        return output.to(v.dtype), final
+    with torch.autocast(q.device.type, enabled=False):
+        ran = run_kernel(
+            "fla.ops.gsa",
+            "chunk_gsa",
+            q,
+            lambda: [k.to(q.dtype), v.to(q.dtype), s.to(q.dtype), log_decay.float()],
+            adapt=_on_one_state,
+            scale=1.0,
+            **keywords,
+        )
+    if ran is not None:
+        return ran[0].to(v.dtype), ran[1]
     keys = values = None
     if initial_state is not None:
         keys, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
@@ -59,7 +65,7 @@ def gsa(
 def _on_one_state(kernel):
     """fla keeps keys [K, M] and values [M, V] apart."""
 
-    def run(q, k, v, *gates, initial_state, **keywords):
+    def run(q, k, v, *gates, initial_state=None, **keywords):
         if initial_state is not None:
             keys, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
             initial_state = (keys.transpose(-1, -2), values)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
-from linearize.ops.dispatch import fla_operator, run_kernel
+from linearize.ops.dispatch import run_kernel
 
 SIMPLE_CHUNK = 64
 
@@ -63,14 +63,19 @@ def simple_gla(
 
     Autocast does not reach inside: the state stays float32.
     """
-    kernel = fla_operator("fla.ops.simple_gla", "chunk_simple_gla", q)
     keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    gates = [] if log_decay is None else [log_decay]
     with torch.autocast(q.device.type, enabled=False):
-        if kernel is None:
+        ran = run_kernel(
+            "fla.ops.simple_gla",
+            "chunk_simple_gla",
+            q,
+            lambda: [k.to(q.dtype), v.to(q.dtype), *(g.float() for g in gates)],
+            **keywords,
+        )
+        if ran is None:
             return simple_gla_chunked(q, k, v, log_decay, **keywords)
-        gates = [] if log_decay is None else [log_decay.float()]
-        output, final = run_kernel(kernel, q, k.to(q.dtype), v.to(q.dtype), *gates, **keywords)
-        return output.to(v.dtype), final
+        return ran[0].to(v.dtype), ran[1]
 
 
 class _ChunkedSimpleGLA(torch.autograd.Function):
