@@ -11,6 +11,7 @@ W, because a query reads tokens that are not its own.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from linearize.mixers.registry import mixer_class
 from linearize.mixers.structure import Structure
@@ -43,22 +44,24 @@ class MixtureOfMemories(Structure):
         return (1 + self.memories, *self.inner.state_shape(value_dim))
 
     def _routes(self, x):
-        """Weights of the memories, zero but for the `top` largest: [..., J, K] -> [..., 1 + M], the shared one's is 1."""
+        """[..., J, K] -> weights of the memories, zero but for the `top` largest, and which those are: [..., 1 + M].
+        The shared one comes first, weighs 1 and is always among them."""
         weights = (x.flatten(-2) @ self.router.to(x.dtype).T).softmax(-1)
         chosen = weights.topk(self.top, dim=-1)
         kept = chosen.values / chosen.values.sum(-1, keepdim=True)
         routed = torch.zeros_like(weights).scatter(-1, chosen.indices, kept)
-        return torch.cat([torch.ones_like(routed[..., :1]), routed], dim=-1)
+        among = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, chosen.indices, True)
+        return F.pad(routed, (1, 0), value=1.0), F.pad(among, (1, 0), value=True)
 
     def update(self, state, k, v, *logits):
         updated = [self.inner.update(memory, k, v, *logits) for memory in state.unbind(2)]
-        written = (self._routes(k) > 0).unbind(-1)
+        written = self._routes(k)[1].unbind(-1)
         pairs = zip(written, updated, state.unbind(2))
         return torch.stack([torch.where(w[:, None, None, None], new, old) for w, new, old in pairs], dim=2)
 
     def read(self, before, after, q, k, v):
-        weights = self._routes(q.mean(2)).unbind(-1)
-        written = (self._routes(k) > 0).unbind(-1)
+        weights = self._routes(q.mean(2))[0].unbind(-1)
+        written = self._routes(k)[1].unbind(-1)
         total = 0.0
         for weight, w, old, new in zip(weights, written, before.unbind(2), after.unbind(2)):
             w = w[:, None, None]
@@ -66,8 +69,8 @@ class MixtureOfMemories(Structure):
         return total
 
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        weights = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3))
-        written = self._routes(k) > 0
+        weights, _ = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3))
+        _, written = self._routes(k)
         if write_mask is not None:
             written = written & write_mask[..., None]
         output, states = self.inner(
