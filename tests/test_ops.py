@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from linearize.ops import dispatch
+from linearize.ops.delta_rule import delta_rule_chunked, delta_rule_naive
 from linearize.ops.gla import gla, gla_chunked, gla_naive
+from linearize.ops.simple_gla import simple_gla_chunked
 from linearize.ops.window import window_attention, window_attention_naive
 
 LENGTHS = (1, 63, 64, 65, 500)
@@ -133,6 +135,37 @@ def test_gla_any_shape(T, B, J, G, K, V, documents, seed):
     keywords = {"initial_state": initial, "segments": segments}
     assert_same_with_gradients(
         lambda: gla_chunked(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial]
+    )
+
+
+@pytest.mark.parametrize("T", LENGTHS[:-1])
+@pytest.mark.parametrize("gated", [False, True])
+def test_simple_gla_chunked_equals_naive(T, gated):
+    (q, k, v, log_decay), initial, segments = gla_inputs(T, documents=True)
+    log_decay = log_decay[..., 0] if gated else torch.zeros_like(log_decay[..., 0])
+    keywords = {"scale": 0.7, "initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: simple_gla_chunked(q, k, v, log_decay if gated else None, **keywords),
+        lambda: gla_naive(q, k, v, log_decay.unsqueeze(-1).expand_as(k), **keywords),
+        [q, k, v, log_decay if gated else None, initial],
+    )
+
+
+@pytest.mark.parametrize("T", LENGTHS[:-1])
+@pytest.mark.parametrize(("decay", "erases"), [(None, False), ("head", False), ("channel", False), ("channel", True)])
+def test_delta_rule_chunked_equals_naive(T, decay, erases):
+    (q, k, v, log_decay), initial, segments = gla_inputs(T, documents=True)
+    k = F.normalize(k, dim=-1)
+    beta, erase = torch.rand_like(k), F.normalize(k + 0.3 * torch.randn_like(k), dim=-1)
+    gates = [beta if erases else beta[..., :1].contiguous()]
+    gates += {None: [], "head": [log_decay[..., :1].contiguous()], "channel": [log_decay]}[decay]
+    inputs = [x.detach() for x in (q, k, v, *gates)]
+    keywords = {"erase": erase if erases else None, "scale": 0.7, "initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: delta_rule_chunked(*inputs, **keywords),
+        lambda: delta_rule_naive(*inputs, **keywords),
+        [*inputs, keywords["erase"], initial],
+        1e-8,
     )
 
 
