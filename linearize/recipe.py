@@ -152,12 +152,14 @@ def _problems(settings: dict[str, Any], prefix: str) -> list[str]:
         problems.append(
             f"{prefix}mix: got '{mix}'; {name} counts in softmax's own unit, allowed are {', '.join(entry.mixes)}"
         )
-    if not problems and mix == "joint" and not entry.shares_normaliser(settings["mixer_options"]):
+    if problems:
+        return problems
+    if mix == "joint" and not entry.shares_normaliser(settings["mixer_options"]):
         problems.append(
             f"{prefix}mix: {name} can give tokens negative weights or has a norm of its own, so it cannot share a "
             "normaliser (joint); allowed are sum, outside"
         )
-    if settings["gate"] == "learned" and not entry.gated:
+    if settings["gate"] == "learned" and not entry.has_gates(settings["mixer_options"]):
         problems.append(f"{prefix}gate: {name} has no gate to learn; allowed is key")
     return problems
 

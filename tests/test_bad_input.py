@@ -182,6 +182,10 @@ OPTIONS = {
         ["feature_map", "'elo'", "did you mean 'elu'"],
     ),
     "no slots": (["--mixer", "t2r", "--set", "mixer_options.features=0"], ["features", "got 0", "above 0"]),
+    "gate of gateless memories": (
+        ["--mixer", "mom", "--set", "mixer_options.inner=linear", "--set", "gate=learned"],
+        ["gate", "mom", "allowed is key"],
+    ),
     "too many routes": (["--mixer", "mom", "--set", "mixer_options.top=9"], ["top", "got 9", "at most memories, 4"]),
     "layer twice": (["--set", "layers={'0-1': {window: 3}, '1': {window: 4}}"], ["layers.1", "already in '0-1'"]),
     "layer beyond": (["--set", "layers={'7': {window: 3}}"], ["layer 7", "0 to 2"]),

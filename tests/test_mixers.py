@@ -12,6 +12,8 @@ from test_ops import LENGTHS, assert_same_with_gradients
 
 from linearize.mixers.registry import MIXERS, mixer_class
 from linearize.mixers.structure import Site
+from linearize.modeling.branch import LinearHeads
+from linearize.modeling.cache import context_of
 from linearize.modeling.plan import LayerPlan, Plan
 
 # name of the row -> structure, options
@@ -143,6 +145,24 @@ def test_extreme_gates(row, key_scale):
     torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("outlier", [2000.0, 5000.0])
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in ("linear exp", "based")])
+def test_one_channel_far_above_the_rest(row, outlier):
+    """As keys of pretrained models have: float32 stays finite, gradients too, and close to float64."""
+    built = structure(row)
+    (q, k, v), _ = inputs(built, 70, B=1)
+    k[..., 3] += outlier
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        tensors = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        output, state = structure(row, dtype=dtype)(*tensors)
+        gradients = torch.autograd.grad(output.sum() + state.sum(), tensors)
+        results.append([output.double(), *(x.double() for x in gradients)])
+    for wanted, got in zip(*results):
+        assert got.isfinite().all()
+        assert (got - wanted).abs().max() <= 1e-2 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("row", GATED)
 def test_gate_offsets(row):
     built = structure(row)
@@ -190,6 +210,24 @@ def test_any_shape(data):
     wanted, wanted_state = built.naive(*sequence, **keywords)
     torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(got_state, wanted_state, rtol=1e-7, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MIXERS)
+def test_bf16_inputs_are_computed_in_float32(name):
+    """The branch of a bfloat16 model: the numbers of a float32 one, rounded at the end; its state stays float32."""
+    heads = LinearHeads(LayerPlan((), mixer=name, window=9, mix="sum"), Site((0, 1), 2, 2, 8, 1, 4), 32)
+    heads.window_enabled = False
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 70, count, 8).bfloat16() for count in (4, 2, 2))
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
+        context = context_of(k_, v_, k_, sinks=0, padding_mask=None, segments=None)
+        results.append(heads(q_, q_, context, scale=0.3, state=None))
+    (output, state), (wanted, wanted_state) = results
+    assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert torch.equal(output, wanted.bfloat16()) and torch.equal(state, wanted_state)
 
 
 LOUD = {"outside": {"log_mass": 0.0, "branch_scale": 0.5}}
@@ -251,6 +289,25 @@ def test_a_learned_gate_starts_as_the_key(name):
     assert torch.equal(*logits)
     added = [p.numel() for n, p in student.named_parameters() if "gate_projection" in n]
     assert len(added) == 3 and all(added)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in MIXERS.items() if entry.gated])
+def test_every_gate_can_be_learned(name):
+    """Decays and write strengths (the delta rule's beta) alike: each has a part of the projection, which moves it."""
+    layers = (LayerPlan((), mixer=name, window=9, mix="sum", gate="learned"),) * 3
+    student = tiny_student(Plan("llama", layers), tiny_base())
+    student(torch.randint(2, 300, (1, 40))).logits.square().sum().backward()
+    heads = student.model.layers[0].self_attn.mixer
+    widths = [heads.structure.site.head_dim if gate == "channel" else 1 for gate in heads.structure.gates]
+    for part in heads.gate_projection.grad.unflatten(0, (3, -1)).split(widths, dim=1):
+        assert part.abs().amax((0, 2)).min() > 0
+
+
+def test_what_a_memory_inside_mom_can_do():
+    for inner in MIXERS["mom"].options["inner"]:
+        options = {"inner": inner}
+        assert MIXERS["mom"].has_gates(options) == MIXERS[inner].has_gates({})
+        assert MIXERS["mom"].shares_normaliser(options) == MIXERS[inner].shares_normaliser({})
 
 
 @torch.no_grad()

@@ -1,12 +1,17 @@
 """Every fast operator against its naive twin: values and gradients, odd lengths, states, documents, extreme gates."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from linearize.ops import dispatch
+from linearize.ops.delta_rule import delta_rule_chunked, delta_rule_naive
 from linearize.ops.gla import gla, gla_chunked, gla_naive
+from linearize.ops.simple_gla import simple_gla_chunked
 from linearize.ops.window import window_attention, window_attention_naive
 
 LENGTHS = (1, 63, 64, 65, 500)
@@ -131,6 +136,115 @@ def test_gla_any_shape(T, B, J, G, K, V, documents, seed):
     assert_same_with_gradients(
         lambda: gla_chunked(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial]
     )
+
+
+@pytest.mark.parametrize("T", LENGTHS[:-1])
+@pytest.mark.parametrize("gated", [False, True])
+def test_simple_gla_chunked_equals_naive(T, gated):
+    (q, k, v, log_decay), initial, segments = gla_inputs(T, documents=True)
+    log_decay = log_decay[..., 0] if gated else torch.zeros_like(log_decay[..., 0])
+    keywords = {"scale": 0.7, "initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: simple_gla_chunked(q, k, v, log_decay if gated else None, **keywords),
+        lambda: gla_naive(q, k, v, log_decay.unsqueeze(-1).expand_as(k), **keywords),
+        [q, k, v, log_decay if gated else None, initial],
+    )
+
+
+@pytest.mark.parametrize("T", LENGTHS[:-1])
+@pytest.mark.parametrize(("decay", "erases"), [(None, False), ("head", False), ("channel", False), ("channel", True)])
+def test_delta_rule_chunked_equals_naive(T, decay, erases):
+    (q, k, v, log_decay), initial, segments = gla_inputs(T, documents=True)
+    k = F.normalize(k, dim=-1)
+    beta, erase = torch.rand_like(k), F.normalize(k + 0.3 * torch.randn_like(k), dim=-1)
+    gates = [beta if erases else beta[..., :1].contiguous()]
+    gates += {None: [], "head": [log_decay[..., :1].contiguous()], "channel": [log_decay]}[decay]
+    inputs = [x.detach() for x in (q, k, v, *gates)]
+    keywords = {"erase": erase if erases else None, "scale": 0.7, "initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: delta_rule_chunked(*inputs, **keywords),
+        lambda: delta_rule_naive(*inputs, **keywords),
+        [*inputs, keywords["erase"], initial],
+        1e-8,
+    )
+
+
+def kernel_like_fla(q, k, v, g, *, scale, initial_state=None, output_final_state=False, cu_seqlens=None):
+    """The contract of fla's operators: as many heads everywhere, documents in one row, a float32 state for each."""
+    assert q.shape == k.shape == g.shape and v.shape[:3] == q.shape[:3] and output_final_state
+    rows = zip(*(x.unbind(0) for x in (q, k, v, g)))
+    if cu_seqlens is not None:
+        assert q.shape[0] == 1
+        pairs = list(itertools.pairwise(cu_seqlens.tolist()))
+        rows = [[x[0, start:end] for x in (q, k, v, g)] for start, end in pairs]
+    outputs, finals = [], []
+    for i, row in enumerate(rows):
+        state = None if initial_state is None else initial_state[i : i + 1]
+        output, final = gla_naive(*(x[None] for x in row), scale=scale, initial_state=state)
+        outputs.append(output)
+        finals.append(final)
+    return torch.cat(outputs, dim=0 if cu_seqlens is None else 1), torch.cat(finals)
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """serving(kernel) lets it serve every call of `gla`."""
+
+    def serve(kernel):
+        monkeypatch.setattr(dispatch, "on_device", lambda x: True)
+        monkeypatch.setattr(dispatch, "load_kernel", lambda module, name: kernel)
+        monkeypatch.setattr(dispatch, "_tried", {})
+
+    return serve
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+def test_kernels_are_called_as_they_want_to_be(state, documents, serving):
+    calls = []
+    serving(lambda *inputs, **keywords: calls.append(1) or kernel_like_fla(*inputs, **keywords))
+    inputs, initial, segments = gla_inputs(60, B=3, V=9, dtype=torch.float32, state=state, documents=documents)
+    keywords = {"scale": 0.7, "initial_state": initial, "segments": segments}
+    assert_same_with_gradients(
+        lambda: gla(*inputs, **keywords), lambda: gla_naive(*inputs, **keywords), [*inputs, initial], 1e-4
+    )
+    assert len(calls) == 2  # the first on two tokens, to see whether it works
+
+
+def test_a_kernel_that_refuses_its_backward_does_not_serve(serving):
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("incorrect results on Hopper")
+
+    lengths = []
+
+    def kernel(q, *others, **keywords):
+        lengths.append(q.shape[1])
+        output, state = kernel_like_fla(q, *others, **keywords)
+        return Refusing.apply(output), state
+
+    serving(kernel)
+    inputs, _, _ = gla_inputs(60, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="chunk_gla .* incorrect results on Hopper"):
+        got, _ = gla(*inputs)
+    torch.testing.assert_close(got, gla_chunked(*inputs)[0])
+    gla(*inputs)
+    assert lengths == [2]
+    with torch.no_grad():  # without a backward it does
+        gla(*inputs)
+    assert lengths == [2, 2, 60]
+
+
+def test_kernels_serve_neither_float64_nor_single_tokens(serving):
+    serving(None)
+    inputs, _, _ = gla_inputs(5)
+    for sequence in (inputs, [x[:, :1].float() for x in inputs]):
+        assert dispatch.run_kernel("m", "n", sequence[0], list, initial_state=None, segments=None) is None
 
 
 def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=True, seed=0):

@@ -51,7 +51,7 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
                 "name": name,
                 "summary": entry.summary,
                 "mixes": "sum, outside" + (", joint" if entry.shares_normaliser({}) else ""),
-                "gates": "key, learned" if entry.gated else "none",
+                "gates": "key, learned" if entry.has_gates({}) else "none",
                 "options": entry.defaults(),
                 "source": entry.source,
             }

@@ -37,5 +37,5 @@ class DeltaNet(Structure):
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
         (logits,) = self.gate_logits(k, offset)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        (write,) = hold(write_mask, self.largest_beta * logits.sigmoid() * k)
-        return delta_rule(q, write, v, k, initial_state=initial_state, segments=segments)
+        (beta,) = hold(write_mask, self.largest_beta * logits.sigmoid())
+        return delta_rule(q, k, v, beta, initial_state=initial_state, segments=segments)

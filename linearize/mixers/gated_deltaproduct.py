@@ -72,9 +72,9 @@ class GatedDeltaProduct(Structure):
         keys, values, betas = self._parts(k, v, beta_logits)
         # a token becomes `steps` tokens: the first decays, the last is read
         first = F.pad(torch.ones_like(decay_logits).unsqueeze(2), (0, 0, 0, 0, 0, self.steps - 1))
-        writes, decays = hold(write_mask, betas * keys, log_decay.unsqueeze(2) * first)
+        betas, decays = hold(write_mask, betas, log_decay.unsqueeze(2) * first)
         queries = F.pad(F.normalize(q, dim=-1).unsqueeze(2), (0, 0, 0, 0, self.steps - 1, 0))
-        spread = (x.flatten(1, 2) for x in (queries, writes, values, keys, decays))
+        spread = (x.flatten(1, 2) for x in (queries, keys, values, betas, decays))
         if segments is not None:
             segments = segments.repeat_interleave(self.steps, dim=1)
         output, state = delta_rule(*spread, initial_state=initial_state, segments=segments)

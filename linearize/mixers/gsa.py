@@ -11,8 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from linearize.mixers.structure import Structure, hold, outer, read_state
-from linearize.ops.gla import gla
-from linearize.ops.gsa import slot_scores
+from linearize.ops.gsa import gsa
 
 
 class GatedSlotAttention(Structure):
@@ -44,9 +43,4 @@ class GatedSlotAttention(Structure):
         (logits,) = self.gate_logits(k, offset)
         log_decay = F.logsigmoid(logits) / self.gate_logit_normalizer
         slots, log_decay = hold(write_mask, -torch.expm1(log_decay), log_decay)
-        keys = values = None
-        if initial_state is not None:
-            keys, values = initial_state.split([self.site.head_dim, v.shape[-1]], dim=-1)
-        scores, keys = slot_scores(q, k, slots, log_decay, initial_state=keys, segments=segments)
-        output, values = gla(scores.softmax(-1), slots, v, log_decay, initial_state=values, segments=segments)
-        return output, torch.cat([keys, values], dim=-1)
+        return gsa(q, k, v, slots, log_decay, initial_state=initial_state, segments=segments)

@@ -39,5 +39,5 @@ class KimiDeltaAttention(Structure):
         decay_logits, beta_logits = self.gate_logits(k, offset)
         log_decay = F.logsigmoid(decay_logits) / self.gate_logit_normalizer
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        write, log_decay = hold(write_mask, beta_logits.sigmoid() * k, log_decay)
-        return delta_rule(q, write, v, k, log_decay, initial_state=initial_state, segments=segments)
+        beta, log_decay = hold(write_mask, beta_logits.sigmoid(), log_decay)
+        return delta_rule(q, k, v, beta, log_decay, initial_state=initial_state, segments=segments)

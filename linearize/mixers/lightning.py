@@ -3,8 +3,8 @@
     log lambda_h = -2^(-8 (h + 1) / heads) (1 - layer / layers),  S_t = lambda_h S_{t-1} + silu(k_t) v_t^T,
     o_t = RMSNorm(S_t^T silu(q_t))
 
-Source: Lightning Attention-2, arXiv 2401.04658, equation 6, with the slopes of TransNormerLLM, arXiv 2307.14995,
-section 3.2.1 (ALiBi's, scaled by layer) and the activation of MiniMax-01, arXiv 2501.08313, section 2.2.
+Source: Lightning Attention-2, arXiv 2401.04658, equation 6, with the slopes (ALiBi's, scaled by layer) and the
+activation of MiniMax-01's released code (arXiv 2501.08313, section 2.2); no layer is left without any decay.
 """
 
 import torch

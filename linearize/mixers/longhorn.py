@@ -29,6 +29,10 @@ class Longhorn(Structure):
         return read_state(after, q)
 
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        step = self._step(k, *self.gate_logits(k, offset))
-        write, log_decay = hold(write_mask, step * k, torch.log1p(-step * k.square()))
+        (logits,) = self.gate_logits(k, offset)
+        strength, square = logits.sigmoid(), k.square()
+        # 1 - d k^2 = (1 + b (|k|^2 - k^2)) / (1 + b |k|^2), which no rounding makes zero
+        total = square.sum(-1, keepdim=True)
+        log_decay = torch.log1p(strength * (total - square).clamp(min=0.0)) - torch.log1p(strength * total)
+        write, log_decay = hold(write_mask, self._step(k, logits) * k, log_decay)
         return gla(q, write, v, log_decay, initial_state=initial_state, segments=segments)

@@ -11,6 +11,7 @@ W, because a query reads tokens that are not its own.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from linearize.mixers.registry import mixer_class
 from linearize.mixers.structure import Structure
@@ -43,22 +44,24 @@ class MixtureOfMemories(Structure):
         return (1 + self.memories, *self.inner.state_shape(value_dim))
 
     def _routes(self, x):
-        """Weights of the memories, zero but for the `top` largest: [..., J, K] -> [..., 1 + M], the shared one's is 1."""
+        """[..., J, K] -> weights of the memories, zero but for the `top` largest, and which those are: [..., 1 + M].
+        The shared one comes first, weighs 1 and is always among them."""
         weights = (x.flatten(-2) @ self.router.to(x.dtype).T).softmax(-1)
         chosen = weights.topk(self.top, dim=-1)
         kept = chosen.values / chosen.values.sum(-1, keepdim=True)
         routed = torch.zeros_like(weights).scatter(-1, chosen.indices, kept)
-        return torch.cat([torch.ones_like(routed[..., :1]), routed], dim=-1)
+        among = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, chosen.indices, True)
+        return F.pad(routed, (1, 0), value=1.0), F.pad(among, (1, 0), value=True)
 
     def update(self, state, k, v, *logits):
         updated = [self.inner.update(memory, k, v, *logits) for memory in state.unbind(2)]
-        written = (self._routes(k) > 0).unbind(-1)
+        written = self._routes(k)[1].unbind(-1)
         pairs = zip(written, updated, state.unbind(2))
         return torch.stack([torch.where(w[:, None, None, None], new, old) for w, new, old in pairs], dim=2)
 
     def read(self, before, after, q, k, v):
-        weights = self._routes(q.mean(2)).unbind(-1)
-        written = (self._routes(k) > 0).unbind(-1)
+        weights = self._routes(q.mean(2))[0].unbind(-1)
+        written = self._routes(k)[1].unbind(-1)
         total = 0.0
         for weight, w, old, new in zip(weights, written, before.unbind(2), after.unbind(2)):
             w = w[:, None, None]
@@ -66,13 +69,24 @@ class MixtureOfMemories(Structure):
         return total
 
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        weights = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3)).unbind(-1)
-        written = (self._routes(k) > 0).unbind(-1)
-        starts = [None] * (1 + self.memories) if initial_state is None else initial_state.unbind(2)
-        total, finals = 0.0, []
-        for weight, w, start in zip(weights, written, starts):
-            mask = w if write_mask is None else w & write_mask
-            output, final = self.inner(q, k, v, offset=offset, write_mask=mask, initial_state=start, segments=segments)
-            total = total + weight[..., None, None] * output
-            finals.append(final)
-        return total, torch.stack(finals, dim=2)
+        weights, _ = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3))
+        _, written = self._routes(k)
+        if write_mask is not None:
+            written = written & write_mask[..., None]
+        output, states = self.inner(
+            *(self._to_each(x) for x in (q, k, v)),
+            offset=self._to_each(offset),
+            write_mask=written.movedim(-1, 0).flatten(0, 1),
+            initial_state=None if initial_state is None else initial_state.movedim(2, 0).flatten(0, 1),
+            segments=None if segments is None else self._to_each(segments.expand(q.shape[0], -1)),
+        )
+        read = (self._memories(output) * weights.movedim(-1, 0)[..., None, None]).sum(0)
+        return read, self._memories(states).movedim(0, 2)
+
+    def _to_each(self, x):
+        """The batch once for every memory: [B, ...] -> [(1 + M) B, ...]."""
+        return None if x is None else x.expand(1 + self.memories, *x.shape).flatten(0, 1)
+
+    def _memories(self, x):
+        """[(1 + M) B, ...] -> [1 + M, B, ...]."""
+        return x.unflatten(0, (1 + self.memories, -1))

@@ -14,8 +14,8 @@ class MixerEntry:
         summary, source: what it is and where it is defined.
         options: its settings and their defaults; of a setting with a few allowed values, those, the default first.
         gated: whether it has gates, which the keys drive and a learned gate can correct.
-        positive: whether no token gets a negative weight, so that window and past can share one normaliser. Where it
-            depends on an option, {option: values that make it so}.
+        positive: whether no token gets a negative weight, so that window and past can share one normaliser.
+            Where one of these depends on options, {option: values that make it so}.
         mixes: how it can meet the window, the default first.
     """
 
@@ -23,7 +23,7 @@ class MixerEntry:
     summary: str
     source: str
     options: dict[str, Any] = field(default_factory=dict)
-    gated: bool = True
+    gated: bool | dict[str, tuple] = True
     positive: bool | dict[str, tuple] = False
     mixes: tuple[str, ...] = ("outside", "sum", "joint")
 
@@ -32,10 +32,16 @@ class MixerEntry:
 
     def shares_normaliser(self, options: dict[str, Any]) -> bool:
         """Whether the structure with these options can share a normaliser with the window."""
-        if isinstance(self.positive, bool):
-            return self.positive
+        return self._holds(self.positive, options)
+
+    def has_gates(self, options: dict[str, Any]) -> bool:
+        return self._holds(self.gated, options)
+
+    def _holds(self, fact: bool | dict[str, tuple], options: dict[str, Any]) -> bool:
+        if isinstance(fact, bool):
+            return fact
         chosen = {**self.defaults(), **options}
-        return all(chosen[name] in values for name, values in self.positive.items())
+        return all(chosen[name] in values for name, values in fact.items())
 
 
 def _entry(path: str, summary: str, source: str, **facts) -> MixerEntry:
@@ -47,6 +53,11 @@ POSITIVE_STRUCTURES = ("gla", "gsa", "hgrn2", "linear", "hedgehog", "t2r", "base
 SIGNED_STRUCTURES = (
     "rwkv6", "mamba2", "retention", "mlstm", "retnet", "lightning", "transnormer", "mala", "longhorn", "deltanet",
     "gated_deltanet", "gated_deltaproduct", "kda", "rwkv7",
+)  # fmt: skip
+
+GATED_STRUCTURES = (
+    "gla", "gsa", "hgrn2", "rwkv6", "mamba2", "retention", "mlstm", "longhorn", "deltanet", "gated_deltanet",
+    "gated_deltaproduct", "kda", "rwkv7",
 )  # fmt: skip
 
 MIXERS = {
@@ -72,7 +83,7 @@ MIXERS = {
     "gated_deltaproduct": _entry("gated_deltaproduct:GatedDeltaProduct", "several delta-rule steps a token, decay per head", "DeltaProduct 2502.10297", options={"steps": 2, "gate_logit_normalizer": 1.0}),
     "kda": _entry("kda:KimiDeltaAttention", "delta rule, decay per channel", "Kimi Linear 2510.26692", options={"gate_logit_normalizer": 16.0}),
     "rwkv7": _entry("rwkv7:RWKV7", "generalised delta rule, decay and write strength per channel", "RWKV-7 2503.14456"),
-    "mom": _entry("mom:MixtureOfMemories", "several memories of any other structure, routed", "MoM 2502.13685", options={"inner": POSITIVE_STRUCTURES + SIGNED_STRUCTURES, "memories": 4, "top": 2}, positive={"inner": POSITIVE_STRUCTURES}),
+    "mom": _entry("mom:MixtureOfMemories", "several memories of any other structure, routed", "MoM 2502.13685", options={"inner": POSITIVE_STRUCTURES + SIGNED_STRUCTURES, "memories": 4, "top": 2}, gated={"inner": GATED_STRUCTURES}, positive={"inner": POSITIVE_STRUCTURES}),
 }  # fmt: skip
 
 

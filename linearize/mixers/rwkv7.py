@@ -35,5 +35,5 @@ class RWKV7(Structure):
         log_decay = -FASTEST * decay_logits.sigmoid()
         # a u (u . S) = (a k) ((k / |k|^2 / w) . diag(w) S): the delta rule with an erase key of its own
         erase = k / (k.square().sum(-1, keepdim=True) + SMALLEST_NORM) * (-log_decay).exp()
-        write, log_decay = hold(write_mask, strength_logits.sigmoid() * k, log_decay)
-        return delta_rule(q, write, v, erase, log_decay, initial_state=initial_state, segments=segments)
+        strength, log_decay = hold(write_mask, strength_logits.sigmoid(), log_decay)
+        return delta_rule(q, k, v, strength, log_decay, erase=erase, initial_state=initial_state, segments=segments)

@@ -1,10 +1,10 @@
 """The delta rule with decay, in the form that its relatives share.
 
     S'_t = diag(exp(log_decay_t)) S_{t-1}
-    S_t  = S'_t + k_t (v_t - S'_t^T e_t)^T
+    S_t  = S'_t + (beta_t * k_t) (v_t - S'_t^T e_t)^T
     o_t  = scale * S_t^T q_t
 
-A token erases what the decayed state holds under its erase key e before it writes v under k. With k = beta e it is
+A token erases what the decayed state holds under its erase key e before it writes v under k. With e = k it is
 DeltaNet (arXiv 2406.06484) without decay, Gated DeltaNet (2412.06464, equation 10) with one decay per head and Kimi
 Delta Attention (2510.26692, equation 1) with one per channel; RWKV-7 (2503.14456, equation 16) erases under another
 key than it writes. The chunked form solves for the values that are really written, in the manner of the WY
@@ -12,12 +12,15 @@ representation (2406.06484, section 3.2).
 
 Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G), K key dim, V value
 dim. The state is [B, J, K, V], float32 (float64 for float64 inputs).
+
+`delta_rule_naive` is the definition, `delta_rule_chunked` the fast version; `delta_rule` dispatches.
 """
 
 import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
+from linearize.ops.dispatch import run_kernel
 from linearize.ops.gla import CHUNK, DecayedScores
 
 SCALAR_CHUNK = 64
@@ -27,16 +30,29 @@ def delta_rule_naive(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    e: Tensor,
+    beta: Tensor,
     log_decay: Tensor | None = None,
     *,
+    erase: Tensor | None = None,
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as a loop over tokens. Arguments and results as in `delta_rule`."""
+    """The recurrence as a loop over tokens.
+
+    Args:
+        q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V].
+        beta: [B, T, J, 1], or beside an erase key [B, T, J, K].
+        log_decay: [B, T, J, K] per channel or [B, T, J, 1] per head, at most zero; None forgets nothing.
+        erase: e, [B, T, J, K]; k when absent.
+        initial_state: [B, J, K, V], zero when absent.
+        segments: [B, T] document number of each token; the state is zeroed where it changes.
+
+    Returns:
+        output [B, T, H, V] in v's dtype, final state [B, J, K, V].
+    """
     dtype = state_dtype(q)
-    q_, k_, v_, e_ = (x.to(dtype) for x in (grouped(q, k), k, v, e))
+    q_, k_, v_, beta_, e_ = (x.to(dtype) for x in (grouped(q, k), k, v, beta, k if erase is None else erase))
     (B, T, J, K), V = k.shape, v.shape[-1]
     state = q_.new_zeros(B, J, K, V) if initial_state is None else initial_state.to(dtype)
     outputs = []
@@ -46,47 +62,80 @@ def delta_rule_naive(
         if log_decay is not None:
             state = state * log_decay[:, t].to(dtype).exp().unsqueeze(-1)
         written = v_[:, t] - torch.einsum("bjk,bjkv->bjv", e_[:, t], state)
-        state = state + k_[:, t, :, :, None] * written[:, :, None]
+        state = state + (beta_[:, t] * k_[:, t]).unsqueeze(-1) * written[:, :, None]
         outputs.append(scale * torch.einsum("bjgk,bjkv->bjgv", q_[:, t], state))
     output = torch.stack(outputs, dim=1) if T else q_.new_zeros(B, 0, J, q_.shape[3], V)
     return output.flatten(2, 3).to(v.dtype), state
+
+
+def delta_rule_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    erase: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same function as `delta_rule_naive`, chunk by chunk."""
+    dtype, T, (B, _, J, K), V = state_dtype(q), q.shape[1], k.shape, v.shape[-1]
+    state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    if T == 0:
+        return v.new_zeros(B, 0, q.shape[2], V), state
+    per_channel = log_decay is not None and log_decay.shape[-1] > 1
+    size = CHUNK if per_channel else SCALAR_CHUNK
+    # row 0 of the group erases, the others read
+    rows = torch.cat([(k if erase is None else erase).to(dtype).unsqueeze(3), grouped(q, k).to(dtype) * scale], dim=3)
+    rows, k_, v_ = (chunks(x.to(dtype), size) for x in (rows, beta.to(dtype) * k, v))
+    b = k_.new_zeros(1, 1, 1, size, 1) if log_decay is None else chunks(log_decay.to(dtype), size).cumsum(3)
+    output, final = _delta_chunks(rows, k_, v_, b, state, segment_chunks(segments, size), per_channel)
+    return unchunked(output, T).to(v.dtype), final
 
 
 def delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    e: Tensor,
+    beta: Tensor,
     log_decay: Tensor | None = None,
     *,
+    erase: Tensor | None = None,
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same function as `delta_rule_naive`, chunk by chunk.
+    """The delta rule by the fastest operator available for these inputs. See `delta_rule_naive`.
 
-    Args:
-        q: [B, T, H, K]. k, e: [B, T, J, K]. v: [B, T, J, V].
-        log_decay: [B, T, J, K] per channel or [B, T, J, 1] per head, at most zero; None forgets nothing.
-        initial_state: [B, J, K, V], zero when absent.
-        segments: [B, T] document number of each token; the state is zeroed where it changes.
-
-    Returns:
-        output [B, T, H, V] in v's dtype, final state [B, J, K, V].
+    Autocast does not reach inside: the state stays float32.
     """
-    dtype, T, (B, _, J, K), V = state_dtype(q), q.shape[1], k.shape, v.shape[-1]
+    keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    decay = torch.zeros_like(beta) if log_decay is None else log_decay
     with torch.autocast(q.device.type, enabled=False):
-        state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        if T == 0:
-            return v.new_zeros(B, 0, q.shape[2], V), state
-        per_channel = log_decay is not None and log_decay.shape[-1] > 1
-        size = CHUNK if per_channel else SCALAR_CHUNK
-        # row 0 of the group erases, the others read
-        rows = torch.cat([e.to(dtype).unsqueeze(3), grouped(q, k).to(dtype) * scale], dim=3)
-        rows, k_, v_ = (chunks(x.to(dtype), size) for x in (rows, k, v))
-        b = k_.new_zeros(1, 1, 1, size, 1) if log_decay is None else chunks(log_decay.to(dtype), size).cumsum(3)
-        output, final = _delta_chunks(rows, k_, v_, b, state, segment_chunks(segments, size), per_channel)
-        return unchunked(output, T).to(v.dtype), final
+        if erase is not None:
+            # what this kernel erases it looks up before the decay, under its third key, and takes away under the fourth
+            ran = run_kernel(
+                "fla.ops.generalized_delta_rule",
+                "chunk_dplr_delta_rule",
+                q,
+                lambda: [beta * k, v, -erase * decay.exp(), beta * k, decay.expand_as(k)],
+                **keywords,
+            )
+        elif decay.shape[-1] > 1:
+            ran = run_kernel("fla.ops.kda", "chunk_kda", q, lambda: [k, v, decay, beta.squeeze(-1)], **keywords)
+        else:  # without decay too, since fla's chunk_delta_rule takes no float32
+            ran = run_kernel(
+                "fla.ops.gated_delta_rule",
+                "chunk_gated_delta_rule",
+                q,
+                lambda: [k, v, decay.squeeze(-1), beta.squeeze(-1)],
+                **keywords,
+            )
+        if ran is None:
+            return delta_rule_chunked(q, k, v, beta, log_decay, erase=erase, **keywords)
+        return ran[0].to(v.dtype), ran[1]
 
 
 def _delta_chunks(rows, k, v, b, state, segments, per_channel) -> tuple[Tensor, Tensor]:

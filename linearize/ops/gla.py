@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
-from linearize.ops.dispatch import fla_operator
+from linearize.ops.dispatch import run_kernel
 
 CHUNK = 32
 SUBCHUNK = 4
@@ -97,18 +97,15 @@ def gla(
 
     Autocast does not reach inside: the state stays float32.
     """
-    kernel = fla_operator("fla.ops.gla", "chunk_gla", q) if segments is None and q.shape[1] > 1 else None
-    if kernel is None:
-        operator = gla_naive if q.shape[1] == 1 else gla_chunked
-        with torch.autocast(q.device.type, enabled=False):
-            return operator(q, k, v, log_decay, scale=scale, initial_state=initial_state, segments=segments)
-    group = q.shape[2] // k.shape[2]
-    k_, v_, g_ = (x.repeat_interleave(group, dim=2) for x in (k, v, log_decay.float()))
-    state = None if initial_state is None else initial_state.repeat_interleave(group, dim=1)
-    output, final = kernel(
-        q, k_.to(q.dtype), v_.to(q.dtype), g_, scale=scale, initial_state=state, output_final_state=True
-    )
-    return output.to(v.dtype), final[:, ::group]
+    keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    with torch.autocast(q.device.type, enabled=False):
+        ran = run_kernel(
+            "fla.ops.gla", "chunk_gla", q, lambda: [k.to(q.dtype), v.to(q.dtype), log_decay.float()], **keywords
+        )
+        if ran is None:
+            operator = gla_naive if q.shape[1] == 1 else gla_chunked
+            return operator(q, k, v, log_decay, **keywords)
+        return ran[0].to(v.dtype), ran[1]
 
 
 class _ChunkedGLA(torch.autograd.Function):

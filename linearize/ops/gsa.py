@@ -1,20 +1,78 @@
-"""Writing keys into gated slots and reading them back (first pass of GSA, arXiv 2409.07146, equation 6).
+"""Gated slot attention (GSA, arXiv 2409.07146, equation 6): keys and values written into slots that decay.
 
     K_t = diag(exp(log_decay_t)) K_{t-1} + s_t k_t^T
-    o_t = scale * K_t q_t
+    V_t = diag(exp(log_decay_t)) V_{t-1} + s_t v_t^T
+    o_t = V_t^T softmax(K_t q_t)
 
-The rows of K [M, K] are slots, each with a decay of its own, and the result has one score per slot. The second pass,
-V_t^T softmax(o_t), is gated linear attention over the slots (ops/gla.py).
+The rows of K [M, K] and V [M, V] are slots, each with a decay of its own. The first pass, `slot_scores`, has one score
+per slot and token as its result; the second is gated linear attention over the slots (ops/gla.py).
 
-Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G), K key dim, M slots.
+Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G), K key dim, V value dim, M slots. The state is
+[B, J, M, K + V], both memories, float32 (float64 for float64 inputs).
 """
 
 import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
+from linearize.ops.dispatch import run_kernel
+from linearize.ops.gla import gla
 
 SLOT_CHUNK, SLOT_SUBCHUNK = 32, 8
+
+
+def gsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both passes, by the fastest operator available for these inputs.
+
+    Args:
+        q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V]. s, log_decay: as in `slot_scores`.
+        initial_state: [B, J, M, K + V], zero when absent.
+        segments: [B, T] document number of each token; the state is zeroed where it changes.
+
+    Returns:
+        output [B, T, H, V] in v's dtype, final state [B, J, M, K + V].
+    """
+    keywords = {"initial_state": initial_state, "segments": segments}
+    with torch.autocast(q.device.type, enabled=False):
+        ran = run_kernel(
+            "fla.ops.gsa",
+            "chunk_gsa",
+            q,
+            lambda: [k.to(q.dtype), v.to(q.dtype), s.to(q.dtype), log_decay.float()],
+            adapt=_on_one_state,
+            scale=1.0,
+            **keywords,
+        )
+    if ran is not None:
+        return ran[0].to(v.dtype), ran[1]
+    keys = values = None
+    if initial_state is not None:
+        keys, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
+    scores, keys = slot_scores(q, k, s, log_decay, initial_state=keys, segments=segments)
+    output, values = gla(scores.softmax(-1), s, v, log_decay, initial_state=values, segments=segments)
+    return output, torch.cat([keys, values], dim=-1)
+
+
+def _on_one_state(kernel):
+    """fla keeps keys [K, M] and values [M, V] apart."""
+
+    def run(q, k, v, *gates, initial_state=None, **keywords):
+        if initial_state is not None:
+            keys, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
+            initial_state = (keys.transpose(-1, -2), values)
+        output, (keys, values) = kernel(q, k, v, *gates, initial_state=initial_state, **keywords)
+        return output, torch.cat([keys.transpose(-1, -2), values], dim=-1)
+
+    return run
 
 
 def slot_scores(

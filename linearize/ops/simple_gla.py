@@ -5,18 +5,19 @@
 
 Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G), K key dim, V value
 dim. The state is [B, J, K, V], float32 (float64 for float64 inputs). Its naive twin is `gla_naive` with the decay
-spread over the channels.
+spread over the channels. `simple_gla_chunked` is the fast version; `simple_gla` dispatches.
 """
 
 import torch
 from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
+from linearize.ops.dispatch import run_kernel
 
 SIMPLE_CHUNK = 64
 
 
-def simple_gla(
+def simple_gla_chunked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -38,15 +39,43 @@ def simple_gla(
         output [B, T, H, V] in v's dtype, final state [B, J, K, V].
     """
     dtype, T, (B, _, J, K), V = state_dtype(q), q.shape[1], k.shape, v.shape[-1]
+    state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    if T == 0:
+        return v.new_zeros(B, 0, q.shape[2], V), state
+    q_ = chunks(grouped(q, k).to(dtype) * scale, SIMPLE_CHUNK)
+    k_, v_ = (chunks(x.to(dtype), SIMPLE_CHUNK) for x in (k, v))
+    b = None if log_decay is None else chunks(log_decay.to(dtype), SIMPLE_CHUNK).cumsum(-1)
+    output, final = _ChunkedSimpleGLA.apply(q_, k_, v_, b, state, segment_chunks(segments, SIMPLE_CHUNK))
+    return unchunked(output, T).to(v.dtype), final
+
+
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same by the fastest operator available for these inputs. See `simple_gla_chunked`.
+
+    Autocast does not reach inside: the state stays float32.
+    """
+    keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    gates = [] if log_decay is None else [log_decay]
     with torch.autocast(q.device.type, enabled=False):
-        state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        if T == 0:
-            return v.new_zeros(B, 0, q.shape[2], V), state
-        q_ = chunks(grouped(q, k).to(dtype) * scale, SIMPLE_CHUNK)
-        k_, v_ = (chunks(x.to(dtype), SIMPLE_CHUNK) for x in (k, v))
-        b = None if log_decay is None else chunks(log_decay.to(dtype), SIMPLE_CHUNK).cumsum(-1)
-        output, final = _ChunkedSimpleGLA.apply(q_, k_, v_, b, state, segment_chunks(segments, SIMPLE_CHUNK))
-        return unchunked(output, T).to(v.dtype), final
+        ran = run_kernel(
+            "fla.ops.simple_gla",
+            "chunk_simple_gla",
+            q,
+            lambda: [k.to(q.dtype), v.to(q.dtype), *(g.float() for g in gates)],
+            **keywords,
+        )
+        if ran is None:
+            return simple_gla_chunked(q, k, v, log_decay, **keywords)
+        return ran[0].to(v.dtype), ran[1]
 
 
 class _ChunkedSimpleGLA(torch.autograd.Function):

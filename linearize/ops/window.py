@@ -82,7 +82,8 @@ def window_attention(
     """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
-    C = T if T <= MIN_BLOCK else max(MIN_BLOCK, min(window // 2, T))
+    # fewer queries a block waste fewer scores on keys out of reach; where the scores are not kept, larger ones pay
+    C = min(T, MIN_BLOCK if with_log_sum else max(MIN_BLOCK, window // 2))
     blocks = -(-T // C)
     span = C + window - 1
     # Keys are laid out so that block i sees slots [i C, i C + span): front slots that do not exist are masked.

@@ -29,7 +29,8 @@ def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
             f"\nRecovered with recipe `{done['recipe_name']}` on {done['tokens']:,} tokens of "
             f"{', '.join(done['recipe']['data'])} (loss {done['recipe']['loss']['kind']}).\n"
         )
-    if fitted := manifest.get("calibration"):
+    fitted = manifest.get("calibration")
+    if fitted and fitted["attention_error"]:
         near, far = (
             sum(pair[i] for pair in fitted["attention_error"].values()) / len(fitted["attention_error"]) for i in (0, 1)
         )

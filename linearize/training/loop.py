@@ -86,9 +86,11 @@ def train(
     base_rates = [group["lr"] for group in groups]
     trainable = [value for value in distiller.parameters() if value.requires_grad]
     saved = states(work)
-    done = 0
+    done = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    if done >= leg.before + leg.steps:
+        return []
     if saved:
-        done = load_state(saved[-1], distiller, optimizers, accelerator.device, leg.before)["step"]
+        load_state(saved[-1], distiller, optimizers, accelerator.device, leg.before)
         _truncate_metrics(work / "metrics.jsonl", done)
     done = max(done - leg.before, 0)
     # what matches attentions goes backward layer by layer, which a wrapper would not expect
