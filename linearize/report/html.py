@@ -3,9 +3,9 @@
 import html
 from typing import Any
 
-from linearize.report.markdown import efficiency_rows, how_measured, metric_cells, metric_head
+from linearize.report.markdown import efficiency_rows, how_measured, letter_rows, metric_cells, metric_head
 from linearize.report.plots import plots_of, svg
-from linearize.report.results import BASE, STUDENT, WINDOW, Results
+from linearize.report.results import MODELS, Results
 
 STYLE = """
 :root { color-scheme: light; }
@@ -44,13 +44,16 @@ def render_html(results: Results) -> str:
         f'<figure id="{plot.name}" aria-label="{_text(plot.title)}">{svg(plot)}</figure>' for plot in plots_of(results)
     ]
     parts += ["<h2>Pictures</h2>", f'<div class="plots">{"".join(pictures)}</div>']
+    for name, rows in results.tables.items():
+        if name.startswith("letters@"):
+            parts += [f"<h2>Letters chosen: {_text(name.removeprefix('letters@'))}</h2>", _table(*letter_rows(rows))]
     if "efficiency" in results.tables:
-        parts += ["<h2>Efficiency</h2>", _table(*efficiency_rows(results))]
+        parts += ["<h2>Efficiency</h2>", _table(*efficiency_rows(results.tables["efficiency"]))]
     if "samples" in results.tables:
         parts.append("<h2>Samples</h2>")
         for row in results.tables["samples"]:
             texts = "".join(
-                f"<p><b>{name}</b></p><pre>{_text(row[name])}</pre>" for name in (BASE, STUDENT, WINDOW) if name in row
+                f"<p><b>{MODELS[name]}</b></p><pre>{_text(row[name])}</pre>" for name in MODELS if name in row
             )
             parts.append(f"<details><summary>{_text(row['prompt'])}</summary>{texts}</details>")
     parts += ["<h2>How it was measured</h2><ul>", *(f"<li>{_text(line)}</li>" for line in how_measured(results))]
