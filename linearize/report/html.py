@@ -9,14 +9,16 @@ from linearize.report.results import MODELS, Results
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #1a1a1a; background: #fff; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .banner { padding: .75rem 1rem; border-radius: .5rem; font-weight: 600; color: #fff; }
 .passed { background: #1c7c3c; } .failed { background: #b3261e; } .neutral { background: #4a5568; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; vertical-align: bottom; min-width: 4.5rem; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+li { overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; }
 details { margin: .5rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }

@@ -101,7 +101,7 @@ def how_measured(results: Results) -> list[str]:
 
 
 def summary_table(results: Results) -> str:
-    """One row a metric, one column a model, then ratio, recovery and paired difference of the student."""
+    """One row a metric: base, student, its ratio, recovery and paired difference, then the other models."""
     return table(metric_head(results), [metric_cells(results, metric) for metric in results.metrics])
 
 
@@ -116,32 +116,28 @@ def append_summary(path: Path, results: Results) -> None:
         file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
 
 
-def _shown_models(results: Results) -> list[str]:
-    return [model for model in MODELS if any(model in metric.values for metric in results.metrics)]
+def _other_models(results: Results) -> list[str]:
+    measured = {model for metric in results.metrics for model in metric.values}
+    return [model for model in MODELS if model in measured and model not in (BASE, STUDENT)]
 
 
 def metric_head(results: Results) -> list[str]:
-    return [
-        "metric",
-        *(MODELS[m] for m in _shown_models(results)),
-        "ratio",
-        "recovery",
-        "over chance",
-        "difference",
-        "p",
-    ]
+    others = [MODELS[model] for model in _other_models(results)]
+    return ["metric", BASE, STUDENT, "ratio", "recovery", "over chance", "difference", "p", *others]
 
 
 def metric_cells(results: Results, metric: Metric) -> list[str]:
     """The row of one metric under `metric_head`."""
     return [
         metric.name + (" ↓" if metric.better == "lower" else " ↑"),
-        *(_value(metric, model) for model in _shown_models(results)),
+        _value(metric, BASE),
+        _value(metric, STUDENT),
         _number(metric.ratio.get(STUDENT) if BASE in metric.values else None),
         _number(metric.recovery),
         _number(metric.recovery_over_chance),
         f"{metric.difference.mean:+.4f} ± {_number(metric.difference.error)}" if metric.difference else "–",
         _number(metric.p_value),
+        *(_value(metric, model) for model in _other_models(results)),
     ]
 
 

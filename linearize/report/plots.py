@@ -32,7 +32,8 @@ COLOURS = {
     UNIFORM: "#2e9e6b",
     CONTROL: "#8a6d3b",
 }
-SIZE = (6.4, 3.8)
+# small, so that labels can be read when the page is as wide as a phone
+SIZE = (4.6, 3.6)
 MIB = 2**20
 
 
@@ -158,18 +159,24 @@ def draw(plot: Plot):
             axes.bar(left, ys, width, label=label, color=plot.colours[label])
         axes.set_xticks(range(len(plot.ticks)), plot.ticks)
         axes.grid(alpha=0.25, axis="y")
-        axes.legend(fontsize=8)
     else:
-        for label, (xs, ys, errors) in plot.lines.items():
+        for number, (label, (xs, ys, errors)) in enumerate(plot.lines.items()):
             known = [0.0 if e is None or math.isnan(e) else e for e in errors]
-            axes.errorbar(xs, ys, yerr=known, label=label, color=plot.colours[label], marker="o", ms=4, capsize=2)
+            # base and student come first and lie on top
+            style = {"color": plot.colours[label], "marker": "o", "ms": 4, "capsize": 2, "zorder": 20 - number}
+            axes.errorbar(xs, ys, yerr=known, label=label, **style)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_minor_formatter("")
         if plot.log_y:
             axes.set_yscale("log")
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(lambda y, _: f"{y:g}")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
+    if plot.grid is None:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    axes.set(xlabel=plot.x, ylabel=plot.y)
+    axes.set_title(plot.title, fontsize=10)
     return figure
 
 
