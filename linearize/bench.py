@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from linearize.evaluation.lab import Lab
 from linearize.mixers.registry import MIXERS, mixer_class
 from linearize.mixers.structure import Site
 from linearize.modeling.cache import CACHE_NAME
+from linearize.report.results import STUDENT, Findings
 
 
 def bench_structures(
@@ -115,6 +117,19 @@ def bench_model(
             rows.append(row)
             progress(f"efficiency at {length} tokens: student {row['student_prefill_tokens_per_second']:.0f} tokens/s")
     return rows
+
+
+def measure_efficiency(lab: Lab, lengths: tuple[int, ...]) -> Findings:
+    """`bench_model` of an evaluation's student, with the crossover lengths in words."""
+    rows = lab.measure([STUDENT], lambda name, model: bench_model(model, lengths, progress=lab.progress))[STUDENT]
+    return Findings(tables={"efficiency": rows}, notes=tuple(crossovers(rows)))
+
+
+def crossovers(rows: list[dict[str, Any]]) -> list[str]:
+    """Of prefill and decode; nothing from a single length."""
+    if len(rows) < 2:
+        return []
+    return [f"{what}: {crossover(rows, f'{what}_tokens_per_second')}" for what in ("prefill", "decode")]
 
 
 def crossover(rows: list[dict[str, Any]], figure: str) -> str:

@@ -1,5 +1,7 @@
 """Where to compute and in what precision."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +33,23 @@ def compute_dtype(precision: str) -> Any:
     if precision == "auto":
         precision = "bf16" if bf16_is_fast() else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can still be taken on a device, within the limits of a container."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = [1024 * int(fields["MemAvailable"].split()[0])]
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and limit.read_text().strip() != "max":
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free)
 
 
 def keep_freed_memory() -> None:

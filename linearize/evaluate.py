@@ -1,126 +1,39 @@
 """Evaluation: student beside base, on the same tokens, with the baselines that would embarrass it.
 
-1. Read the text; refuse what is too short, and gates on what will not be measured.
-2. Load the base's weights under the student's plan (base, untrained conversion and window + sinks in one instance) and
-   the student.
+1. Read the text and the tasks; refuse what is too short or missing, and gates on what will not be measured.
+2. Say how the weights are loaded: the base's under the student's plan (base, untrained conversion and window + sinks in one
+   instance), the student, and the baselines asked for; all at once or in turns, as memory allows.
 3. Run the stages, one after the other; finished ones are kept beside the report and reused after an interruption.
 4. Fold the findings into one Results, judge the gates, write results.json and its renderings.
 """
 
+import contextlib
 import math
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.checkpoint.source import Source
 from linearize.checkpoint.writing import write_json, write_text
 from linearize.convert import versions
-from linearize.errors import ConfigError, LinearizeError, nearest
+from linearize.errors import ConfigError
+from linearize.evaluation.suite import Suite, within_positions
 from linearize.report.card import add_evaluation
 from linearize.report.gates import check_gates, evaluate_gates, expand_gates, read_older, regression_gates
 from linearize.report.markdown import render_markdown
-from linearize.report.results import (
-    BASE,
-    BRANCH_OFF,
-    SCHEMA_VERSION,
-    STUDENT,
-    UNTRAINED,
-    WINDOW,
-    WINDOW_OFF,
-    Findings,
-    Results,
-    make_metric,
-)
+from linearize.report.results import CONTROL, SCHEMA_VERSION, STUDENT, UNIFORM, Findings, Results
 
 UNFINISHED = ".stages"
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What to measure. Empty tuples and zeros leave a part out.
-
-    Attributes:
-        lengths: windows for perplexity; at most `max_tokens` of text each.
-        recall, associative: distances; `recall_rows` rows each. passkey: context lengths; `passkey_rows` each depth.
-        tasks: names of lm-evaluation-harness, from `tasks_dir` if given, `task_limit` items each.
-        generation: new tokens for every health prompt. efficiency: context lengths.
-        branch: whether to measure the recurrent branch's share and the model with its window off.
-        parity: whether to hold cached, padded, batched and reloaded logits against each other.
-    """
-
-    data: tuple[str, ...] = ("sample-eval",)
-    lengths: tuple[int, ...] = (512, 2048)
-    recall: tuple[int, ...] = (64, 256, 1024)
-    associative: tuple[int, ...] = ()
-    passkey: tuple[int, ...] = ()
-    tasks: tuple[str, ...] = ()
-    tasks_dir: str | None = None
-    task_limit: int | None = None
-    generation: int = 0
-    efficiency: tuple[int, ...] = ()
-    branch: bool = False
-    parity: bool = False
-    max_tokens: int = 16384
-    recall_rows: int = 8
-    passkey_rows: int = 2
-    text_field: str = "text"
-    seed: int = 0
-
-    def metric_names(self) -> list[str]:
-        """The metrics that will certainly be measured; a task's are known when it has run."""
-        names = [
-            f"{kind}@{length}" for length in self.lengths for kind in ("perplexity", "bits_per_byte", "kl", "agreement")
-        ]
-        for kind in ("recall", "associative", "passkey"):
-            names += [f"{kind}@{distance}" for distance in getattr(self, kind)]
-        if self.generation:
-            names += ["repetition", "distinct2", "length", "stopped"]
-        return names
-
-
-SUITES = {
-    "quick": Suite(
-        max_tokens=4096, recall_rows=3, associative=(1024,), passkey=(512,), passkey_rows=1, generation=24,
-        efficiency=(512, 2048), branch=True, parity=True,
-    ),
-    "standard": Suite(
-        lengths=(512, 2048, 8192), recall=(64, 256, 1024, 4096), associative=(64, 256, 1024, 4096),
-        passkey=(1024, 4096), generation=128, efficiency=(512, 2048, 8192), branch=True, parity=True, max_tokens=32768,
-    ),
-    "full": Suite(
-        lengths=(512, 1024, 2048, 4096, 8192, 16384, 32768), recall=(64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-        associative=(64, 256, 1024, 4096, 16384), passkey=(1024, 4096, 16384), passkey_rows=4, generation=256,
-        efficiency=(512, 2048, 8192, 32768), branch=True, parity=True, max_tokens=131072, recall_rows=16,
-    ),
-}  # fmt: skip
-
-
-def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
-    """A named suite with the given settings on top, cut down to the parts of `only`."""
-    if name not in SUITES:
-        raise ConfigError(f"--suite: got '{name}', allowed are {', '.join(SUITES)}{nearest(name, SUITES)}")
-    for key in ("max_tokens", "recall_rows"):
-        if changes.get(key) is not None and changes[key] < 1:
-            raise ConfigError(f"--{key.replace('_', '-')}: got {changes[key]}, allowed are numbers of at least 1")
-    suite = replace(SUITES[name], **{key: value for key, value in changes.items() if value is not None})
-    if only is None:
-        return suite
-    parts = {"perplexity": "lengths"}
-    parts |= {
-        key: key
-        for key in ("recall", "associative", "passkey", "tasks", "generation", "efficiency", "branch", "parity")
-    }
-    wanted = [part.strip() for part in only.split(",")]
-    for part in wanted:
-        if part not in parts:
-            raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
-    empty = {field.name: type(getattr(suite, field.name))() for field in fields(suite)}
-    return replace(suite, **{key: empty[key] for part, key in parts.items() if part not in wanted})
+# what computing takes beside the weights
+HEADROOM = 1.25
 
 
 def evaluate(
@@ -133,19 +46,25 @@ def evaluate(
     compare: Path | None = None,
     out: Path | None = None,
     precision: str = "auto",
+    hold: str = "auto",
     progress: Callable[[str], None] = print,
 ) -> Results:
     """Measures and, where `out` is given, writes the report there. See the module's list.
 
+    Args:
+        hold: "together" has all weights in memory at once, "in-turn" one set at a time, "auto" what memory allows.
+
     Raises:
-        ConfigError: bad gates, data, base, tasks. LinearizeError: logits that are not finite.
+        ConfigError: bad gates, data, base, tasks, control. LinearizeError: logits that are not finite.
     """
     import torch
 
     from linearize.device import compute_dtype, pick_device
+    from linearize.evaluation.harness import load_tasks
     from linearize.evaluation.lab import Lab
-    from linearize.modeling.loading import load_student, load_tokenizer, load_unconverted, open_base, read_manifest
-    from linearize.modeling.plan import Plan
+    from linearize.evaluation.letters import read_items
+    from linearize.modeling.loading import load_tokenizer, open_base, read_manifest
+    from linearize.training.data import data_fingerprint
 
     started = time.monotonic()
     expressions = expand_gates(list(gates or []))
@@ -154,26 +73,31 @@ def evaluate(
     check_gates(expressions, suite.metric_names(), open_ended=bool(suite.tasks))
     older = read_older(compare) if compare else None
     manifest = read_manifest(model)
+    for path in suite.choice:
+        read_items(Path(path), suite.task_limit)
+    tasks = load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None) if suite.tasks else {}
     tokenizer = load_tokenizer(model)
     dtype, device = compute_dtype(precision), pick_device()
-    with open_base(manifest, base) as source:
-        suite, notes = _within_positions(suite, source.read_config())
+    kept = None if out is None else out / UNFINISHED
+    with open_base(manifest, base) as source, _work_folder(kept) as work:
+        suite, notes = within_positions(suite, source.read_config())
+        _require_same_tokenizer(source, tokenizer)
         text = _text_ids(suite, tokenizer)
-        plan = Plan.from_dict(manifest["plan"])
-        reference = load_unconverted(source, plan, dtype=dtype).to(device)
-        student = load_student(model, dtype=dtype).to(device)
-        if reference.config.vocab_size != student.config.vocab_size:
-            raise ConfigError(
-                f"--base: its vocabulary has {reference.config.vocab_size} tokens, the student's "
-                f"{student.config.vocab_size}; their figures cannot be compared"
+        loaders, folders = _weights(model, manifest, source, suite, dtype)
+        together = hold == "together" or (hold == "auto" and _fit(folders, dtype, device))
+        if not together:
+            notes.append(
+                "models took turns in memory; the base's final hidden states waited on disk, in the precision they were "
+                "computed in"
             )
-        lab = Lab(reference, student, tokenizer, text, device, suite.seed, progress)
-        identity = {"student": _fingerprint(model), "base": source.fingerprint(), "dtype": str(dtype)}
-        kept = None if out is None else out / UNFINISHED
+        lab = Lab(loaders, tokenizer, text, device, suite.seed, together, work, progress)
+        identity = {name: _fingerprint(folders[name]) for name in (STUDENT, CONTROL) if name in folders}
+        identity |= {"base": source.fingerprint(), "dtype": str(dtype), "suite": asdict(suite)}
+        identity |= {"data": data_fingerprint([*suite.data, *suite.choice])}
         with torch.no_grad():
             findings = [
-                _kept(kept, name, {**identity, "suite": asdict(suite)}, run, lab, progress)
-                for name, run in _stages(suite, source.fingerprint())
+                _kept(kept, name, identity, run, lab, progress)
+                for name, run in _stages(suite, tasks, source.fingerprint())
             ]
         base_name = source.name
     metrics = tuple(metric for found in findings for metric in found.metrics)
@@ -197,7 +121,8 @@ def evaluate(
         notes=(*notes, *(note for found in findings for note in found.notes)),
     )
     if older is not None:
-        results = replace(results, gates=(*results.gates, *regression_gates(older, results)))
+        regressions, remarks = regression_gates(older, results)
+        results = replace(results, gates=(*results.gates, *regressions), notes=(*results.notes, *remarks))
     if out is not None:
         write_results(results, out)
         if out.resolve() == (model / "eval").resolve():
@@ -221,40 +146,141 @@ def write_results(results: Results, out: Path) -> None:
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
 
-def _stages(suite: Suite, base_fingerprint: str) -> Iterator[tuple[str, Callable]]:
+def _weights(
+    model: Path, manifest: dict[str, Any], source: Source, suite: Suite, dtype
+) -> tuple[dict[str, Callable], dict[str, Path]]:
+    """The sets of weights of an evaluation: functions that load them, and the folders they come from."""
+    from linearize.evaluation.lab import REFERENCE
+    from linearize.modeling.loading import load_student, load_unconverted, read_manifest
+    from linearize.modeling.plan import Plan
+    from linearize.placement import spread_evenly
+
+    plan = Plan.from_dict(manifest["plan"])
+    vocabulary = source.read_config()["vocab_size"]
+    loaders: dict[str, Callable] = {
+        REFERENCE: lambda: load_unconverted(source, plan, dtype=dtype),
+        STUDENT: lambda: _same_vocabulary(load_student(model, dtype=dtype), vocabulary, "the student"),
+    }
+    folders = {REFERENCE: source.folder, STUDENT: model}
+    if suite.uniform:
+        heads = manifest["coverage"]["heads"] // len(plan.layers)
+        kept = [layer.softmax_heads for layer in plan.layers]
+        if sum(map(len, kept)) in (0, len(kept) * heads):
+            raise ConfigError(
+                "--uniform: the student keeps none or all of its heads softmax; there is nothing to spread"
+            )
+        evenly = spread_evenly(sum(map(len, kept)), len(kept), heads)
+        layers = tuple(layer.with_softmax_heads(chosen) for layer, chosen in zip(plan.layers, evenly))
+        uniform = replace(plan, layers=layers)
+        loaders[UNIFORM] = lambda: load_unconverted(source, uniform, dtype=dtype)
+        folders[UNIFORM] = source.folder
+    if suite.control is not None:
+        folder = Path(suite.control)
+        control = read_manifest(folder)
+        if control["base"]["fingerprint"] != manifest["base"]["fingerprint"]:
+            raise ConfigError(
+                f"--control: {folder} comes from another base ({control['base']['name']}) than the student"
+            )
+        if control["coverage"]["heads_converted"]:
+            raise ConfigError(
+                f"--control: {folder} has {control['coverage']['heads_converted']} linear heads; a control is the base "
+                "with the student's recipe (`linearize convert --keep-softmax all`, then `linearize finetune`)"
+            )
+        loaders[CONTROL] = lambda: _same_vocabulary(load_student(folder, dtype=dtype), vocabulary, "the control")
+        folders[CONTROL] = folder
+    return loaders, folders
+
+
+def _same_vocabulary(model, size: int, name: str):
+    if model.config.vocab_size != size:
+        raise ConfigError(
+            f"--base: its vocabulary has {size} tokens, that of {name} {model.config.vocab_size}; their figures cannot be "
+            "compared"
+        )
+    return model
+
+
+def _require_same_tokenizer(source: Source, tokenizer) -> None:
+    """Figures per token mean nothing when two models split text differently."""
+    from transformers import AutoTokenizer
+
+    if not any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    of_base = AutoTokenizer.from_pretrained(source.folder)
+    differing = dict(of_base.get_vocab().items() ^ tokenizer.get_vocab().items())
+    if differing:
+        raise ConfigError(
+            f"--base: its tokenizer differs from the student's in {len(differing)} entries, first "
+            f"{min(differing)!r}; their figures cannot be compared"
+        )
+
+
+def _fit(folders: dict[str, Path], dtype, device: str) -> bool:
+    """Whether all weights and what computing takes beside them have room in memory at once."""
+    from linearize.checkpoint.weights import read_weights
+    from linearize.device import available_memory
+    from linearize.modeling.loading import weights_folder
+
+    parameters = sum(
+        math.prod(info.shape)
+        for folder in folders.values()
+        for info in read_weights(weights_folder(folder)).tensors.values()
+    )
+    return parameters * dtype.itemsize * HEADROOM <= available_memory(device)
+
+
+@contextlib.contextmanager
+def _work_folder(kept: Path | None) -> Iterator[Path]:
+    """Where stages put what has to outlive a model: beside the finished stages, or a temporary folder."""
+    if kept is not None:
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory(prefix="linearize-eval-") as folder:
+            yield Path(folder)
+
+
+def _stages(suite: Suite, tasks: dict[str, Any], base_fingerprint: str) -> Iterator[tuple[str, Callable]]:
     """What the suite asks for, cheap and telling first: (name, function of the lab)."""
-    from linearize.bench import bench_model, crossover
+    from linearize.bench import measure_efficiency
     from linearize.evaluation.branch_use import measure_branch_share
-    from linearize.evaluation.harness import measure_tasks
+    from linearize.evaluation.generation import measure_generation
+    from linearize.evaluation.harness import measure_task
+    from linearize.evaluation.letters import measure_letters
     from linearize.evaluation.parity import measure_parity
+    from linearize.evaluation.passkey import measure_passkey
+    from linearize.evaluation.perplexity import measure_perplexity
+    from linearize.evaluation.recall import measure_recall
 
     if suite.parity:
         yield "parity", measure_parity
     for length in suite.lengths:
-        yield f"perplexity@{length}", lambda lab, n=length: _perplexity(lab, suite, n)
-    for distance in suite.recall:
-        yield f"recall@{distance}", lambda lab, n=distance: _recall(lab, suite, "recall", n)
-    for distance in suite.associative:
-        yield f"associative@{distance}", lambda lab, n=distance: _recall(lab, suite, "associative", n)
+        window_off = suite.branch and length == max(suite.lengths)
+        yield (
+            f"perplexity@{length}",
+            partial(measure_perplexity, length=length, max_tokens=suite.max_tokens, window_off=window_off),
+        )
+    for kind, distances in (("recall", suite.recall), ("associative", suite.associative)):
+        for distance in distances:
+            window_off = suite.branch and kind == "recall" and distance == max(distances)
+            yield (
+                f"{kind}@{distance}",
+                partial(measure_recall, kind=kind, distance=distance, rows=suite.recall_rows, window_off=window_off),
+            )
     for length in suite.passkey:
-        yield f"passkey@{length}", lambda lab, n=length: _passkey(lab, suite, n)
+        yield f"passkey@{length}", partial(measure_passkey, length=length, rows=suite.passkey_rows)
     if suite.branch and suite.lengths:
-        yield "branch", lambda lab: measure_branch_share(lab, max(suite.lengths))
+        yield "branch", partial(measure_branch_share, length=max(suite.lengths))
     if suite.generation:
-        yield "generation", lambda lab: _generation(lab, suite.generation)
-    if suite.tasks:
-        folder = Path(suite.tasks_dir) if suite.tasks_dir else None
-        yield "tasks", lambda lab: measure_tasks(lab, suite.tasks, folder, suite.task_limit, base_fingerprint)
-
-    def efficiency(lab) -> Findings:
-        rows = bench_model(lab.student, suite.efficiency, progress=lab.progress)
-        words = [
-            f"{what}: {crossover(rows, f'{what}_tokens_per_second')}" for what in ("prefill", "decode") if len(rows) > 1
-        ]
-        return Findings(tables={"efficiency": rows}, notes=tuple(words))
-
+        yield "generation", partial(measure_generation, tokens=suite.generation)
+    for path in suite.choice:
+        yield f"choice {path}", partial(measure_letters, path=Path(path), limit=suite.task_limit)
+    for name, task in tasks.items():
+        yield (
+            f"task {name}",
+            partial(measure_task, name=name, task=task, limit=suite.task_limit, base_fingerprint=base_fingerprint),
+        )
     if suite.efficiency:
-        yield "efficiency", efficiency
+        yield "efficiency", partial(measure_efficiency, lengths=suite.efficiency)
 
 
 def _kept(folder: Path | None, name: str, identity: dict, run: Callable, lab, progress) -> Findings:
@@ -277,129 +303,13 @@ def _kept(folder: Path | None, name: str, identity: dict, run: Callable, lab, pr
     return found
 
 
-def _within_positions(suite: Suite, config: dict) -> tuple[Suite, list[str]]:
-    """Leaves out what is longer than the base's positions, and says so."""
-    limit = config.get("max_position_embeddings") or math.inf
-    longest = {
-        "lengths": lambda n: n,
-        "recall": lambda n: 2 * n + 1 if n < 256 else n + 257,
-        "associative": lambda n: n + 129,
-        "passkey": lambda n: n + 8,
-        "efficiency": lambda n: n + 8,
-    }
-    notes, changes = [], {}
-    for name, tokens in longest.items():
-        beyond = [n for n in getattr(suite, name) if tokens(n) > limit]
-        if beyond:
-            changes[name] = tuple(n for n in getattr(suite, name) if n not in beyond)
-            notes.append(f"{name} {', '.join(map(str, beyond))} left out: longer than the base's {limit} positions")
-    return replace(suite, **changes), notes
-
-
-def _perplexity(lab, suite: Suite, length: int) -> Findings:
-    import torch
-
-    from linearize.evaluation.perplexity import WindowScores, position_buckets, score_window, windows_of
-
-    others = [STUDENT, BRANCH_OFF, UNTRAINED, WINDOW] + ([WINDOW_OFF] if suite.branch else [])
-    base, forwards = lab.forwards(BASE)[BASE], lab.forwards(*others)
-    scores = {name: WindowScores() for name in (BASE, *forwards)}
-    windows = windows_of(lab.text, length, suite.max_tokens)
-    for i, window in enumerate(windows):
-        score_window(window[None].to(lab.device), base, forwards, scores)
-        lab.tick(f"perplexity@{length}", i + 1, len(windows))
-    losses = {name: [x.mean().item() for x in score.losses] for name, score in scores.items()}
-    _require_finite(losses, length)
-    counts = [len(lab.tokenizer.decode(window[1:]).encode()) for window in windows]
-    bits = {
-        name: [x.sum().item() / math.log(2) / max(1, count) for x, count in zip(score.losses, counts)]
-        for name, score in scores.items()
-    }
-    metrics = (
-        make_metric(f"perplexity@{length}", "lower", losses, exponentiate=True),
-        make_metric(f"bits_per_byte@{length}", "lower", bits),
-        make_metric(f"kl@{length}", "lower", {name: scores[name].kl for name in forwards}),
-        make_metric(f"agreement@{length}", "higher", {name: scores[name].agreement for name in forwards}),
-    )
-    rows = []
-    stacked = {name: torch.stack(score.losses) for name, score in scores.items()}
-    for start, end in position_buckets(length):
-        # position p is the p-th token after the first
-        means = {name: values[:, start - 1 : end - 1].mean().exp().item() for name, values in stacked.items()}
-        rows.append({"start": start, "end": end, **means})
-    return Findings(metrics=metrics, positions={f"perplexity@{length}": rows})
-
-
-def _recall(lab, suite: Suite, kind: str, distance: int) -> Findings:
-    from linearize.evaluation.recall import accuracy, associative_accuracy, associative_task, recall_task
-
-    make, score = {"recall": (recall_task, accuracy), "associative": (associative_task, associative_accuracy)}[kind]
-    task = make(distance, suite.recall_rows, len(lab.tokenizer), lab.tokenizer.bos_token_id, suite.seed)
-    others = [STUDENT, BRANCH_OFF, UNTRAINED, WINDOW] + ([WINDOW_OFF] if suite.branch else [])
-    forwards = lab.forwards(BASE, *others)
-    units: dict[str, list[float]] = {name: [] for name in forwards}
-    for i, row in enumerate(task.ids):
-        for name, forward in forwards.items():
-            hidden, head = forward(row[None].to(lab.device))
-            units[name].append(score(hidden, head, row.to(lab.device), task.counted))
-        lab.tick(f"{kind}@{distance}", i + 1, len(task.ids))
-    return Findings(metrics=(make_metric(f"{kind}@{distance}", "higher", units),))
-
-
-def _passkey(lab, suite: Suite, length: int) -> Findings:
-    from linearize.evaluation.passkey import DEPTHS, answer_is_right, passkey_task
-
-    units: dict[str, list[float]] = {BASE: [], STUDENT: [], WINDOW: []}
-    rows = []
-    for depth in DEPTHS:
-        task = passkey_task(lab, length, depth, suite.passkey_rows)
-        row: dict[str, Any] = {"length": length, "depth": depth}
-        for name in units:
-            model, mode = lab.modes()[name]
-            with mode():
-                right = [answer_is_right(lab, model, p, a) for p, a in zip(task.prompts, task.answers)]
-            units[name] += right
-            row[name] = sum(right) / len(right)
-        rows.append(row)
-        lab.progress(f"passkey@{length}: depth {depth}")
-    metric = make_metric(f"passkey@{length}", "higher", units, items=True)
-    return Findings(metrics=(metric,), tables={f"passkey@{length}": rows})
-
-
-def _generation(lab, tokens: int) -> Findings:
-    from linearize.evaluation.generation import PROMPTS, health, prompt_ids
-
-    figures: dict[str, dict[str, list[float]]] = {}
-    samples = []
-    for number, prompt in enumerate(PROMPTS):
-        row: dict[str, Any] = {"prompt": prompt}
-        for name in (BASE, STUDENT, WINDOW):
-            model, mode = lab.modes()[name]
-            with mode():
-                produced = lab.greedy(model, prompt_ids(lab, prompt), tokens)
-            for key, value in health(produced, stopped=len(produced) < tokens).items():
-                figures.setdefault(key, {}).setdefault(name, []).append(value)
-            row[name] = lab.tokenizer.decode(produced, skip_special_tokens=True)
-        samples.append(row)
-        lab.tick("generation", number + 1, len(PROMPTS))
-    better = {"repetition": "lower", "distinct2": "higher", "length": "higher", "stopped": "higher"}
-    metrics = tuple(make_metric(key, better[key], units) for key, units in figures.items())
-    return Findings(metrics=metrics, tables={"samples": samples})
-
-
-def _require_finite(losses: dict[str, list[float]], length: int) -> None:
-    for name, values in losses.items():
-        if not all(math.isfinite(value) for value in values):
-            raise LinearizeError(f"{name}: its logits are not finite at {length} tokens; the checkpoint is damaged")
-
-
 def _text_ids(suite: Suite, tokenizer):
     """The evaluation text as one row of token ids, documents joined by an end-of-sequence token."""
     import torch
 
     from linearize.training.data import documents
 
-    longest = max(suite.lengths, default=2)
+    longest = max([2, *suite.lengths, *suite.passkey])
     needed = max(suite.max_tokens, longest)
     ids: list[int] = []
     for name in suite.data:

@@ -13,7 +13,7 @@ the same inputs, is not done again; `finetune` and `eval` resume inside a step.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -53,6 +53,10 @@ class EvalStep(Part):
     tasks: list[str] | None = None
     tasks_dir: str | None = None
     task_limit: int | None = None
+    choice: list[str] | None = None
+    uniform: bool = False
+    control: str | None = None
+    hold: Literal["auto", "together", "in-turn"] = "auto"
     gates: list[str] = []
     min_recovery: float | None = None
     compare: str | None = None
@@ -134,7 +138,8 @@ def run_pipeline(
 
 
 def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str], None]):
-    from linearize.evaluate import choose_suite, evaluate
+    from linearize.evaluate import evaluate
+    from linearize.evaluation.suite import choose_suite
     from linearize.report.markdown import append_summary
 
     suite = choose_suite(
@@ -145,6 +150,9 @@ def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str]
         tasks=tuple(step.tasks) if step.tasks else None,
         tasks_dir=step.tasks_dir,
         task_limit=step.task_limit,
+        choice=tuple(step.choice) if step.choice else None,
+        uniform=step.uniform,
+        control=step.control,
     )
     results = evaluate(
         student,
@@ -153,6 +161,7 @@ def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str]
         min_recovery=step.min_recovery,
         compare=Path(step.compare) if step.compare else None,
         out=out,
+        hold=step.hold,
         progress=progress,
     )
     if step.summary_file:

@@ -60,6 +60,16 @@ def softmax_heads(
     return tuple(tuple(sorted(heads)) for heads in kept)
 
 
+def spread_evenly(count: int, layers: int, key_value_heads: int) -> tuple[tuple[int, ...], ...]:
+    """`count` heads at even distances among all of them, by layer."""
+    total = layers * key_value_heads
+    chosen = [i * total // count for i in range(count)]
+    return tuple(
+        tuple(head for head in range(key_value_heads) if layer * key_value_heads + head in chosen)
+        for layer in range(layers)
+    )
+
+
 def recall_share(spec: str) -> float:
     """SHARE of recall:SHARE, a fraction of one: 12.5% and 0.125 are the same."""
     text = spec.removeprefix("recall:").strip()

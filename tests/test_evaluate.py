@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from transformers import AutoTokenizer
 
 from linearize.convert import convert
 from linearize.errors import ConfigError, LinearizeError
-from linearize.evaluate import Suite, evaluate
+from linearize.evaluate import evaluate
 from linearize.evaluation.perplexity import position_buckets, windows_of
 from linearize.evaluation.recall import accuracy, recall_task
+from linearize.evaluation.suite import Suite
 from linearize.recipe import load_config
-from linearize.report.gates import evaluate_gates, parse_gate
+from linearize.report.gates import evaluate_gates, parse_gate, regression_gates
 from linearize.report.markdown import render_markdown, summary_table
+from linearize.report.plots import plots_of, svg
 from linearize.report.results import BASE, STUDENT, WINDOW, make_metric, mean_and_error
 
 SUITE = Suite(lengths=(32, 64), recall=(8, 40), max_tokens=256, recall_rows=3)
@@ -56,6 +59,13 @@ def test_figures_equal_a_plain_computation(converted):
         value = results.metric("perplexity@64").values[name]
         assert value.n == 4
         assert math.isclose(value.mean, (-log.gather(-1, targets)).mean().exp().item(), rel_tol=1e-5)
+        nats = -log.gather(-1, targets).sum().item()
+        texts = [tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows]
+        for kind, units in (("word", len(" | ".join(texts).split()) - 3), ("byte", len("".join(texts).encode()))):
+            found = results.metric(f"{kind}_perplexity@64").values[name].mean
+            assert math.isclose(found, math.exp(nats / units), rel_tol=1e-4), kind
+        bits = results.metric("bits_per_byte@64").values[name].mean
+        assert math.isclose(2**bits, results.metric("byte_perplexity@64").values[name].mean, rel_tol=1e-9)
     kl = (logs["base"].exp() * (logs["base"] - logs["student"])).sum(-1).mean().item()
     assert math.isclose(results.metric("kl@64").values["student"].mean, kl, rel_tol=1e-4)
     same = (logs["base"].argmax(-1) == logs["student"].argmax(-1)).float().mean().item()
@@ -205,12 +215,85 @@ def test_a_base_that_changed_or_went_is_noticed(converted, base_folder, tmp_path
     assert cli("eval", converted, *FLAGS, "--base", tmp_path / "moved")[0] == 0
 
 
-def test_logits_that_are_not_finite_fail(converted):
+@pytest.mark.parametrize(
+    "suite",
+    [SUITE, replace(SUITE, lengths=()), replace(SUITE, lengths=(), recall=(), generation=2)],
+    ids=["perplexity", "recall", "generation"],
+)
+def test_logits_that_are_not_finite_fail(converted, suite):
     from safetensors.torch import load_file, save_file
 
     path = converted / "model-00002-of-00002.safetensors"
     save_file(
         {k: torch.full_like(v, float("nan")) for k, v in load_file(path).items()}, path, metadata={"format": "pt"}
     )
-    with pytest.raises(LinearizeError, match="not finite"):
-        evaluate(converted, SUITE, progress=quiet)
+    with pytest.raises(LinearizeError, match="student: its logits are not finite"):
+        evaluate(converted, suite, progress=quiet)
+
+
+def test_logits_that_are_not_finite_at_length_only(converted, monkeypatch):
+    from linearize.modeling.branch import LinearHeads
+
+    plain = LinearHeads.forward
+
+    def overflowing(self, q, *arguments, **keywords):
+        output, state = plain(self, q, *arguments, **keywords)
+        return output * (math.nan if q.shape[1] > 40 else 1), state
+
+    monkeypatch.setattr(LinearHeads, "forward", overflowing)
+    for suite in (replace(SUITE, recall=()), replace(SUITE, lengths=())):
+        with pytest.raises(LinearizeError, match="student: its logits are not finite at"):
+            evaluate(converted, suite, progress=quiet)
+
+
+def test_a_base_with_another_tokenizer_is_refused(converted, base_folder, cli):
+    other = base_folder(name="other")
+    path = other / "tokenizer.json"
+    text = path.read_text()
+    assert '"<|user|>"' in text
+    path.write_text(text.replace("<|user|>", "<|human|>"))
+    code, _, err = cli("eval", converted, *FLAGS, "--base", other)
+    assert code == 2 and "tokenizer differs from the student's in 2 entries" in err and "<|human|>" in err
+
+
+def test_what_is_longer_than_the_positions_is_left_out_and_said(converted, cli):
+    flags = ["--lengths", "64,1024", "--recall", "8,300", "--max-tokens", "64", "--only", "perplexity,recall"]
+    code, out, _ = cli("eval", converted, *flags, "--gate", "perplexity@1024<=1e9", "--json")
+    document = json.loads(out)
+    names = {metric["name"] for metric in document["metrics"]}
+    assert "perplexity@64" in names and "recall@8" in names and not names & {"perplexity@1024", "recall@300"}
+    assert "lengths 1024 left out: longer than the base's 512 positions" in document["notes"]
+    assert "recall 300 left out: longer than the base's 512 positions" in document["notes"]
+    # a gate on what was left out is not passed by it
+    assert code == 3 and document["verdict"] == "FAILED: perplexity@1024<=1e9"
+
+
+def test_a_passkey_needs_a_text_as_long_as_its_context(converted, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words only " * 3)
+    with pytest.raises(ConfigError, match="fewer than one window of 200"):
+        evaluate(converted, Suite(data=(str(text),), lengths=(), recall=(), passkey=(200,)), progress=quiet)
+
+
+def test_figures_without_a_spread(converted):
+    """Every unit the same, or a single one: figures, tables, pictures and comparisons say so instead of failing."""
+    flat = make_metric("recall@8", "higher", {name: [0.5, 0.5, 0.5] for name in (BASE, STUDENT, WINDOW)})
+    zero = make_metric("recall@16", "higher", {name: [0.0] * 3 for name in (BASE, STUDENT, WINDOW)}, items=True)
+    single = make_metric("perplexity@8", "lower", {BASE: [1.0], STUDENT: [1.5], WINDOW: [2.0]}, exponentiate=True)
+    assert flat.values[STUDENT].error == 0 and flat.p_value == 1.0 and flat.recovery is None
+    assert zero.ratio[STUDENT] is None and zero.p_value == 1.0
+    assert single.p_value is None and math.isnan(single.values[BASE].error)
+    results = evaluate(converted, replace(SUITE, lengths=(32,), recall=(), max_tokens=32), progress=quiet)
+    results = replace(results, metrics=(flat, zero, single))
+    document = json.loads(json.dumps(results.to_dict(), allow_nan=False))
+    assert document["metrics"][2]["values"]["base"]["error"] is None
+    assert "| recall@8 ↑ | 0.500 ± 0.000 |" in summary_table(results)
+    assert "| recall@16 ↑ | 0.000 ± 0.000 |" in summary_table(results)
+    assert "4.482 ± –" in summary_table(results)
+    for plot in plots_of(results):
+        assert svg(plot).startswith("<svg")
+    older = {"metrics": {"recall@8": {"better": "higher", "value": {"mean": 0.5, "error": 0.0}, "data": ""}}}
+    older |= {"data": results.data, "version": 3, "path": "older.json"}
+    assert [gate.passed for gate in regression_gates(older, results)[0]] == [True]
+    older["metrics"]["recall@8"]["value"]["mean"] = 0.51
+    assert [gate.passed for gate in regression_gates(older, results)[0]] == [False]

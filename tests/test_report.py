@@ -14,9 +14,11 @@ import yaml
 from test_evaluate import FLAGS, SUITE, converted, quiet  # noqa: F401  (a fixture)
 
 from linearize import evaluate as evaluation
-from linearize.evaluate import SUITES, Suite, evaluate
+from linearize.evaluate import evaluate
+from linearize.evaluation import recall
 from linearize.evaluation.generation import health
 from linearize.evaluation.recall import associative_accuracy, associative_task
+from linearize.evaluation.suite import SUITES, Suite
 from linearize.report.html import render_html
 from linearize.report.plots import plots_of
 from linearize.report.results import BASE, STUDENT, json_schema, make_metric
@@ -111,18 +113,18 @@ def test_everything_is_measured_written_and_valid(whole):
 
 def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):  # noqa: F811
     suite, out = replace(SUITE, parity=True), tmp_path / "report"
-    real, calls = evaluation._recall, []
+    real, calls = recall.measure_recall, []
 
-    def stopped(lab, suite, kind, distance):
-        if distance == 40:
+    def stopped(lab, **settings):
+        if settings["distance"] == 40:
             raise KeyboardInterrupt
-        return real(lab, suite, kind, distance)
+        return real(lab, **settings)
 
-    monkeypatch.setattr(evaluation, "_recall", stopped)
+    monkeypatch.setattr(recall, "measure_recall", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluate(converted, suite, out=out, progress=quiet)
     assert not (out / "results.json").exists() and len(list((out / evaluation.UNFINISHED).iterdir())) == 4
-    monkeypatch.setattr(evaluation, "_recall", lambda lab, s, k, d: calls.append(d) or real(lab, s, k, d))
+    monkeypatch.setattr(recall, "measure_recall", lambda lab, **s: calls.append(s["distance"]) or real(lab, **s))
     messages: list[str] = []
     results = evaluate(converted, suite, out=out, progress=messages.append)
     assert calls == [40] and sum("kept from an interrupted run" in m for m in messages) == 4
@@ -174,6 +176,44 @@ def test_gates_from_a_file_and_regressions(converted, cli, tmp_path):  # noqa: F
         assert code == 2 and words in err
     older.write_text("{}")
     assert "is not a results.json" in cli("eval", converted, *flags, "--compare", older)[2]
+
+
+def test_results_of_an_older_schema_are_compared_where_they_mean_the_same(converted, cli, tmp_path):  # noqa: F811
+    from conftest import ROOT
+
+    flags = [*FLAGS, "--only", "perplexity,recall"]
+    now, older = tmp_path / "now", tmp_path / "older.json"
+    assert cli("eval", converted, *flags, "-o", now)[0] == 0
+    document = json.loads((now / "results.json").read_bytes())
+    document["schema_version"] = 1
+    # what the first version did not have
+    for key in ("tables", "checks"):
+        del document[key]
+    document["metrics"] = [m for m in document["metrics"] if not m["name"].startswith(("word_", "byte_"))]
+    for metric in document["metrics"]:
+        for key in ("p_value", "chance", "recovery_over_chance", "data"):
+            del metric[key]
+    older.write_text(json.dumps(document))
+    code, out, err = cli("eval", converted, *flags, "--compare", older, "--json")
+    assert code == 0, err
+    compared = json.loads(out)
+    expressions = [gate["expression"].split()[0] for gate in compared["gates"]]
+    assert "perplexity@64" in expressions and "recall@40" in expressions and "bits_per_byte@64" not in expressions
+    left_out = "not compared, as schema version 1 has them otherwise: bits_per_byte@32, bits_per_byte@64"
+    assert left_out in compared["notes"]
+    for metric in document["metrics"]:
+        if metric["name"] == "recall@8":
+            metric["values"]["student"] = {"mean": 2.0, "error": 0.01, "n": 3}
+    older.write_text(json.dumps(document))
+    code, out, _ = cli("eval", converted, *flags, "--compare", older)
+    assert code == 3 and "FAILED: recall@8 worse than before" in out
+    # a real file of the first version reads, and was measured on other data
+    code, _, err = cli("eval", converted, *flags, "--compare", ROOT / "scripts" / "results" / "wikitext-100k.json")
+    assert code == 2 and "was measured on other data" in err
+    for version in ("soon", None, [3]):
+        older.write_text(json.dumps({**document, "schema_version": version}))
+        code, _, err = cli("eval", converted, *flags, "--compare", older)
+        assert code == 2 and "is not a results.json" in err
 
 
 def test_the_card_carries_the_evaluation_once(converted, cli):  # noqa: F811
@@ -327,6 +367,16 @@ def test_the_page_in_a_browser(whole, tmp_path):
     assert "Verdict: no gates were set; passed 5 parity checks" in dom
     for plot in plots_of(results):
         assert f'id="{plot.name}"' in dom
+
+
+def test_bench_model_is_the_efficiency_part_alone(converted, cli):  # noqa: F811
+    code, out, err = cli("bench", "model", converted, "--lengths", "32,64", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert [row["length"] for row in document["rows"]] == [32, 64] and document["crossover"][0].startswith("prefill: ")
+    assert document["rows"][1]["student_cache_bytes"] < document["rows"][1]["base_cache_bytes"]
+    code, out, _ = cli("bench", "model", converted, "--lengths", "32,64")
+    assert code == 0 and "| 64 |" in out and "decode: " in out
 
 
 def test_suites_grow():

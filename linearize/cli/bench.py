@@ -1,16 +1,18 @@
 """`linearize bench`."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from linearize.cli.help import Command, examples
-from linearize.cli.output import emit, emit_json, whole_numbers
+from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
 
 
 class Target(StrEnum):
     ops = "ops"
+    model = "model"
 
 
 def register(app: typer.Typer) -> None:
@@ -19,27 +21,63 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "linearize bench ops",
             "linearize bench ops --only gla,kda --lengths 2048,8192,32768",
-            "linearize bench ops --heads 32 --dim 128 --json",
+            "linearize bench model linearized/my-model --lengths 512,2048,8192",
         ),
     )(bench)
 
 
 def bench(
-    target: Annotated[Target, typer.Argument(help="What to measure.", show_default=False)],
-    only: Annotated[str | None, typer.Option("--only", help="Structures, with commas between (default: all).")] = None,
+    target: Annotated[Target, typer.Argument(help="ops, or a model beside its base.", show_default=False)],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="model: a linearized folder (default: the newest).", show_default=False),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="ops: structures, with commas between (default: all).")
+    ] = None,
     lengths: Annotated[str, typer.Option("--lengths", help="Sequence lengths, in tokens.")] = "2048,8192",
-    heads: Annotated[int, typer.Option("--heads", min=1, help="Heads of the one layer.")] = 9,
-    dim: Annotated[int, typer.Option("--dim", min=2, help="Dimensions of a head.")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timings of each; the median counts.")] = 5,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="ops: heads of the one layer.")] = 9,
+    dim: Annotated[int, typer.Option("--dim", min=2, help="ops: dimensions of a head.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="ops: timings of each; the median counts.")] = 5,
     json_: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
-    """Time forward + backward of every structure beside softmax attention."""
-    from linearize.bench import bench_structures, structure_names
-    from linearize.device import keep_freed_memory, pick_device
+    """Time every structure, forward + backward, beside softmax attention; or a model's prefill and decode beside its base."""
+    from linearize.device import keep_freed_memory
 
-    names = structure_names(only)
     chosen = whole_numbers("--lengths", lengths, least=1)
     keep_freed_memory()
+    if target is Target.model:
+        _bench_model(folder, chosen, json_)
+    else:
+        _bench_ops(only, chosen, heads, dim, repeats, json_)
+
+
+def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool) -> None:
+    from linearize.bench import bench_model, crossovers
+    from linearize.convert import newest_output
+    from linearize.device import compute_dtype, pick_device
+    from linearize.modeling.loading import load_student
+    from linearize.report.markdown import efficiency_rows, table
+
+    if folder is None:
+        folder = newest_output()
+        note(f"MODEL: {folder} (the newest output)")
+    quiet_libraries()
+    student = load_student(folder, dtype=compute_dtype("auto")).to(pick_device())
+    rows = bench_model(student, lengths, progress=progress_line)
+    if json_:
+        emit_json({"rows": rows, "crossover": crossovers(rows)})
+    else:
+        emit(table(*efficiency_rows(rows)))
+        for line in crossovers(rows):
+            emit(line)
+
+
+def _bench_ops(only: str | None, lengths: tuple[int, ...], heads: int, dim: int, repeats: int, json_: bool) -> None:
+    from linearize.bench import bench_structures, structure_names
+    from linearize.device import pick_device
+
+    names = structure_names(only)
     if not json_:
         emit(f"{'structure':20} {'tokens':>7} {'softmax, ms':>12} {'structure, ms':>14} {'ratio':>6}")
 
@@ -51,7 +89,7 @@ def bench(
             )
 
     rows = bench_structures(
-        names, lengths=chosen, heads=heads, head_dim=dim, repeats=repeats, device=pick_device(), progress=show
+        names, lengths=lengths, heads=heads, head_dim=dim, repeats=repeats, device=pick_device(), progress=show
     )
     if json_:
         emit_json(rows)

@@ -1,5 +1,6 @@
 """`linearize eval`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,12 @@ from linearize.cli.help import Command, examples
 from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
 
 MEASURE, JUDGE, OUTPUT = "What is measured", "Judging", "Output"
+
+
+class Hold(StrEnum):
+    auto = "auto"
+    together = "together"
+    in_turn = "in-turn"
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +53,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--only",
-            help="Parts, with commas: perplexity, recall, associative, passkey, generation, tasks, branch, parity, efficiency.",
+            help="Parts, with commas: perplexity, recall, associative, passkey, choice, tasks, generation, branch, parity, "
+            "efficiency.",
             rich_help_panel=MEASURE,
         ),
     ] = None,
@@ -70,9 +78,41 @@ def evaluate(
     tasks_dir: Annotated[
         Path | None, typer.Option("--tasks-dir", help="Folder of local task files.", rich_help_panel=MEASURE)
     ] = None,
-    task_limit: Annotated[
-        int | None, typer.Option("--task-limit", min=1, help="Items of each task.", rich_help_panel=MEASURE)
+    choice: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--choice",
+            help="Multiple-choice .jsonl (query, choices, gold), answered by letter, options permuted; repeatable.",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option("--task-limit", min=1, help="Items of each task or file.", rich_help_panel=MEASURE)
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            help="Also measure as many softmax heads spread evenly, untrained.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = False,
+    control: Annotated[
+        Path | None,
+        typer.Option(
+            "--control",
+            help="Also measure this folder: the base (converted with --keep-softmax all) finetuned by the same recipe.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    hold: Annotated[
+        Hold,
+        typer.Option(
+            "--hold",
+            help="Base and student in memory together or in turn (auto: what memory allows).",
+            rich_help_panel=MEASURE,
+        ),
+    ] = Hold.auto,
     seed: Annotated[int, typer.Option("--seed", help="Of the recall rows.", rich_help_panel=MEASURE)] = 0,
     min_recovery: Annotated[
         float | None,
@@ -105,8 +145,8 @@ def evaluate(
     """Measure the student beside its base on the same data, with a verdict."""
     from linearize.convert import newest_output
     from linearize.device import keep_freed_memory
-    from linearize.evaluate import choose_suite
     from linearize.evaluate import evaluate as run
+    from linearize.evaluation.suite import choose_suite
     from linearize.report.markdown import append_summary, summary_table
     from linearize.report.results import GATE_FAILED
 
@@ -121,6 +161,9 @@ def evaluate(
         tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else None,
         tasks_dir=str(tasks_dir) if tasks_dir else None,
         task_limit=task_limit,
+        choice=tuple(map(str, choice)) if choice else None,
+        uniform=uniform,
+        control=str(control) if control else None,
         seed=seed,
     )
     if model is None:
@@ -136,6 +179,7 @@ def evaluate(
         min_recovery=min_recovery,
         compare=compare,
         out=out or model / "eval",
+        hold=hold.value,
         progress=progress_line,
     )
     if summary_file:

@@ -1,23 +1,28 @@
 """What the recurrent branch contributes: its share of the norm of every head's output."""
 
 import torch
+from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab
 from linearize.modeling.branch import LinearHeads
-from linearize.report.results import Findings
+from linearize.report.results import STUDENT, Findings
 
 
-@torch.no_grad()
 def measure_branch_share(lab: Lab, length: int) -> Findings:
     """One row a layer: which key/value heads kept softmax, and per query head of the linear ones
     |recurrent part| / (|window part| + |recurrent part|), averaged over the tokens of one window of text."""
+    return lab.measure([STUDENT], lambda name, model: _shares(lab, model, length))[STUDENT]
+
+
+@torch.no_grad()
+def _shares(lab: Lab, model: PreTrainedModel, length: int) -> Findings:
     ids = lab.text[:length][None].to(lab.device)
-    attentions = [attention for _, attention in lab.student.linear_attentions()]
-    branches = [module for module in lab.student.modules() if isinstance(module, LinearHeads)]
+    attentions = [attention for _, attention in model.linear_attentions()]
+    branches = [module for module in model.modules() if isinstance(module, LinearHeads)]
     for branch in branches:
         branch.shares = []
     try:
-        lab.student.base_model(ids, use_cache=False)
+        model.base_model(ids, use_cache=False)
         rows = []
         for number, attention in enumerate(attentions):
             linear = {}

@@ -3,8 +3,10 @@
 import itertools
 
 import torch
+from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab
+from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",
@@ -18,14 +20,41 @@ PROMPTS = (
 )
 
 
+BETTER = {"repetition": "lower", "distinct2": "higher", "length": "higher", "stopped": "higher"}
+
+
+def measure_generation(lab: Lab, tokens: int) -> Findings:
+    """Health of at most `tokens` new tokens after every prompt, and the texts side by side."""
+    prompts = [prompt_ids(lab, prompt) for prompt in PROMPTS]
+
+    def answers(name: str, model: PreTrainedModel) -> list[tuple[list[int], bool]]:
+        lab.progress(f"generation: {name}")
+        return lab.greedy(model, prompts, tokens)
+
+    produced = lab.measure([BASE, STUDENT, WINDOW, UNIFORM, CONTROL], answers)
+    figures = {name: [health(*answer) for answer in found] for name, found in produced.items()}
+    metrics = tuple(
+        make_metric(key, better, {name: [row[key] for row in rows] for name, rows in figures.items()})
+        for key, better in BETTER.items()
+    )
+    samples = [
+        {
+            "prompt": prompt,
+            **{name: lab.tokenizer.decode(found[i][0], skip_special_tokens=True) for name, found in produced.items()},
+        }
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    return Findings(metrics=metrics, tables={"samples": samples})
+
+
 def prompt_ids(lab: Lab, prompt: str) -> torch.Tensor:
-    """[1, T], through the chat template where there is one."""
+    """[T], through the chat template where there is one."""
     if lab.tokenizer.chat_template:
         encoded = lab.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        return encoded["input_ids"].to(lab.device)
-    return lab.tokenizer(prompt, return_tensors="pt").input_ids.to(lab.device)
+        return encoded["input_ids"][0]
+    return lab.tokenizer(prompt, return_tensors="pt").input_ids[0]
 
 
 def health(tokens: list[int], stopped: bool) -> dict[str, float]:

@@ -3,90 +3,119 @@
 The base's answers are kept under its fingerprint, so that a second student of the same base costs half.
 """
 
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.checkpoint.fingerprint import fingerprint_of
+from linearize.checkpoint.source import HUB_SECONDS, hub_answers
 from linearize.checkpoint.writing import write_json
-from linearize.errors import ConfigError
+from linearize.errors import ConfigError, nearest
 from linearize.evaluation.lab import Lab
-from linearize.report.results import BASE, STUDENT, WINDOW, Findings, make_metric
+from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
 
-MODELS = (BASE, STUDENT, WINDOW)
 # what the harness calls its per-item figures; the first that a task has leads
 FIGURES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "f1")
 
 
-def measure_tasks(
-    lab: Lab, tasks: tuple[str, ...], folder: Path | None, limit: int | None, base_fingerprint: str
-) -> Findings:
-    """Every task for base, student and window + sinks.
+def load_tasks(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
+    """The harness's task objects by name, groups opened, with their data: what cannot be had fails here, before a model
+    is loaded.
 
     Raises:
         ConfigError: lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
     manager = _manager(folder)
-    _check_known(tasks, manager, folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            known = ", ".join(manager.all_tasks) if folder else "lm-evaluation-harness's"
+            raise ConfigError(f"--tasks: no task '{name}', allowed are {known}{nearest(name, manager.all_tasks)}")
+    # local and cached data need no hub; only where they are not enough is it asked for
+    with _hub_left_alone(), contextlib.suppress(Exception):
+        return manager.load(list(names))["tasks"]
+    if not hub_answers():
+        raise ConfigError(
+            f"--tasks: the data of {', '.join(names)} are not on this machine, and the hub did not answer within "
+            f"{HUB_SECONDS} s; give task files with local data by --tasks-dir"
+        )
+    try:
+        return manager.load(list(names))["tasks"]
+    except Exception as error:  # the harness and its libraries raise their own
+        raise ConfigError(
+            f"--tasks: {', '.join(names)} cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerprint: str) -> Findings:
+    """One task for base, student, window + sinks and the baselines asked for."""
+    data = fingerprint_of([*itertools.islice(task.eval_docs, limit)])
     key = {
         "base": base_fingerprint,
-        "tasks": sorted(tasks),
-        "files": sha256([p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()]) if folder else None,
+        "task": task.dump_config(),
+        "data": data,
         "limit": limit,
         "seed": lab.seed,
-        "dtype": str(lab.reference.dtype),
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
-    kept = _cache_folder() / f"{fingerprint_of(key)}.json"
-    answers: dict[str, dict[str, Any]] = {}
-    for name in MODELS:
-        if name == BASE and kept.is_file():
-            answers[name] = json.loads(kept.read_bytes())
-            lab.progress("tasks: the base's answers are at hand")
-            continue
-        model, mode = lab.modes()[name]
-        with mode():
-            answers[name] = _run(lab, model, tasks, manager, limit)
-        lab.progress(f"tasks: {name} done")
-        if name == BASE:
+
+    def answers(model_name: str, model) -> dict[str, dict[str, Any]]:
+        kept = _cache_folder() / f"{fingerprint_of({**key, 'dtype': str(model.dtype)})}.json"
+        if model_name == BASE and kept.is_file():
+            lab.progress(f"{name}: the base's answers are at hand")
+            return json.loads(kept.read_bytes())
+        found = _run(lab, model, name, task, limit)
+        lab.progress(f"{name}: {model_name} done")
+        if model_name == BASE:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, answers[name])
+            write_json(kept, found)
+        return found
+
+    found = lab.measure([BASE, STUDENT, WINDOW, UNIFORM, CONTROL], answers)
     metrics = []
-    for figure, record in answers[STUDENT].items():
-        units = {name: answers[name][figure]["units"] for name in MODELS}
+    for figure, record in found[STUDENT].items():
+        units = {model_name: figures[figure]["units"] for model_name, figures in found.items()}
         items = all(value in (0.0, 1.0) for values in units.values() for value in values)
-        metrics.append(make_metric(figure, "higher", units, chance=record["chance"], items=items))
+        metrics.append(
+            make_metric(
+                figure, "higher", units, chance=record["chance"], items=items, data=f"{name} {data[:16]}, limit {limit}"
+            )
+        )
     return Findings(metrics=tuple(metrics))
 
 
-def _run(lab: Lab, model, tasks, manager, limit: int | None) -> dict[str, dict[str, Any]]:
-    """ "<task>_<figure>" -> per-item units in the order of the items, and what guessing scores."""
+def _run(lab: Lab, model, name: str, task, limit: int | None) -> dict[str, dict[str, Any]]:
+    """ "<task>_<figure>" -> per-item units in the order of the items, and what guessing scores.
+
+    A task that reads its answers in several ways (GSM8K: strict and flexible) has a figure for each.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=lab.tokenizer, batch_size=1, backend="causal")
-    try:
-        found = simple_evaluate(
-            model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
-            random_seed=lab.seed, numpy_random_seed=lab.seed, torch_random_seed=lab.seed, fewshot_random_seed=lab.seed,
-        )  # fmt: skip
-    except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"--tasks: {', '.join(tasks)} could not be run ({' '.join(str(error).split())[:200]}); without a hub, give "
-            "task files with local data by --tasks-dir"
-        ) from None
+    found = simple_evaluate(
+        model=wrapped, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True, random_seed=lab.seed,
+        numpy_random_seed=lab.seed, torch_random_seed=lab.seed, fewshot_random_seed=lab.seed,
+    )  # fmt: skip
+    by_filter = defaultdict(list)
+    for sample in sorted(found["samples"][name], key=lambda sample: sample["doc_id"]):
+        by_filter[sample["filter"]].append(sample)
     answers = {}
-    for task, samples in found["samples"].items():
-        samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        figure = next((name for name in FIGURES if isinstance(samples[0].get(name), int | float)), None)
+    for reading, samples in by_filter.items():
+        figure = next((key for key in FIGURES if isinstance(samples[0].get(key), int | float)), None)
         if figure is None:
-            raise ConfigError(f"--tasks: {task} scores none of {', '.join(FIGURES)} item by item")
+            raise ConfigError(f"--tasks: {name} scores none of {', '.join(FIGURES)} item by item")
         choices = [len(sample["arguments"]) for sample in samples]
         chance = sum(1 / n for n in choices) / len(choices) if figure == "acc" and min(choices) > 1 else None
+        title = f"{name}_{figure}" + (f"_{reading}" if len(by_filter) > 1 else "")
         units = [float(sample[figure]) for sample in samples]
-        answers[f"{task}_{figure}"] = {"units": units, "chance": chance}
+        answers[re.sub(r"\W", "_", title)] = {"units": units, "chance": chance}
     return answers
 
 
@@ -102,13 +131,18 @@ def _manager(folder: Path | None):
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def _check_known(tasks: tuple[str, ...], manager, folder: Path | None) -> None:
-    from linearize.errors import nearest
+@contextlib.contextmanager
+def _hub_left_alone() -> Iterator[None]:
+    """Inside, the libraries look at local files and their caches alone, without waiting for a network."""
+    import datasets
+    from huggingface_hub import constants
 
-    for task in tasks:
-        if task not in manager.all_tasks:
-            known = ", ".join(manager.all_tasks) if folder else "lm-evaluation-harness's"
-            raise ConfigError(f"--tasks: no task '{task}', allowed are {known}{nearest(task, manager.all_tasks)}")
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _cache_folder() -> Path:

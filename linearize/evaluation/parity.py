@@ -5,21 +5,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from linearize.checkpoint.writing import check_space
 from linearize.errors import ResourceError
 from linearize.evaluation.lab import Lab
 from linearize.modeling.cache import CACHE_NAME
-from linearize.report.results import Check, Findings
+from linearize.report.results import STUDENT, Check, Findings
 
 TOKENS = 400
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-@torch.no_grad()
 def measure_parity(lab: Lab) -> Findings:
     """Five checks of the student on text longer than its window, where positions allow."""
-    model, limit = lab.student, lab.student.config.max_position_embeddings
+    return lab.measure([STUDENT], lambda name, model: _checks(lab, model))[STUDENT]
+
+
+@torch.no_grad()
+def _checks(lab: Lab, model: PreTrainedModel) -> Findings:
+    limit = model.config.max_position_embeddings
     length = min(TOKENS, lab.text.numel(), limit - 16)
     ids = lab.text[:length][None].to(lab.device)
     other = lab.text[-length:][None].to(lab.device)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab
+from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
 
 DEPTHS = (0.1, 0.5, 0.9)
 ANSWER_TOKENS = 8
@@ -16,7 +18,7 @@ ANSWER_TOKENS = 8
 
 @dataclass(frozen=True)
 class PasskeyTask:
-    """Prompts [1, T] and the digits that answer them."""
+    """Prompts [T] and the digits that answer them."""
 
     prompts: list[Tensor]
     answers: list[str]
@@ -36,11 +38,30 @@ def passkey_task(lab: Lab, length: int, depth: float, rows: int) -> PasskeyTask:
         offset = (row * room) % max(1, lab.text.numel() - room)
         hay = lab.text[offset : offset + room].tolist()
         cut = int(depth * len(hay))
-        prompts.append(torch.tensor([[*start, *hay[:cut], *needle, *hay[cut:], *question]]))
+        prompts.append(torch.tensor([*start, *hay[:cut], *needle, *hay[cut:], *question]))
         answers.append(number)
     return PasskeyTask(prompts, answers)
 
 
-def answer_is_right(lab: Lab, model, prompt: Tensor, answer: str) -> float:
-    """1.0 if a greedy continuation names the number."""
-    return float(answer in lab.tokenizer.decode(lab.greedy(model, prompt, ANSWER_TOKENS)))
+def measure_passkey(lab: Lab, length: int, rows: int) -> Findings:
+    """Share of prompts whose greedy continuation names the number, in all and by depth."""
+    tasks = [passkey_task(lab, length, depth, rows) for depth in DEPTHS]
+    prompts = [prompt for task in tasks for prompt in task.prompts]
+    answers = [answer for task in tasks for answer in task.answers]
+
+    def right(name: str, model: PreTrainedModel) -> list[float]:
+        produced = lab.greedy(model, prompts, ANSWER_TOKENS)
+        lab.progress(f"passkey@{length}: {name}")
+        return [float(answer in lab.tokenizer.decode(ids)) for answer, (ids, _) in zip(answers, produced)]
+
+    units = lab.measure([BASE, STUDENT, WINDOW, UNIFORM, CONTROL], right)
+    table = [
+        {
+            "length": length,
+            "depth": depth,
+            **{name: sum(values[i * rows : (i + 1) * rows]) / rows for name, values in units.items()},
+        }
+        for i, depth in enumerate(DEPTHS)
+    ]
+    metric = make_metric(f"passkey@{length}", "higher", units, items=True)
+    return Findings(metrics=(metric,), tables={f"passkey@{length}": table})

@@ -15,6 +15,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize.evaluation.lab import BATCH_TOKENS, Lab, final_hidden
+from linearize.report.results import (
+    BASE,
+    BRANCH_OFF,
+    CONTROL,
+    STUDENT,
+    UNIFORM,
+    UNTRAINED,
+    WINDOW,
+    WINDOW_OFF,
+    Findings,
+    make_metric,
+)
 
 SPAN = 256
 SKIPPED = 8
@@ -70,3 +85,26 @@ def associative_accuracy(hidden: Tensor, head: Tensor, ids: Tensor, pairs: int) 
     keys = slice(ids.numel() - 2 * pairs, None, 2)
     predicted = (hidden[keys] @ head.T).argmax(-1)
     return (predicted == ids[ids.numel() - 2 * pairs + 1 :: 2]).float().mean().item()
+
+
+KINDS = {"recall": (recall_task, accuracy), "associative": (associative_task, associative_accuracy)}
+
+
+def measure_recall(lab: Lab, kind: str, distance: int, rows: int, *, window_off: bool) -> Findings:
+    """`kind` "recall" or "associative" at one distance, of every model."""
+    make, score = KINDS[kind]
+    task = make(distance, rows, len(lab.tokenizer), lab.tokenizer.bos_token_id, lab.seed)
+
+    def scored(name: str, model: PreTrainedModel) -> list[float]:
+        units = []
+        head = model.get_output_embeddings().weight
+        for batch in task.ids.split(max(1, BATCH_TOKENS // task.ids.shape[1])):
+            ids = batch.to(lab.device)
+            hidden = final_hidden(name, model, ids)
+            units += [score(states, head, row, task.counted) for states, row in zip(hidden, ids)]
+        lab.progress(f"{kind}@{distance}: {name}")
+        return units
+
+    names = [BASE, STUDENT, BRANCH_OFF, UNTRAINED, WINDOW, UNIFORM, CONTROL, *[WINDOW_OFF] * window_off]
+    units = lab.measure(names, scored)
+    return Findings(metrics=(make_metric(f"{kind}@{distance}", "higher", units),))

@@ -56,9 +56,14 @@ def load_student(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer (an adapter-only folder's is its parent's)."""
-    if not (folder / "config.json").is_file():
-        folder = Path(read_manifest(folder)["finetune"]["parent"])
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(weights_folder(folder))
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where a checkpoint's weights lie: its own folder, of an adapter-only one its parent's."""
+    if (folder / "config.json").is_file():
+        return folder
+    return Path(read_manifest(folder)["finetune"]["parent"])
 
 
 @contextlib.contextmanager

@@ -16,6 +16,10 @@ COMPARE = {"<=": float.__le__, ">=": float.__ge__, "<": float.__lt__, ">": float
 FIELDS = ("ratio", "recovery", "recovery_over_chance", "p_value", *MODELS)
 # how many standard errors of the difference count as noise when a release is held against the one before
 NOISE_ERRORS = 2.0
+# schema version -> metrics that have meant something else since
+REDEFINED = {3: ("bits_per_byte", "repetition", "distinct2", "length", "stopped")}
+# what a figure without a spread may differ by on another machine
+ROUNDING = 1e-4
 
 
 def parse_gate(expression: str) -> tuple[str, str, str, float]:
@@ -63,23 +67,29 @@ def read_older(path: Path) -> dict:
     """
     try:
         older = json.loads(path.read_bytes())
-        version = older["schema_version"]
+        version = int(older["schema_version"])
         metrics = {
-            item["name"]: (item["better"], item["values"].get(STUDENT)) for item in older["metrics"]
-        }  # the same in every version so far
+            item["name"]: {
+                "better": item["better"],
+                "value": item["values"].get(STUDENT),
+                "data": item.get("data", ""),  # since version 3; before, and for most, the whole run's
+            }
+            for item in older["metrics"]
+        }
     except OSError:
         raise ConfigError(f"--compare: no file '{path}'") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"--compare: {path} is not a results.json of `linearize eval`") from None
     if version > SCHEMA_VERSION:
         raise ConfigError(
-            f"--compare: {path} has schema version {version}, this linearize reads up to {SCHEMA_VERSION}"
+            f"--compare: {path} has schema version {version}, this linearize reads 1 to {SCHEMA_VERSION}; use a newer one"
         )
-    return {"metrics": metrics, "data": older["data"], "seed": older["seed"], "path": str(path)}
+    return {"metrics": metrics, "data": older["data"], "version": version, "path": str(path)}
 
 
-def regression_gates(older: dict, results: Results) -> tuple[Gate, ...]:
-    """One gate for every metric that both runs have: the student is not worse than before by more than the noise.
+def regression_gates(older: dict, results: Results) -> tuple[tuple[Gate, ...], tuple[str, ...]]:
+    """One gate for every metric that both runs have: the student is not worse than before by more than the noise. And
+    notes on metrics that cannot be held against those of an older schema.
 
     Raises:
         ConfigError: the two were not measured on the same data, or have no metric in common.
@@ -90,20 +100,31 @@ def regression_gates(older: dict, results: Results) -> tuple[Gate, ...]:
                 f"--compare: {older['path']} was measured on other data ({key} {older['data'].get(key)}, here "
                 f"{results.data.get(key)})"
             )
-    gates = []
+    changed = {name for version, names in REDEFINED.items() if version > older["version"] for name in names}
+    gates, left_out = [], []
     for metric in results.metrics:
-        better, before = older["metrics"].get(metric.name, (None, None))
-        now = metric.values.get(STUDENT)
-        if before is None or before["mean"] is None or now is None:
+        before, now = older["metrics"].get(metric.name), metric.values.get(STUDENT)
+        if before is None or now is None or before["value"] is None or before["value"]["mean"] is None:
             continue
-        loss = (now.mean - before["mean"]) * (1 if better == "lower" else -1)
-        errors = [e for e in (now.error, before["error"]) if e is not None and math.isfinite(e)]
-        noise = NOISE_ERRORS * math.hypot(*errors) if errors else 0.0
+        was, data = before["value"], before["data"]
+        if metric.name.partition("@")[0] in changed or (metric.data and not data):
+            left_out.append(metric.name)
+            continue
+        if data != metric.data:
+            raise ConfigError(
+                f"--compare: {metric.name} of {older['path']} was measured on other data ({data}, here {metric.data})"
+            )
+        loss = (now.mean - was["mean"]) * (1 if metric.better == "lower" else -1)
+        errors = [error for error in (now.error, was["error"]) if error is not None and math.isfinite(error)]
+        noise = max(NOISE_ERRORS * math.hypot(*errors), ROUNDING * abs(was["mean"]))
         expression = f"{metric.name} worse than before by <= {noise:.4g}"
         gates.append(Gate(expression, loss, math.isfinite(loss) and loss <= noise))
     if not gates:
         raise ConfigError(f"--compare: {older['path']} and this run have no metric in common")
-    return tuple(gates)
+    notes = ()
+    if left_out:
+        notes = (f"not compared, as schema version {older['version']} has them otherwise: {', '.join(left_out)}",)
+    return tuple(gates), notes
 
 
 def check_gates(expressions: list[str], names: list[str], *, open_ended: bool = False) -> None:

@@ -3,20 +3,22 @@
 import html
 from typing import Any
 
-from linearize.report.markdown import efficiency_rows, how_measured, metric_cells, metric_head
+from linearize.report.markdown import efficiency_rows, how_measured, letter_rows, metric_cells, metric_head
 from linearize.report.plots import plots_of, svg
-from linearize.report.results import BASE, STUDENT, WINDOW, Results
+from linearize.report.results import MODELS, Results
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #1a1a1a; background: #fff; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .banner { padding: .75rem 1rem; border-radius: .5rem; font-weight: 600; color: #fff; }
 .passed { background: #1c7c3c; } .failed { background: #b3261e; } .neutral { background: #4a5568; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th { white-space: normal; vertical-align: bottom; min-width: 4.5rem; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+li { overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; }
 details { margin: .5rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
@@ -44,13 +46,16 @@ def render_html(results: Results) -> str:
         f'<figure id="{plot.name}" aria-label="{_text(plot.title)}">{svg(plot)}</figure>' for plot in plots_of(results)
     ]
     parts += ["<h2>Pictures</h2>", f'<div class="plots">{"".join(pictures)}</div>']
+    for name, rows in results.tables.items():
+        if name.startswith("letters@"):
+            parts += [f"<h2>Letters chosen: {_text(name.removeprefix('letters@'))}</h2>", _table(*letter_rows(rows))]
     if "efficiency" in results.tables:
-        parts += ["<h2>Efficiency</h2>", _table(*efficiency_rows(results))]
+        parts += ["<h2>Efficiency</h2>", _table(*efficiency_rows(results.tables["efficiency"]))]
     if "samples" in results.tables:
         parts.append("<h2>Samples</h2>")
         for row in results.tables["samples"]:
             texts = "".join(
-                f"<p><b>{name}</b></p><pre>{_text(row[name])}</pre>" for name in (BASE, STUDENT, WINDOW) if name in row
+                f"<p><b>{MODELS[name]}</b></p><pre>{_text(row[name])}</pre>" for name in MODELS if name in row
             )
             parts.append(f"<details><summary>{_text(row['prompt'])}</summary>{texts}</details>")
     parts += ["<h2>How it was measured</h2><ul>", *(f"<li>{_text(line)}</li>" for line in how_measured(results))]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from linearize.report.results import BASE, MODELS, STUDENT, Metric, Results
 
@@ -51,6 +52,8 @@ def render_markdown(results: Results) -> str:
             lines.append("|---" * (len(models) + 1) + "|")
             lines += [f"| {row['depth']} | " + " | ".join(_number(row[m]) for m in models) + " |" for row in rows]
             lines.append("")
+        elif name.startswith("letters@"):
+            lines += [f"## Letters chosen: {name.removeprefix('letters@')}", "", table(*letter_rows(rows)), ""]
     if "branch_share" in results.tables:
         lines += [
             "## The recurrent branch's share of the output",
@@ -65,10 +68,7 @@ def render_markdown(results: Results) -> str:
             lines.append(f"| {row['layer']} | {', '.join(map(str, row['softmax_heads'])) or '–'} | {shares or '–'} |")
         lines.append("")
     if "efficiency" in results.tables:
-        head, rows = efficiency_rows(results)
-        lines += ["## Efficiency", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-        lines.append("")
+        lines += ["## Efficiency", "", table(*efficiency_rows(results.tables["efficiency"])), ""]
     lines += ["## Cache of one sequence", "", "| context | base, MiB | student, MiB | ratio |", "|---|---|---|---|"]
     lines += [
         f"| {int(length) // 1024}K | {sizes['base'] / 2**20:,.1f} | {sizes['student'] / 2**20:,.1f} | "
@@ -91,6 +91,7 @@ def how_measured(results: Results) -> list[str]:
     settings = ", ".join(f"{k} {v}" for k, v in results.settings.items() if v not in ("", {}))
     return [
         *(f"{key}: {value}" for key, value in results.data.items()),
+        *(f"{metric.name} on {metric.data}" for metric in results.metrics if metric.data),
         f"heads linear: {results.coverage['heads_converted']} of {results.coverage['heads']}",
         f"settings: {settings}",
         f"seed {results.seed}; {results.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in results.versions.items()),
@@ -100,11 +101,13 @@ def how_measured(results: Results) -> list[str]:
 
 
 def summary_table(results: Results) -> str:
-    """One row a metric, one column a model, then ratio, recovery and paired difference of the student."""
-    head = metric_head(results)
+    """One row a metric: base, student, its ratio, recovery and paired difference, then the other models."""
+    return table(metric_head(results), [metric_cells(results, metric) for metric in results.metrics])
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(metric_cells(results, metric)) + " |" for metric in results.metrics]
-    return "\n".join(lines)
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def append_summary(path: Path, results: Results) -> None:
@@ -113,36 +116,39 @@ def append_summary(path: Path, results: Results) -> None:
         file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
 
 
-def _shown_models(results: Results) -> list[str]:
-    return [model for model in MODELS if any(model in metric.values for metric in results.metrics)]
+def _other_models(results: Results) -> list[str]:
+    measured = {model for metric in results.metrics for model in metric.values}
+    return [model for model in MODELS if model in measured and model not in (BASE, STUDENT)]
 
 
 def metric_head(results: Results) -> list[str]:
-    return [
-        "metric",
-        *(MODELS[m] for m in _shown_models(results)),
-        "ratio",
-        "recovery",
-        "over chance",
-        "difference",
-        "p",
-    ]
+    others = [MODELS[model] for model in _other_models(results)]
+    return ["metric", BASE, STUDENT, "ratio", "recovery", "over chance", "difference", "p", *others]
 
 
 def metric_cells(results: Results, metric: Metric) -> list[str]:
     """The row of one metric under `metric_head`."""
     return [
         metric.name + (" ↓" if metric.better == "lower" else " ↑"),
-        *(_value(metric, model) for model in _shown_models(results)),
+        _value(metric, BASE),
+        _value(metric, STUDENT),
         _number(metric.ratio.get(STUDENT) if BASE in metric.values else None),
         _number(metric.recovery),
         _number(metric.recovery_over_chance),
         f"{metric.difference.mean:+.4f} ± {_number(metric.difference.error)}" if metric.difference else "–",
         _number(metric.p_value),
+        *(_value(metric, model) for model in _other_models(results)),
     ]
 
 
-def efficiency_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+def letter_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: how often each letter was right, and how often each model chose it."""
+    models = [model for model in MODELS if model in rows[0]]
+    head = ["letter", "right", *(MODELS[model] for model in models)]
+    return head, [[row["letter"], *(f"{100 * row[key]:.1f}%" for key in ("right", *models))] for row in rows]
+
+
+def efficiency_rows(measured: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: base beside student at every context length."""
     figures = (
         ("prefill_tokens_per_second", "prefill, tokens/s", 1),
@@ -157,7 +163,7 @@ def efficiency_rows(results: Results) -> tuple[list[str], list[list[str]]]:
             f"{row['length']:,}",
             *(_number(row[f"{name}_{key}"] / unit) for key, _, unit in figures for name in (BASE, STUDENT)),
         ]
-        for row in results.tables["efficiency"]
+        for row in measured
     ]
     return head, rows
 

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.report.results import BASE, BRANCH_OFF, MODELS, STUDENT, UNTRAINED, WINDOW, WINDOW_OFF, Results
+from linearize.report.results import (
+    BASE,
+    BRANCH_OFF,
+    CONTROL,
+    MODELS,
+    STUDENT,
+    UNIFORM,
+    UNTRAINED,
+    WINDOW,
+    WINDOW_OFF,
+    Results,
+)
 
 COLOURS = {
     BASE: "#222222",
@@ -18,17 +29,21 @@ COLOURS = {
     WINDOW_OFF: "#9a6bd6",
     UNTRAINED: "#d98a1f",
     WINDOW: "#c23b3b",
+    UNIFORM: "#2e9e6b",
+    CONTROL: "#8a6d3b",
 }
-SIZE = (6.4, 3.8)
+# small, so that labels can be read when the page is as wide as a phone
+SIZE = (4.6, 3.6)
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture: lines over x, or a map.
+    """One picture: lines over x, bars over names, or a map.
 
     Attributes:
-        lines: label -> (x values, y values, errors). grid: rows of values for a map, None where there is none.
+        lines: label -> (x values, y values, errors). ticks: the names of 0, 1, … on x; the lines are drawn as bars then.
+        grid: rows of values for a map, None where there is none.
         colours: label -> colour.
     """
 
@@ -39,6 +54,7 @@ class Plot:
     lines: dict[str, tuple[list[float], list[float], list[float]]]
     colours: dict[str, str]
     log_y: bool = False
+    ticks: tuple[str, ...] = ()
     grid: list[list[float | None]] | None = None
 
     def rows(self) -> list[list[Any]]:
@@ -76,6 +92,18 @@ def plots_of(results: Results) -> Iterator[Plot]:
                     lines[MODELS[model]] = (distances, [v.mean for v in values], [v.error for v in values])
             colours = {MODELS[model]: COLOURS[model] for model in MODELS}
             yield Plot(f"{kind}-by-distance", f"{title} by distance", "tokens back", "accuracy", lines, colours)
+    for name, rows in results.tables.items():
+        if name.startswith("letters@"):
+            models = [model for model in MODELS if model in rows[0]]
+            places = [float(i) for i in range(len(rows))]
+            none = [math.nan] * len(rows)
+            shares = {"right": [row["right"] for row in rows], **{MODELS[m]: [row[m] for row in rows] for m in models}}
+            yield Plot(
+                name.replace("@", "-"), f"letters chosen: {name.removeprefix('letters@')}", "letter", "share of answers",
+                {label: (places, values, none) for label, values in shares.items()},
+                {"right": "#bbbbbb", **{MODELS[m]: COLOURS[m] for m in models}},
+                ticks=tuple(row["letter"] for row in rows),
+            )  # fmt: skip
     efficiency = results.tables.get("efficiency", [])
     if efficiency:
         lengths = [float(row["length"]) for row in efficiency]
@@ -124,17 +152,31 @@ def draw(plot: Plot):
         palette = matplotlib.colormaps["viridis"].with_extremes(bad="#bbbbbb")
         image = axes.imshow(values, aspect="auto", cmap=palette, vmin=0.0, interpolation="nearest")
         figure.colorbar(image, ax=axes, label="share of the norm")
+    elif plot.ticks:
+        width = 0.8 / len(plot.lines)
+        for number, (label, (xs, ys, _)) in enumerate(plot.lines.items()):
+            left = [x - 0.4 + width * (number + 0.5) for x in xs]
+            axes.bar(left, ys, width, label=label, color=plot.colours[label])
+        axes.set_xticks(range(len(plot.ticks)), plot.ticks)
+        axes.grid(alpha=0.25, axis="y")
     else:
-        for label, (xs, ys, errors) in plot.lines.items():
+        for number, (label, (xs, ys, errors)) in enumerate(plot.lines.items()):
             known = [0.0 if e is None or math.isnan(e) else e for e in errors]
-            axes.errorbar(xs, ys, yerr=known, label=label, color=plot.colours[label], marker="o", ms=4, capsize=2)
+            # base and student come first and lie on top
+            style = {"color": plot.colours[label], "marker": "o", "ms": 4, "capsize": 2, "zorder": 20 - number}
+            axes.errorbar(xs, ys, yerr=known, label=label, **style)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_minor_formatter("")
         if plot.log_y:
             axes.set_yscale("log")
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(lambda y, _: f"{y:g}")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
+    if plot.grid is None:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    axes.set(xlabel=plot.x, ylabel=plot.y)
+    axes.set_title(plot.title, fontsize=10)
     return figure
 
 

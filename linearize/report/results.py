@@ -6,10 +6,10 @@ from typing import Any
 
 from linearize.report.statistics import bootstrap_error, mcnemar, paired_bootstrap
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 GATE_FAILED = 3
 BASE, STUDENT, WINDOW, UNTRAINED, BRANCH_OFF = "base", "student", "window", "untrained", "branch_off"
-WINDOW_OFF = "window_off"
+WINDOW_OFF, UNIFORM, CONTROL = "window_off", "uniform", "control"
 MODELS = {
     BASE: "base",
     STUDENT: "student",
@@ -17,6 +17,8 @@ MODELS = {
     WINDOW_OFF: "student, window off",
     UNTRAINED: "untrained conversion",
     WINDOW: "window + sinks, untrained",
+    UNIFORM: "uniform layout, untrained",
+    CONTROL: "control: base, same recipe",
 }
 
 
@@ -41,6 +43,7 @@ class Metric:
         difference: student minus base paired unit by unit (of log perplexity for perplexities), with its error.
         p_value: of that difference being nothing: exact McNemar for right-or-wrong items, else a paired bootstrap.
         chance: what guessing scores. recovery_over_chance: (student - chance) / (base - chance).
+        data: what it was measured on, with a fingerprint, where that is not the evaluation text of the whole run.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Metric:
     p_value: float | None = None
     chance: float | None = None
     recovery_over_chance: float | None = None
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Results:
     versions: dict[str, str]
     command: str
     notes: tuple[str, ...] = field(default=())
-    # figures without a place among the metrics: efficiency, branch_share, samples
+    # figures without a place among the metrics: efficiency, branch_share, samples, letters@…, passkey@…
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
 
@@ -146,6 +150,7 @@ def make_metric(
     exponentiate: bool = False,
     chance: float | None = None,
     items: bool = False,
+    data: str = "",
 ) -> Metric:
     """A metric from per-unit figures of every model.
 
@@ -170,7 +175,7 @@ def make_metric(
         p_value = mcnemar(units[STUDENT], units[BASE]) if items else paired_bootstrap(pairs)
         if chance is not None and abs(base.mean - chance) > 1e-9:
             over_chance = (student.mean - chance) / (base.mean - chance)
-    return Metric(name, better, values, ratio, _recovery(raw), difference, p_value, chance, over_chance)
+    return Metric(name, better, values, ratio, _recovery(raw), difference, p_value, chance, over_chance, data)
 
 
 def _recovery(raw: dict[str, Value]) -> float | None:
