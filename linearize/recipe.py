@@ -57,11 +57,13 @@ class ConversionConfig(Strict):
     mix_options: Options = {}
     # layers that differ: "0-3,7" -> settings
     layers: dict[str, LayerSettings] = {}
+    # which layers are converted at all: "full" (those without a sliding window of their own), "all" or "0-3,7"
+    convert_layers: str = "full"
     keep_softmax: str = "none"
     scoring: Scoring = Scoring()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
-    @field_validator("keep_softmax", mode="before")
+    @field_validator("keep_softmax", "convert_layers", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
@@ -74,6 +76,11 @@ class ConversionConfig(Strict):
     @model_validator(mode="after")
     def _options_fit(self) -> "ConversionConfig":
         problems = _problems(self.layer_settings({}), "")
+        if self.convert_layers not in ("full", "all"):
+            try:
+                layer_numbers(self.convert_layers)
+            except ValueError as error:
+                problems.append(f"convert_layers: {error}; or full, or all")
         claimed: dict[int, str] = {}
         for spec, changes in self.layers.items():
             problems += _problems(self.layer_settings(changes.model_dump(exclude_none=True)), f"layers.{spec}.")
@@ -167,12 +174,13 @@ class Loss(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters (arXiv 2106.09685) on the named projections of every attention block."""
+    """Low-rank adapters (arXiv 2106.09685) on projections of every attention block."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+    # none named: every projection of the family's attention blocks
+    targets: list[str] | None = Field(default=None, min_length=1)
 
 
 class Optimizer(Strict):

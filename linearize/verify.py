@@ -33,7 +33,7 @@ def verify(folder: Path, base: Path) -> dict[str, Any]:
     """Runs the three checks. Raises VerificationFailure with the first that does not hold."""
     tensors = _check_finite(folder)
     config = AutoConfig.from_pretrained(folder)
-    linear = [layer for layer in config.plan.layers if layer.linear_heads(config.num_key_value_heads)]
+    linear = [layer for layer in config.plan.layers if layer.linear_heads(config.key_value_heads)]
     window = max((layer.window for layer in linear), default=0)
     # beyond the window, so that sinks and recurrent branch take part, and a decode that leaves it again
     length = min(max(window + 24, 48), 600, config.max_position_embeddings)
@@ -97,7 +97,7 @@ def _large(folder: Path) -> bool:
 def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Path) -> float:
     reference = _load(base, offload / "base")(ids, use_cache=False).logits
     config = AutoConfig.from_pretrained(folder)
-    config.linearize = config.plan.keep_all_softmax(config.num_key_value_heads).to_dict()
+    config.linearize = config.plan.keep_all_softmax(config.key_value_heads).to_dict()
     logits = _load(folder, offload / "softmax", config=config)(ids, use_cache=False).logits
     if not logits.isfinite().all():
         raise VerificationFailure("the base model's logits are not finite")

@@ -176,7 +176,7 @@ def _dequantise(path: Path, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from linearize.families.registry import FAMILIES
+    from linearize.families.refused import reason_to_refuse
 
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -189,9 +189,9 @@ def _dequantise(path: Path, folder: Path, dtype: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # the readers raise whatever their parsers do
         raise CheckpointError(f"{path}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from None
-    if model.config.model_type not in FAMILIES:
+    if why := reason_to_refuse(model.config.to_dict()):
         raise UnsupportedModelError(
-            f"{path}: holds a {model.config.model_type} model; supported are {', '.join(FAMILIES)}"
+            f"{path}: holds a {model.config.model_type} model, which cannot be converted: {why}"
         )
     # transformers refuses to save what is still marked as quantised
     model.hf_quantizer = None

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize.modeling.readout import Readout, readout_of
 from linearize.report.results import BASE, BRANCH_OFF, STUDENT, UNTRAINED, WINDOW, WINDOW_OFF
 
-Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor], tuple[Tensor, Readout]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Lab:
         }
 
     def forwards(self, *names: str) -> dict[str, Forward]:
-        """ids [1, T] -> (final hidden states [T, D], output embeddings [C, D]), for the named models."""
+        """ids [1, T] -> (final hidden states [T, D], readout), for the named models."""
         return {name: _forward(*self.modes()[name]) for name in names}
 
     def greedy(self, model: PreTrainedModel, ids: Tensor, tokens: int) -> list[int]:
@@ -64,9 +65,11 @@ class Lab:
 
 
 def _forward(model: PreTrainedModel, mode: Callable) -> Forward:
-    def forward(ids: Tensor) -> tuple[Tensor, Tensor]:
+    readout = readout_of(model)
+
+    def forward(ids: Tensor) -> tuple[Tensor, Readout]:
         with mode():
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        return hidden, model.get_output_embeddings().weight
+        return hidden, readout
 
     return forward

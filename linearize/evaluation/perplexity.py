@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearize.modeling.readout import Readout
+
 CHUNK_TOKENS = 256
 
 
@@ -33,15 +35,15 @@ def windows_of(token_ids: Tensor, length: int, max_tokens: int) -> Tensor:
 
 def score_window(
     ids: Tensor,
-    base: Callable[[Tensor], tuple[Tensor, Tensor]],
-    others: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
+    base: Callable[[Tensor], tuple[Tensor, Readout]],
+    others: dict[str, Callable[[Tensor], tuple[Tensor, Readout]]],
     scores: dict[str, WindowScores],
 ) -> None:
     """Adds one window's figures for the base and every other model.
 
     Args:
         ids: [1, T].
-        base, others: functions from ids to (final hidden states [T, D], output embeddings [C, D]).
+        base, others: functions from ids to (final hidden states [T, D], readout).
     """
     targets = ids[0, 1:]
     base_hidden, base_head = base(ids)
@@ -50,11 +52,11 @@ def score_window(
     kl, same = dict.fromkeys(others, 0.0), dict.fromkeys(others, 0)
     for start in range(0, targets.numel(), CHUNK_TOKENS):
         rows = slice(start, min(start + CHUNK_TOKENS, targets.numel()))
-        base_log = F.log_softmax((base_hidden[rows] @ base_head.T).float(), dim=-1)
+        base_log = F.log_softmax(base_head(base_hidden[rows]), dim=-1)
         base_probs, base_best = base_log.exp(), base_log.argmax(-1)
         losses["base"].append(-base_log.gather(-1, targets[rows, None])[:, 0])
         for name, (hidden, head) in outputs.items():
-            log = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
+            log = F.log_softmax(head(hidden[rows]), dim=-1)
             losses[name].append(-log.gather(-1, targets[rows, None])[:, 0])
             same[name] += (base_best == log.argmax(-1)).sum().item()
             kl[name] += (base_probs * (base_log - log)).sum().item()

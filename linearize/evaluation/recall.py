@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.modeling.readout import Readout
+
 SPAN = 256
 SKIPPED = 8
 
@@ -42,9 +44,9 @@ def recall_task(distance: int, rows: int, vocabulary: int, start_token: int | No
     return RecallTask(distance, torch.cat([start, span, filler, span], dim=1), max(1, span_length - SKIPPED))
 
 
-def accuracy(hidden: Tensor, head: Tensor, ids: Tensor, counted: int) -> float:
+def accuracy(hidden: Tensor, head: Readout, ids: Tensor, counted: int) -> float:
     """Share of the last `counted` tokens of one row predicted exactly. hidden: [T, D]; ids: [T]."""
-    predicted = (hidden[-counted - 1 : -1] @ head.T).argmax(-1)
+    predicted = head(hidden[-counted - 1 : -1]).argmax(-1)
     return (predicted == ids[-counted:]).float().mean().item()
 
 
@@ -65,8 +67,8 @@ def associative_task(distance: int, rows: int, vocabulary: int, start_token: int
     return RecallTask(distance, torch.stack(made), pairs)
 
 
-def associative_accuracy(hidden: Tensor, head: Tensor, ids: Tensor, pairs: int) -> float:
+def associative_accuracy(hidden: Tensor, head: Readout, ids: Tensor, pairs: int) -> float:
     """Share of the last `pairs` values of one row predicted exactly after their keys."""
     keys = slice(ids.numel() - 2 * pairs, None, 2)
-    predicted = (hidden[keys] @ head.T).argmax(-1)
+    predicted = head(hidden[keys]).argmax(-1)
     return (predicted == ids[ids.numel() - 2 * pairs + 1 :: 2]).float().mean().item()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from linearize.checkpoint.source import Source, open_source
 from linearize.errors import CheckpointError, ConfigError, CoverageError
-from linearize.families.registry import FAMILIES
+from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
 from linearize.modeling.plan import Plan
 
@@ -92,7 +92,7 @@ def load_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype) -> PreTr
 
     In softmax mode it is the base model itself, so one instance serves as base and as both baselines.
     """
-    classes = linearized_classes(FAMILIES[plan.base_model_type])
+    classes = linearized_classes(find_family(plan.base_model_type))
     base = AutoConfig.from_pretrained(source.folder).to_dict()
     if base.pop("model_type") != plan.base_model_type:
         raise ConfigError(f"--base: '{source.name}' is not a {plan.base_model_type} model, as the student's base was")

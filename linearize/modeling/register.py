@@ -7,7 +7,7 @@ config is made: by then whatever import was under way has finished.
 
 import sys
 
-from linearize.families.registry import FAMILIES
+from linearize.families.registry import FAMILIES, find_family
 
 
 def register_configs() -> None:
@@ -15,7 +15,7 @@ def register_configs() -> None:
     if not _complete("transformers.models.auto.modeling_auto", "AutoModelForCausalLM"):
         return
     for family in FAMILIES.values():
-        if _complete(f"transformers.models.{family.model_type}.configuration_{family.model_type}", family.config_class):
+        if _complete(family.import_path("configuration"), family.config_class):
             from linearize.modeling.configuration import LinearizedConfig, config_class
 
             LinearizedConfig.on_creation = staticmethod(register_models)
@@ -28,7 +28,7 @@ def register_models(model_type: str) -> None:
     from linearize.modeling.export import write_portable
 
     factory.PORTABLE_WRITER = write_portable
-    factory.linearized_classes(FAMILIES[model_type])
+    factory.linearized_classes(find_family(model_type))
 
 
 def _complete(module: str, last: str) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.errors import ConfigError, nearest
-from linearize.families.registry import FAMILIES
+from linearize.families.registry import find_family
+from linearize.modeling.readout import readout_of
 from linearize.recipe import Lora, Loss, Recipe
 from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
@@ -23,8 +24,9 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
     Raises:
         ConfigError: a target that names no projection of the family's attention blocks.
     """
-    family = FAMILIES[model.config.plan.base_model_type]
-    for target in lora.targets:
+    family = find_family(model.config.plan.base_model_type)
+    targets = lora.targets or list(family.lora_targets)
+    for target in targets:
         if target not in family.lora_targets:
             raise ConfigError(
                 f"lora.targets: got '{target}', allowed are {', '.join(family.lora_targets)}"
@@ -36,12 +38,12 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         # a full match, so that nothing inside the mixers can be hit
-        target_modules=rf".*\.{family.attention_attribute}\.({'|'.join(lora.targets)})",
+        target_modules=rf".*\.{family.attention_attribute}\.({'|'.join(targets)})",
         modules_to_save=["mixer"] if adds_parameters else None,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
-    expected = len(lora.targets) * model.config.num_hidden_layers
+    expected = len(targets) * model.config.num_hidden_layers
     hit = sum(1 for name, _ in adapted.named_modules() if name.endswith(".lora_A"))
     if hit != expected:
         raise ConfigError(f"lora.targets: adapters on {hit} projections, expected {expected}")
@@ -84,12 +86,12 @@ class Distiller(nn.Module):
             weights = (labels != IGNORED).float()
         weights = weights / normaliser
         hidden = _hidden_states(model, batch)
-        head = model.get_output_embeddings().weight
+        head = readout_of(model)
         if self.loss.kind == "ce":
             return chunked_cross_entropy(hidden, head, labels, weights, self.loss.chunk_tokens)
         with torch.no_grad(), self._teaching() as teacher:
             reference = _hidden_states(teacher, batch)
-            teacher_head = teacher.get_output_embeddings().weight
+            teacher_head = readout_of(teacher)
         return chunked_kl(hidden, reference, head, teacher_head, weights, self.loss.chunk_tokens)
 
     def counted(self, batch: Batch) -> int:
