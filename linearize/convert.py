@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.checkpoint.assets import asset_files
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.source import Source, open_source
-from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, Weights, read_weights
+from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, TensorInfo, Weights, has_weights, read_weights
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
 from linearize.errors import CheckpointError, ConfigError, CoverageError, UnsupportedModelError, nearest
 from linearize.families.refused import reason_to_refuse
@@ -52,6 +52,7 @@ class Inspection:
         added: names, shapes of the parameters the conversion adds (float32).
         cache_bytes: context length -> bytes of one sequence's cache, of the base and of the student.
         scores: by layer and key/value head, where heads were chosen by them.
+        from_config: no weights lie beside config.json; `weights` is what they would be.
     """
 
     source: Source
@@ -63,6 +64,7 @@ class Inspection:
     added: dict[str, tuple[int, ...]]
     cache_bytes: dict[int, dict[str, int]]
     scores: tuple[tuple[float, ...], ...] = ()
+    from_config: bool = False
 
     @property
     def state_bytes(self) -> int:
@@ -112,6 +114,8 @@ class Inspection:
             "model": self.source.name,
             "family": self.plan.base_model_type,
             "query_heads_per_key_value_head": group,
+            "experimental": find_family(self.plan.base_model_type).experimental,
+            "from_config_alone": self.from_config,
             "settings": self.settings.model_dump(),
             "coverage": self.coverage(),
             "layers": layers,
@@ -140,8 +144,9 @@ def inspect_source(
         progress: hears of the heads being scored, the one thing here that runs the base model.
     """
     raw = checked_model_type(source)
-    weights = weights or read_weights(source.folder)
     config, family_name = _full_config(source, raw), raw["model_type"]
+    from_config = weights is None and not has_weights(source.folder)
+    weights = weights or (_weights_of_config(source, config) if from_config else read_weights(source.folder))
     scores: list[list[float]] = []
 
     def score() -> list[list[float]]:
@@ -149,8 +154,8 @@ def inspect_source(
         scores.extend(_head_scores(source, config, settings, layers, progress))
         return scores
 
-    plan = make_plan(family_name, config, settings, score)
-    ignored = _check_tensors(source, config, family_name, weights)
+    plan = make_plan(family_name, config, settings, None if from_config else score)
+    ignored = () if from_config else _check_tensors(source, config, family_name, weights)
     added = added_parameters(config, plan)
     dtype = PLAIN_DTYPES.get(next(iter(weights.tensors.values())).dtype, "bfloat16")
     width = BITS[{value: key for key, value in PLAIN_DTYPES.items()}[dtype]] // 8
@@ -164,6 +169,7 @@ def inspect_source(
         added,
         cache_sizes(config, plan, width),
         tuple(map(tuple, scores)),
+        from_config,
     )
 
 
@@ -384,6 +390,18 @@ def _check_tensors(source: Source, config: dict, family_name: str, weights: Weig
     return ignored
 
 
+def _weights_of_config(source: Source, config: dict[str, Any]) -> Weights:
+    """The tensors that a checkpoint with this config.json would hold."""
+    shapes, tied = _expected_tensors(config, config["model_type"])
+    dtype = {name: code for code, name in PLAIN_DTYPES.items()}[str(config.get("dtype") or "bfloat16")]
+    tensors = {
+        name: TensorInfo("", 0, dtype, shape, _product(shape) * BITS[dtype] // 8)
+        for name, shape in shapes.items()
+        if name not in tied
+    }
+    return Weights(source.folder, tensors, ())
+
+
 def _expected_tensors(config: dict, family_name: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Names and shapes of the base model's tensors, and those a checkpoint may leave out because they are tied."""
     import torch
@@ -408,6 +426,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    merge_adapter: bool = False,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Converts `model` into the folder `out` and returns what linearize.json says, with the paths.
@@ -417,7 +436,7 @@ def convert(
     """
     if out is not None:
         check_target(out, overwrite=overwrite)
-    with open_source(model, revision=revision, dtype=settings.dtype) as source:
+    with open_source(model, revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter) as source:
         if source.kind == "gguf":
             progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
         if source.read_config().get("auto_map") and not trust_remote_code:
@@ -434,6 +453,8 @@ def convert(
             placing({weights.folder / name: folder / name for name in weights.files}, link) as placed,
         ):
             inspection = inspect_source(source, settings, weights, progress)
+            if experimental := find_family(inspection.plan.base_model_type).experimental:
+                progress(f"{source.name}: {inspection.plan.base_model_type} is experimental: {experimental}")
             coverage = inspection.coverage()
             if coverage["heads_planned"] == 0 and settings.keep_softmax != "all":
                 raise CoverageError(

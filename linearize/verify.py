@@ -1,8 +1,9 @@
 """Checks a written checkpoint in a process of its own: `python -m linearize.verify FOLDER BASE`.
 
 (a) every tensor is finite, (b) with every head set to softmax the logits equal the base model's, (c) cached decode
-equals the full forward. Large models are streamed from disk, a module at a time. Prints one JSON document; a
-"failure" in it says what differed.
+equals the full forward, (d) a left-padded row gives the same hidden states, and the family's readout makes the model's
+logits of them. Large models are streamed from disk, a module at a time. Prints one JSON document; a "failure" in it
+says what differed.
 """
 
 import json
@@ -17,9 +18,11 @@ from transformers.utils import logging
 
 from linearize.checkpoint.weights import TensorInfo, read_weights
 from linearize.device import keep_freed_memory
+from linearize.modeling.readout import readout_of
 
 STREAM_ABOVE = 1 << 30
 BLOCK_BYTES = 1 << 24
+PADDING = 7
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # of the largest logit; float32 and two summation orders
 DECODE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
@@ -40,12 +43,13 @@ def verify(folder: Path, base: Path) -> dict[str, Any]:
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix="linearize-verify-") as offload:
         softmax_difference = _softmax_difference(folder, base, ids, Path(offload))
-        decode_difference = _decode_difference(folder, ids, Path(offload))
+        decode_difference, padded_difference = _student_differences(folder, ids, Path(offload))
     return {
         "tokens": length,
         "tensors_finite": tensors,
         "softmax_everywhere_max_difference": softmax_difference,
         "cached_decode_max_difference": decode_difference,
+        "padded_max_difference": padded_difference,
     }
 
 
@@ -108,8 +112,9 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Pa
 
 
 @torch.no_grad()
-def _decode_difference(folder: Path, ids: torch.Tensor, offload: Path) -> float:
-    """Largest difference over the last tokens, relative to the largest logit: a prefill, a chunk, then single steps."""
+def _student_differences(folder: Path, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
+    """Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps
+    through the cache; and of the same tokens behind padding, read out by the family's facts."""
     student = _load(folder, offload / "student", dtype="auto" if _large(folder) else torch.float32)
     full = student(ids, use_cache=False).logits
     steps = [ids.shape[1] - 8, 5, 1, 1, 1]
@@ -118,13 +123,19 @@ def _decode_difference(folder: Path, ids: torch.Tensor, offload: Path) -> float:
         result = student(chunk, past_key_values=cache, use_cache=True)
         cache = result.past_key_values
         outputs.append(result.logits)
-    difference = ((torch.cat(outputs, dim=1) - full).abs().max() / full.abs().max()).item()
-    if not difference <= DECODE_TOLERANCE[full.dtype]:
-        raise VerificationFailure(
-            f"cached decode differs from the full forward by {difference:g} of the largest logit "
-            f"(allowed {DECODE_TOLERANCE[full.dtype]:g})"
-        )
-    return difference
+    padded = torch.nn.functional.pad(ids, (PADDING, 0))
+    mask = (torch.arange(padded.shape[1]) >= PADDING).long()[None]
+    hidden = student.base_model(padded, attention_mask=mask, use_cache=False).last_hidden_state[:, PADDING:]
+    found = {"cached decode": torch.cat(outputs, dim=1), "a left-padded row": readout_of(student)(hidden)}
+    differences = []
+    for what, logits in found.items():
+        differences.append(((logits - full).abs().max() / full.abs().max()).item())
+        if not differences[-1] <= DECODE_TOLERANCE[full.dtype]:
+            raise VerificationFailure(
+                f"{what} differs from the full forward by {differences[-1]:g} of the largest logit "
+                f"(allowed {DECODE_TOLERANCE[full.dtype]:g})"
+            )
+    return tuple(differences)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ COMMON = {
     "pad_token_id": 1,
 }
 PROJECTIONS = ("_proj.w", "query_key_value.w", "dense.w")
+ABSENT = object()
 EVERY_OTHER = ["sliding_attention", "full_attention"] * 2
 MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -33,7 +34,7 @@ FAMILIES = {
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 12, "layer_types": EVERY_OTHER,
                "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 12, "layer_types": EVERY_OTHER},
-    "gpt_neox": {"rotary_pct": 0.25, "use_parallel_residual": True},
+    "gpt_neox": {"rotary_pct": 0.25, "use_parallel_residual": True, "num_key_value_heads": ABSENT},
     "olmo2": {},
     "olmo3": {"sliding_window": 12, "layer_types": EVERY_OTHER},
     "smollm3": {"no_rope_layer_interval": 2},
@@ -50,7 +51,8 @@ FAMILIES = {
 
 
 def family_config(model_type: str, **changes):
-    return AutoConfig.for_model(model_type, **{**COMMON, **FAMILIES.get(model_type, {}), **changes})
+    settings = {**COMMON, **FAMILIES.get(model_type, {}), **changes}
+    return AutoConfig.for_model(model_type, **{key: value for key, value in settings.items() if value is not ABSENT})
 
 
 def family_base(model_type: str, seed: int = 0, **changes):

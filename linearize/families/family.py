@@ -18,6 +18,7 @@ class Family:
         module: folder in transformers.models, where it is not the model type.
         decoder_attribute: where the causal language model holds its decoder.
         attention_attribute: where a decoder layer holds its attention.
+        grouped: whether several query heads can share a key/value head.
         lora_targets: projections of an attention block, for LoRA.
         partial_rotary: whether the attention class itself cuts q and k to the rotated part.
         rotary_layers: which layers rotate q and k: all, those flagged in `no_rope_layers`, those with a sliding window.
@@ -36,6 +37,7 @@ class Family:
     module: str = ""
     decoder_attribute: str = "model"
     attention_attribute: str = "self_attn"
+    grouped: bool = True
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     partial_rotary: bool = False
     rotary_layers: Literal["all", "flagged", "sliding"] = "all"
@@ -55,7 +57,7 @@ class Family:
         """The keys about heads that not every family's config has."""
         query_heads = config["num_attention_heads"]
         return {
-            "num_key_value_heads": config.get("num_key_value_heads") or query_heads,
+            "num_key_value_heads": (self.grouped and config.get("num_key_value_heads")) or query_heads,
             "head_dim": config.get("head_dim") or config["hidden_size"] // query_heads,
         }
 

@@ -7,6 +7,7 @@ GPT_NEOX = family(
     "GPTNeoX",
     decoder_attribute="gpt_neox",
     attention_attribute="attention",
+    grouped=False,
     lora_targets=("query_key_value", "dense"),
     ignorable_tensors=(r"\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)$",),
     covers="Pythia, GPT-NeoX-20B, Dolly",

@@ -123,6 +123,7 @@ class LinearizedAttention:
             s_aux: [H], a learned score in every head's normaliser that no value belongs to (gpt-oss).
         """
         assert k.shape[2] == q.shape[2], "the family's forward met a cache that should have been taken away"
+        assert k.shape[1] == len(self.softmax_heads) + len(self.linear_heads), "the config counts other heads"
         q_rotary, k_rotary = self._rotate(q, k, *call.position_embeddings)
         layer = None
         if call.cache is not None:

@@ -187,10 +187,14 @@ def linearized_classes(family: Family) -> LinearizedClasses:
 
     # keyed by class name; a probe instance is not needed, only the name it would print
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(decoder), base_decoder._can_record_outputs)
-    mapping = get_checkpoint_conversion_mapping(family.model_type)
-    if mapping is not None:
-        for name in (config.model_type, causal_lm.__name__):
-            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    # what names on disk become in the model is looked up by model type and by class name
+    for old, new in (
+        (family.model_type, config.model_type),
+        (base_causal_lm.__name__, causal_lm.__name__),
+        (base_decoder.__name__, decoder.__name__),
+    ):
+        if (mapping := get_checkpoint_conversion_mapping(old)) is not None:
+            register_checkpoint_conversion_mapping(new, mapping, overwrite=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     return LinearizedClasses(config, attention, decoder, causal_lm)
 

@@ -73,7 +73,8 @@ def open_base(manifest: dict[str, Any], override: str | None = None) -> Iterator
     if override is None and recorded["kind"] != "hub" and not Path(reference).exists():
         raise ConfigError(f"--base: the recorded base '{reference}' is gone; name it with --base")
     revision = recorded["revision"] if override is None and recorded["kind"] == "hub" else None
-    with open_source(reference, revision=revision, dtype=manifest["settings"]["dtype"]) as source:
+    merge = override is None and recorded["kind"] == "adapter"
+    with open_source(reference, revision=revision, dtype=manifest["settings"]["dtype"], merge_adapter=merge) as source:
         if override is None and source.fingerprint() != recorded["fingerprint"]:
             raise ConfigError(
                 f"--base: '{reference}' has changed since the conversion (fingerprint {source.fingerprint()[:12]}, "
