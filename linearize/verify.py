@@ -19,6 +19,7 @@ from transformers.utils import logging
 from linearize.checkpoint.weights import TensorInfo, read_weights
 from linearize.device import keep_freed_memory
 from linearize.modeling.readout import readout_of
+from linearize.modeling.register import register_checkpoint
 
 STREAM_ABOVE = 1 << 30
 BLOCK_BYTES = 1 << 24
@@ -35,6 +36,7 @@ class VerificationFailure(Exception):
 def verify(folder: Path, base: Path) -> dict[str, Any]:
     """Runs the three checks. Raises VerificationFailure with the first that does not hold."""
     tensors = _check_finite(folder)
+    register_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     linear = [layer for layer in config.plan.layers if layer.linear_heads(config.key_value_heads)]
     window = max((layer.window for layer in linear), default=0)

@@ -34,9 +34,10 @@ def read_off(model_type: str) -> Family:
         raise UnsupportedModelError(f"{model_type} cannot be converted: {NO_INTERFACE}")
     with torch.device("meta"):
         model = causal_lm(config_class())
+    layers = dict(model.base_model.named_children()).get("layers", [nn.Module()])
     found = [
         (name, child)
-        for name, child in model.base_model.layers[0].named_children()
+        for name, child in layers[0].named_children()
         if "position_embeddings" in inspect.signature(child.forward).parameters
     ]
     if len(found) != 1:

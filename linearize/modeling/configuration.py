@@ -7,9 +7,7 @@ from typing import ClassVar
 from transformers import AutoConfig
 
 from linearize.families.family import Family
-from linearize.modeling.plan import Plan
-
-PREFIX = "linearized_"
+from linearize.modeling.plan import PREFIX, Plan
 
 
 class LinearizedConfig:

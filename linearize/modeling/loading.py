@@ -14,6 +14,7 @@ from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
 from linearize.modeling.plan import Plan
+from linearize.modeling.register import register_checkpoint
 
 MANIFEST = "linearize.json"
 ADAPTER = "adapter"
@@ -58,6 +59,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer (an adapter-only folder's is its parent's)."""
     if not (folder / "config.json").is_file():
         folder = Path(read_manifest(folder)["finetune"]["parent"])
+    register_checkpoint(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -109,6 +111,7 @@ def load_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype) -> PreTr
 def _load_exactly(
     folder: Path, *, dtype: torch.dtype, model_class: Any = AutoModelForCausalLM, may_miss: str | None = None, **kwargs
 ) -> PreTrainedModel:
+    register_checkpoint(folder)
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:

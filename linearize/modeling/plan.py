@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 FORMAT_VERSION = 1
+# of the model type that a base becomes
+PREFIX = "linearized_"
 # the ways to mix window and recurrent branch, and the settings each has (modeling/branch.py)
 MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
     "outside": {"log_mass": -6.0, "branch_scale": 0.0},
