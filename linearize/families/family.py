@@ -56,8 +56,9 @@ class Family:
     def heads(self, config: Settings) -> dict[str, int]:
         """The keys about heads that not every family's config has."""
         query_heads = config["num_attention_heads"]
+        key_value_heads = config.get("num_key_value_heads") if self.grouped else None
         return {
-            "num_key_value_heads": (self.grouped and config.get("num_key_value_heads")) or query_heads,
+            "num_key_value_heads": query_heads if key_value_heads is None else key_value_heads,
             "head_dim": config.get("head_dim") or config["hidden_size"] // query_heads,
         }
 
