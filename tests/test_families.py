@@ -1,5 +1,6 @@
 """Every family, end to end on a tiny random model: converted, verified, cached, padded, trained, merged, reloaded."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import COMMON, FAMILIES, VOCABULARY, family_base
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize import convert as conversion
 from linearize import verify
@@ -188,3 +189,84 @@ for name, wanted in saved["wanted"].items():
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def write_gguf(base: PreTrainedModel, tokenizer, path: Path, arch: str) -> None:
+    """A float32 GGUF file of a base whose projections llama.cpp stores as they are."""
+    import gguf
+
+    config, writer = base.config, gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(find_family(arch).heads(config.to_dict())["head_dim"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_token_list([token for token, _ in sorted(backend["vocab"].items(), key=lambda item: item[1])])
+    writer.add_token_types([1] * len(backend["vocab"]))
+    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
+    )
+    tied = set(base.all_tied_weights_keys)
+    for name, tensor in base.state_dict().items():
+        if name not in tied:
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# transformers reads no head size from a Qwen 3 file; 128 is what every released one has
+@pytest.mark.parametrize(("model_type", "head_dim"), [("qwen2", 8), ("qwen3", 128)])
+def test_gguf(model_type, head_dim, tmp_path, tokenizer_folder):
+    """Dequantised, converted, verified; in softmax mode the logits are those of the model that was written."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    base = family_base(model_type, vocab_size=len(tokenizer), head_dim=head_dim)
+    path = tmp_path / "model.gguf"
+    write_gguf(base, tokenizer, path, model_type)
+    said = []
+    conversion.convert(
+        str(path),
+        ConversionConfig(**SETTINGS, dtype="float32"),
+        out=tmp_path / "out",
+        verify=False,
+        progress=said.append,
+    )
+    assert any("dequantised to float32" in text for text in said)
+    student, ids = load_student(tmp_path / "out", dtype=torch.float32), torch.randint(2, len(tokenizer), (1, 40))
+    with torch.no_grad(), student.softmax_attention():
+        torch.testing.assert_close(student(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_from_a_chat_template(tmp_path, tokenizer_folder):
+    """The template travels with the checkpoint and what it makes of a conversation is continued the same without cache."""
+    base = family_base("qwen3")
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "base")
+    conversion.convert(
+        str(tmp_path / "base"),
+        ConversionConfig(**SETTINGS),
+        out=tmp_path / "out",
+        verify=False,
+        progress=lambda text: None,
+    )
+    tokenizer, student = (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        load_student(tmp_path / "out", dtype=torch.float32),
+    )
+    chat = [{"role": "user", "content": "What is the report about?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert tokenizer.decode(inputs["input_ids"][0]).startswith("<|user|>") and inputs["input_ids"].shape[1] > 8
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    cached = student.generate(**inputs, **options)
+    assert cached.shape[1] == inputs["input_ids"].shape[1] + 10
+    assert torch.equal(cached, student.generate(**inputs, use_cache=False, **options))
