@@ -21,7 +21,7 @@ AfterImport(
     {
         "transformers.models.auto.configuration_auto",
         "transformers.models.auto.modeling_auto",
-        *(f"transformers.models.{family}.configuration_{family}" for family in FAMILIES),
+        *(family.import_path("configuration") for family in FAMILIES.values()),
     },
     _register,
 ).install()

@@ -100,12 +100,14 @@ def calibrate(
 
     def fit(seen: Observation) -> None:
         branch, structure = seen.branch, seen.branch.structure
-        structure.fit(*(x[:-HELD, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scale)
+        structure.fit(
+            *(x[:-HELD, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scores.scale
+        )
         read = branch.recurrent_keys(seen.k, seen.k_rotary, seen.hidden_states)
         context = context_of(*(x[-HELD:] for x in (seen.k_rotary, seen.v, read)), sinks=branch.sinks)
         if FITTED_OPTIONS & plan.layers[seen.layer].mix_options.keys():
             return  # somebody decided
-        before, after = branch.fit_mix(seen.q[-HELD:], seen.q_rotary[-HELD:], context, seen.target[-HELD:], seen.scale)
+        before, after = branch.fit_mix(seen.q[-HELD:], seen.q_rotary[-HELD:], context, seen.target[-HELD:], seen.scores)
         errors[seen.layer] = (before.mean().item(), after.mean().item())
         progress(
             f"calibrating layer {seen.layer + 1} of {len(plan.layers)}: error {errors[seen.layer][0]:.4f} with window + sinks, "

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from linearize.checkpoint.assets import asset_files
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.source import Source, open_source
-from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, Weights, read_weights
+from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, TensorInfo, Weights, has_weights, read_weights
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
 from linearize.errors import CheckpointError, ConfigError, CoverageError, UnsupportedModelError, nearest
-from linearize.families.registry import FAMILIES, REFUSED
+from linearize.families.refused import reason_to_refuse
+from linearize.families.registry import FAMILIES, find_family
 from linearize.modeling.plan import LayerPlan, Plan
 from linearize.placement import softmax_heads
 from linearize.recipe import ConversionConfig, layer_numbers
@@ -55,6 +56,7 @@ class Inspection:
         added: names, shapes of the parameters the conversion adds (float32).
         cache_bytes: context length -> bytes of one sequence's cache, of the base and of the student.
         scores: by layer and key/value head, where heads were chosen by them.
+        from_config: no weights lie beside config.json; `weights` is what they would be.
     """
 
     source: Source
@@ -66,6 +68,7 @@ class Inspection:
     added: dict[str, tuple[int, ...]]
     cache_bytes: dict[int, dict[str, int]]
     scores: tuple[tuple[float, ...], ...] = ()
+    from_config: bool = False
 
     @property
     def state_bytes(self) -> int:
@@ -94,6 +97,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The plan as printed by `linearize plan --json`."""
         group = self.config["num_attention_heads"] // self.key_value_heads
+        windows = find_family(self.plan.base_model_type).sliding_windows(self.config)
         layers = [
             {
                 "layer": i,
@@ -105,6 +109,8 @@ class Inspection:
                 "scores": list(self.scores[i]) if self.scores else None,
                 "window": layer.window,
                 "sinks": layer.sinks,
+                "native": layer.native,
+                "sliding_window": windows[i],
             }
             for i, layer in enumerate(self.plan.layers)
         ]
@@ -112,6 +118,8 @@ class Inspection:
             "model": self.source.name,
             "family": self.plan.base_model_type,
             "query_heads_per_key_value_head": group,
+            "experimental": find_family(self.plan.base_model_type).experimental,
+            "from_config_alone": self.from_config,
             "settings": self.settings.model_dump(),
             "coverage": self.coverage(),
             "layers": layers,
@@ -140,16 +148,18 @@ def inspect_source(
         progress: hears of the heads being scored, the one thing here that runs the base model.
     """
     raw = checked_model_type(source)
-    weights = weights or read_weights(source.folder)
     config, family_name = _full_config(source, raw), raw["model_type"]
+    from_config = weights is None and not has_weights(source.folder)
+    weights = weights or (_weights_of_config(source, config) if from_config else read_weights(source.folder))
     scores: list[list[float]] = []
 
     def score() -> list[list[float]]:
-        scores.extend(_head_scores(source, config, settings, progress))
+        layers = chosen_layers(family_name, config, settings)
+        scores.extend(_head_scores(source, config, settings, layers, progress))
         return scores
 
-    plan = make_plan(family_name, config, settings, score)
-    ignored = _check_tensors(source, config, family_name, weights)
+    plan = make_plan(family_name, config, settings, None if from_config else score)
+    ignored = () if from_config else _check_tensors(source, config, family_name, weights)
     added = added_parameters(config, plan)
     dtype = PLAIN_DTYPES.get(next(iter(weights.tensors.values())).dtype, "bfloat16")
     width = BITS[{value: key for key, value in PLAIN_DTYPES.items()}[dtype]] // 8
@@ -163,11 +173,16 @@ def inspect_source(
         added,
         cache_sizes(config, plan, width),
         tuple(map(tuple, scores)),
+        from_config,
     )
 
 
 def _head_scores(
-    source: Source, config: dict[str, Any], settings: ConversionConfig, progress: Callable[[str], None]
+    source: Source,
+    config: dict[str, Any],
+    settings: ConversionConfig,
+    layers: tuple[int, ...],
+    progress: Callable[[str], None],
 ) -> list[list[float]]:
     """What recall loses with each head, from running the base; kept for the next conversion of the same base."""
     from linearize.device import compute_dtype, pick_device
@@ -176,13 +191,14 @@ def _head_scores(
 
     scoring, device, dtype = settings.scoring, pick_device(), compute_dtype("auto")
     key = {"base": source.fingerprint(), "window": settings.window, "sinks": settings.sinks, **scoring.model_dump()}
+    key["layers"] = list(layers)
 
     def compute() -> list[list[float]]:
         progress(f"{source.name}: scoring key/value heads by recall ({scoring.method})")
         return head_scores(
             load_base(source, dtype=dtype).to(device), window=settings.window, sinks=settings.sinks,
             vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"), method=scoring.method,
-            distances=tuple(scoring.distances), rows=scoring.rows, progress=progress,
+            distances=tuple(scoring.distances), rows=scoring.rows, layers=layers, progress=progress,
         )  # fmt: skip
 
     return cached_scores(key, compute)
@@ -196,32 +212,56 @@ def make_plan(
 ) -> Plan:
     """One LayerPlan for every layer of the model; `score` is called where heads are chosen by their scores."""
     layers = config["num_hidden_layers"]
-    kept = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"], score)
+    chosen = chosen_layers(family_name, config, settings)
+    kept = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"], score, chosen)
     changes: dict[int, dict[str, Any]] = {}
     for spec, changed in settings.layers.items():
         for number in layer_numbers(spec):
             if number >= layers:
                 raise ConfigError(f"layers.{spec}: got layer {number}, the model has layers 0 to {layers - 1}")
             changes[number] = changed.model_dump(exclude_none=True)
+    every_head = tuple(range(config["num_key_value_heads"]))
     return Plan(
         family_name,
-        tuple(LayerPlan(heads, **settings.layer_settings(changes.get(i, {}))) for i, heads in enumerate(kept)),
+        tuple(
+            LayerPlan(heads, **settings.layer_settings(changes.get(i, {})))
+            if i in chosen
+            else LayerPlan(every_head, native=True)
+            for i, heads in enumerate(kept)
+        ),
     )
+
+
+def chosen_layers(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> tuple[int, ...]:
+    """The layers that are converted, ascending. One with a sliding window of its own costs constant memory already."""
+    layers = config["num_hidden_layers"]
+    if settings.convert_layers == "all":
+        return tuple(range(layers))
+    if settings.convert_layers == "full":
+        windows = find_family(family_name).sliding_windows(config)
+        return tuple(i for i, window in enumerate(windows) if window is None)
+    chosen = sorted(set(layer_numbers(settings.convert_layers)))
+    if chosen[-1] >= layers:
+        raise ConfigError(f"convert_layers: got layer {chosen[-1]}, the model has layers 0 to {layers - 1}")
+    return tuple(chosen)
 
 
 def cache_sizes(config: dict[str, Any], plan: Plan, width: int) -> dict[int, dict[str, int]]:
     """Bytes that one sequence's cache takes at each context length, at `width` bytes a cached number."""
     J, K = config["num_key_value_heads"], config["head_dim"]
     branches = _branches(config, plan, device="meta")
+    windows = find_family(plan.base_model_type).sliding_windows(config)
     sizes = {}
     for length in CONTEXTS:
-        student = 0
+        base = student = 0
         for i, layer in enumerate(plan.layers):
             linear = len(layer.linear_heads(J))
-            student += 2 * (J - linear) * K * width * length
+            softmax_head = 2 * K * width * (length if windows[i] is None else min(length, windows[i] - 1))
+            base += J * softmax_head
+            student += (J - linear) * softmax_head
             if linear:
                 student += linear * _linear_head_bytes(branches[i], K, width, length) + layer_bookkeeping(layer, length)
-        sizes[length] = {"base": 2 * len(plan.layers) * J * K * width * length, "student": student}
+        sizes[length] = {"base": base, "student": student}
     return sizes
 
 
@@ -249,9 +289,9 @@ def added_parameters(config: dict[str, Any], plan: Plan) -> dict[str, tuple[int,
 
 
 def _added_tensors(config: dict[str, Any], plan: Plan, device: str) -> dict[str, Any]:
-    prefix = FAMILIES[plan.base_model_type].attention_attribute
+    family = find_family(plan.base_model_type)
     return {
-        f"model.layers.{i}.{prefix}.mixer.{name}": value
+        f"{family.decoder_attribute}.layers.{i}.{family.attention_attribute}.mixer.{name}": value
         for i, branch in _branches(config, plan, device).items()
         for name, value in branch.state_dict().items()
     }
@@ -287,13 +327,14 @@ def checked_model_type(source: Source) -> dict[str, Any]:
             f"{source.name}: is quantised ({method}); convert the original floating-point checkpoint (or a GGUF file, "
             "which is dequantised) and quantise the result"
         )
-    if model_type in REFUSED:
-        raise UnsupportedModelError(f"{source.name}: {model_type} cannot be converted: {REFUSED[model_type]}")
-    if model_type not in FAMILIES:
+    if why := reason_to_refuse(raw):
+        raise UnsupportedModelError(f"{source.name}: {model_type} cannot be converted: {why}")
+    try:
+        find_family(str(model_type))
+    except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{source.name}: model_type '{model_type}' is not supported; supported are {', '.join(FAMILIES)}"
-            f"{nearest(str(model_type), FAMILIES)}"
-        )
+            f"{source.name}: {error}; supported are {', '.join(FAMILIES)}{nearest(str(model_type), FAMILIES)}"
+        ) from None
     return raw
 
 
@@ -303,6 +344,7 @@ def _full_config(source: Source, raw: dict[str, Any]) -> dict[str, Any]:
 
     try:
         config = AutoConfig.for_model(**raw).to_dict()
+        config |= find_family(raw["model_type"]).heads(config)
     except Exception as error:  # strict configs raise their own types for impossible values
         raise CheckpointError(f"{source.folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
     _check_heads(source, config)
@@ -328,7 +370,7 @@ def _check_heads(source: Source, config: dict[str, Any]) -> None:
 
 def _check_tensors(source: Source, config: dict, family_name: str, weights: Weights) -> tuple[str, ...]:
     """Holds the checkpoint's names, shapes and dtypes against the family's own model; returns the ignorable names."""
-    family = FAMILIES[family_name]
+    family = find_family(family_name)
     expected, optional = _expected_tensors(config, family_name)
     found = weights.tensors
     missing = [name for name in expected if name not in found and name not in optional]
@@ -354,15 +396,30 @@ def _check_tensors(source: Source, config: dict, family_name: str, weights: Weig
     return ignored
 
 
+def _weights_of_config(source: Source, config: dict[str, Any]) -> Weights:
+    """The tensors that a checkpoint with this config.json would hold."""
+    shapes, tied = _expected_tensors(config, config["model_type"])
+    dtype = {name: code for code, name in PLAIN_DTYPES.items()}[str(config.get("dtype") or "bfloat16")]
+    tensors = {
+        name: TensorInfo("", 0, dtype, shape, _product(shape) * BITS[dtype] // 8)
+        for name, shape in shapes.items()
+        if name not in tied
+    }
+    return Weights(source.folder, tensors, ())
+
+
 def _expected_tensors(config: dict, family_name: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Names and shapes of the base model's tensors, and those a checkpoint may leave out because they are tied."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, tied
+    # checkpoints of mixtures hold every expert apart, under names of their own
+    on_disk = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(value.shape) for name, value in on_disk.items()}, tied
 
 
 def convert(
@@ -375,6 +432,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    merge_adapter: bool = False,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Converts `model` into the folder `out` and returns what linearize.json says, with the paths.
@@ -384,7 +442,7 @@ def convert(
     """
     if out is not None:
         check_target(out, overwrite=overwrite)
-    with open_source(model, revision=revision, dtype=settings.dtype) as source:
+    with open_source(model, revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter) as source:
         if source.kind == "gguf":
             progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
         if source.read_config().get("auto_map") and not trust_remote_code:
@@ -401,9 +459,18 @@ def convert(
             placing({weights.folder / name: folder / name for name in weights.files}, link) as placed,
         ):
             inspection = inspect_source(source, settings, weights, progress)
+            if experimental := find_family(inspection.plan.base_model_type).experimental:
+                progress(f"{source.name}: {inspection.plan.base_model_type} is experimental: {experimental}")
             coverage = inspection.coverage()
             if coverage["heads_planned"] == 0 and settings.keep_softmax != "all":
-                raise CoverageError("nothing to convert: the plan leaves every head as it is")
+                raise CoverageError(
+                    "nothing to convert: the plan leaves every head as it is"
+                    + (
+                        "; every layer has a sliding window of its own, --layers all converts them"
+                        if all(layer.native for layer in inspection.plan.layers)
+                        else ""
+                    )
+                )
             progress(
                 f"{source.name}: {coverage['layers_planned']} of {coverage['layers']} layers, "
                 f"{coverage['heads_planned']} of {coverage['heads']} key/value heads become linear"
@@ -535,10 +602,11 @@ def _write_added(path: Path, inspection: Inspection, calibration: "Calibration |
 def _assert_coverage(inspection: Inspection) -> dict[str, int]:
     """Builds the student without weights and counts what became linear; it must be exactly what was planned."""
     import torch
+    from transformers.core_model_loading import revert_weight_conversion
 
     from linearize.modeling.factory import linearized_classes
 
-    classes = linearized_classes(FAMILIES[inspection.plan.base_model_type])
+    classes = linearized_classes(find_family(inspection.plan.base_model_type))
     config = {**inspection.config, "linearize": inspection.plan.to_dict()}
     config.pop("model_type")
     with torch.device("meta"):
@@ -554,7 +622,7 @@ def _assert_coverage(inspection: Inspection) -> dict[str, int]:
             f"planned {planned['layers_planned']} layers and {planned['heads_planned']} heads, converted "
             f"{converted['layers_converted']} and {converted['heads_converted']}"
         )
-    names = set(student.state_dict())
+    names = set(revert_weight_conversion(student, student.state_dict()))
     base_names, _ = _expected_tensors(inspection.config, inspection.plan.base_model_type)
     if names != set(base_names) | set(inspection.added):
         odd = sorted(names ^ (set(base_names) | set(inspection.added)))

@@ -4,7 +4,7 @@ none | all | every:N | recall:SHARE | 0,7,18 (whole layers) | 18:2,17:1,8:0 (lay
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from linearize.errors import ConfigError
 
@@ -13,12 +13,16 @@ Scores = list[list[float]]
 
 
 def softmax_heads(
-    spec: str, layers: int, key_value_heads: int, score: Callable[[], Scores] | None = None
+    spec: str,
+    layers: int,
+    key_value_heads: int,
+    score: Callable[[], Scores] | None = None,
+    among: Sequence[int] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """For every layer, the key/value heads that keep softmax, ascending.
 
     `every:N` keeps layers 0, N, 2N… whole, as Liger-H and its relatives do. `recall:SHARE` keeps that share of all heads,
-    those that recall depends on most.
+    those that recall depends on most. Both count in the layers `among` which there is a choice (all by default).
 
     Args:
         score: computes the heads' scores, [layers][key/value heads]; only called for `recall:SHARE`.
@@ -27,6 +31,7 @@ def softmax_heads(
         ConfigError: unknown form, or a layer or head the model does not have.
     """
     every_head = tuple(range(key_value_heads))
+    among = range(layers) if among is None else among
     if spec == "none":
         return ((),) * layers
     if spec == "all":
@@ -35,12 +40,14 @@ def softmax_heads(
         step = _number(spec.removeprefix("every:"), spec)
         if step < 1:
             raise ConfigError(f"keep_softmax: got '{spec}', allowed is every:N with N of at least 1")
-        return tuple(every_head if layer % step == 0 else () for layer in range(layers))
+        return tuple(every_head if layer in among[::step] else () for layer in range(layers))
     if spec.startswith("recall:"):
         share = recall_share(spec)
         if score is None:
             raise ConfigError(f"keep_softmax: '{spec}' needs the base model to be run, which is not possible here")
-        return top_heads(score(), share)
+        scores = score()
+        kept_heads = dict(zip(among, top_heads([scores[layer] for layer in among], share)))
+        return tuple(kept_heads.get(layer, ()) for layer in range(layers))
     kept: list[set[int]] = [set() for _ in range(layers)]
     for item in spec.split(","):
         layer_text, separator, head_text = item.strip().partition(":")

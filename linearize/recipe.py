@@ -68,6 +68,8 @@ class ConversionConfig(Strict):
     mix_options: Options = {}
     # layers that differ: "0-3,7" -> settings
     layers: dict[str, LayerSettings] = {}
+    # which layers are converted at all: "full" (those without a sliding window of their own), "all" or "0-3,7"
+    convert_layers: str = "full"
     keep_softmax: str = "none"
     scoring: Scoring = Scoring()
     calibration: Calibration = Calibration()
@@ -80,7 +82,7 @@ class ConversionConfig(Strict):
             return {**data, "mix": _default_mix(data.get("mixer", cls.model_fields["mixer"].default))}
         return data
 
-    @field_validator("keep_softmax", mode="before")
+    @field_validator("keep_softmax", "convert_layers", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
@@ -93,6 +95,11 @@ class ConversionConfig(Strict):
     @model_validator(mode="after")
     def _options_fit(self) -> "ConversionConfig":
         problems = _problems(self.layer_settings({}), "")
+        if self.convert_layers not in ("full", "all"):
+            try:
+                layer_numbers(self.convert_layers)
+            except ValueError as error:
+                problems.append(f"convert_layers: {error}; or full, or all")
         claimed: dict[int, str] = {}
         for spec, changes in self.layers.items():
             problems += _problems(self.layer_settings(changes.model_dump(exclude_none=True)), f"layers.{spec}.")
@@ -205,13 +212,14 @@ class Loss(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters (arXiv 2106.09685) on the named projections of every attention block, or one of PEFT's variants."""
+    """Low-rank adapters (arXiv 2106.09685) on projections of every attention block, or one of PEFT's variants."""
 
-    variant: Literal["lora", "dora", "rslora", "pissa", "olora", "vera"] = "lora"
+    variant: Literal["lora", "dora", "rslora", "pissa", "olora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+    # none named: every projection of the family's attention blocks
+    targets: list[str] | None = Field(default=None, min_length=1)
 
 
 class Optimizer(Strict):
@@ -424,8 +432,8 @@ def _explain(item: dict, schema: type[BaseModel], prefix: str = "") -> str:
     dotted = prefix + ".".join(location)
     if item["type"] == "extra_forbidden":
         group = schema
-        for part in location[:-1]:
-            if part.isdecimal():
+        for part in item["loc"][:-1]:
+            if isinstance(part, int):
                 continue  # the group is what the list holds
             group = LayerSettings if group is dict else group.model_fields[part].annotation
             group = get_args(group)[0] if get_origin(group) is list else get_origin(group) or group

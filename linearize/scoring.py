@@ -13,9 +13,10 @@ Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim.
 """
 
 import contextlib
+import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError
 from linearize.evaluation.recall import recall_task
+from linearize.families.registry import find_family
 from linearize.ops.chunks import state_dtype
-from linearize.ops.window import window_attention
+from linearize.ops.window import Scores, window_attention
 
 IMPLEMENTATION = "linearize_scoring"
 METHODS = ("gradient", "swap", "lookup")
@@ -50,6 +52,7 @@ def head_scores(
     method: str = "gradient",
     distances: tuple[int, ...] = DISTANCES,
     rows: int = ROWS,
+    layers: Sequence[int] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[list[float]]:
     """Scores [layers][key/value heads], larger for heads that recall needs more.
@@ -57,6 +60,7 @@ def head_scores(
     Args:
         model: the base model, as transformers loads it.
         distances: between the copies; those within the window say nothing.
+        layers: those to score, all by default; the heads of the others get 0.
 
     Raises:
         ConfigError: an unknown method, or no distance outside the window fits the model's positions.
@@ -71,10 +75,12 @@ def head_scores(
             f"window of {window} and inside the model's {limit} positions"
         )
     tasks = [recall_task(n, rows, vocabulary, start_token, SEED) for n in fitting]
-    with _gated(model, window, sinks) as attentions:
+    layers = range(model.config.num_hidden_layers) if layers is None else layers
+    with _gated(model, window, sinks, layers) as attentions:
         run = {"gradient": _gradient, "swap": _swap, "lookup": _lookup}[method]
         scores = sum(run(model, attentions, task, progress) for task in tasks) / len(tasks)
-    return scores.tolist()
+    found = dict(zip(layers, scores.tolist()))
+    return [found.get(i, [0.0] * scores.shape[1]) for i in range(model.config.num_hidden_layers)]
 
 
 def cached_scores(key: dict[str, Any], compute: Callable[[], list[list[float]]]) -> list[list[float]]:
@@ -90,27 +96,48 @@ def cached_scores(key: dict[str, Any], compute: Callable[[], list[list[float]]])
 
 
 @contextlib.contextmanager
-def _gated(model: PreTrainedModel, window: int, sinks: int) -> Iterator[list]:
-    """Inside, every attention of `model` mixes softmax and window + sinks by its `head_gates`, [J]."""
-    attentions = [layer.self_attn for layer in model.base_model.layers]
-    before = model.config._attn_implementation
-    model.config._attn_implementation = IMPLEMENTATION
+def _gated(model: PreTrainedModel, window: int, sinks: int, layers: Sequence[int] | None = None) -> Iterator[list]:
+    """Inside, the attention of the given layers (all by default) mixes softmax and window + sinks by its `head_gates`, [J]."""
+    family = find_family(model.config.model_type)
+    layers = range(model.config.num_hidden_layers) if layers is None else layers
+    attentions = [getattr(model.base_model.layers[i], family.attention_attribute) for i in layers]
+    heads = family.heads(model.config.to_dict())["num_key_value_heads"]
+    routed = copy.copy(model.config)
+    routed._attn_implementation_internal = IMPLEMENTATION
     for attention in attentions:
-        heads = model.config.num_key_value_heads
         attention.head_gates = torch.ones(heads, device=model.device)
         attention.scoring = {"window": window, "sinks": sinks, "lookup": None}
+        attention.config = routed
     try:
         yield attentions
     finally:
-        model.config._attn_implementation = before
         for attention in attentions:
+            attention.config = model.config
             del attention.head_gates, attention.scoring
 
 
-def _attend(module, query, key, value, attention_mask, *, scaling: float, **kwargs):
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    scaling: float,
+    softcap=None,
+    s_aux=None,
+    sliding_window=None,
+    **kwargs,
+):
     """q [B, H, T, K], k and v [B, J, T, K], after rotary; returns [B, T, H, K]."""
     group = query.shape[1] // key.shape[1]
-    full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
+    reach = min(sliding_window or query.shape[2], query.shape[2])
+    scores = Scores(scaling, softcap, s_aux)
+    if reach < query.shape[2] or softcap is not None or s_aux is not None:
+        rows = (x.transpose(1, 2) for x in (query, key, value))
+        full = window_attention(*rows, window=reach, **vars(scores))[0].transpose(1, 2)
+    else:
+        full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
     settings = module.scoring
     if settings["lookup"] is not None:
         settings["lookup"](query, key, scaling)
@@ -121,8 +148,8 @@ def _attend(module, query, key, value, attention_mask, *, scaling: float, **kwar
     slots = torch.arange(T, device=q.device)
     left = (slots[:, None] - slots[None, :sinks] >= settings["window"])[None]
     near, _ = window_attention(
-        q, k, v, window=settings["window"], scale=scaling, sink_keys=k[:, :sinks], sink_values=v[:, :sinks],
-        sink_mask=left,
+        q, k, v, window=settings["window"], sink_keys=k[:, :sinks], sink_values=v[:, :sinks], sink_mask=left,
+        **vars(scores),
     )  # fmt: skip
     gates = module.head_gates.repeat_interleave(group).to(q.dtype)[:, None]
     return gates * full.transpose(1, 2) + (1 - gates) * near, None
@@ -132,8 +159,7 @@ AttentionInterface.register(IMPLEMENTATION, _attend)
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, counted: int) -> Tensor:
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -counted - 1 : -1]
-    logits = F.linear(hidden, model.get_output_embeddings().weight)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=counted + 1).logits[:, :-1]
     logits = logits.to(state_dtype(logits))
     return F.cross_entropy(logits.flatten(0, 1), ids[:, -counted:].flatten())
 

@@ -1,8 +1,8 @@
 """Checks a written checkpoint in a process of its own: `python -m linearize.verify FOLDER BASE`.
 
 (a) every tensor is finite, (b) with every head set to softmax the logits equal the base model's, (c) cached decode
-equals the full forward. Large models are streamed from disk, a module at a time. Prints one JSON document; a
-"failure" in it says what differed.
+equals the full forward, (d) so does a left-padded row, and the family's readout of the hidden states. Large models are streamed from disk, a module at a time. Prints one JSON document; a "failure" in it
+says what differed.
 """
 
 import json
@@ -18,9 +18,12 @@ from transformers.utils import logging
 from linearize.checkpoint.weights import TensorInfo, read_weights
 from linearize.device import keep_freed_memory
 from linearize.modeling.cache import CACHE_NAME
+from linearize.modeling.readout import readout_of
+from linearize.modeling.register import register_checkpoint
 
 STREAM_ABOVE = 1 << 30
 BLOCK_BYTES = 1 << 24
+PADDING = 7
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # of the largest logit; float32 and two summation orders
 DECODE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
@@ -33,20 +36,22 @@ class VerificationFailure(Exception):
 def verify(folder: Path, base: Path) -> dict[str, Any]:
     """Runs the three checks. Raises VerificationFailure with the first that does not hold."""
     tensors = _check_finite(folder)
+    register_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
-    linear = [layer for layer in config.plan.layers if layer.linear_heads(config.num_key_value_heads)]
+    linear = [layer for layer in config.plan.layers if layer.linear_heads(config.key_value_heads)]
     window = max((layer.window for layer in linear), default=0)
     # beyond the window, so that sinks and recurrent branch take part, and a decode that leaves it again
     length = min(max(window + 24, 48), 600, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix="linearize-verify-") as offload:
         softmax_difference = _softmax_difference(folder, base, ids, Path(offload))
-        decode_difference = _decode_difference(folder, ids, Path(offload))
+        decode_difference, padded_difference = _student_differences(folder, ids, Path(offload))
     return {
         "tokens": length,
         "tensors_finite": tensors,
         "softmax_everywhere_max_difference": softmax_difference,
         "cached_decode_max_difference": decode_difference,
+        "padded_max_difference": padded_difference,
     }
 
 
@@ -98,7 +103,7 @@ def _large(folder: Path) -> bool:
 def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Path) -> float:
     reference = _load(base, offload / "base")(ids, use_cache=False).logits
     config = AutoConfig.from_pretrained(folder)
-    config.linearize = config.plan.keep_all_softmax(config.num_key_value_heads).to_dict()
+    config.linearize = config.plan.keep_all_softmax(config.key_value_heads).to_dict()
     logits = _load(folder, offload / "softmax", config=config)(ids, use_cache=False).logits
     if not logits.isfinite().all():
         raise VerificationFailure("the base model's logits are not finite")
@@ -109,8 +114,9 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Pa
 
 
 @torch.no_grad()
-def _decode_difference(folder: Path, ids: torch.Tensor, offload: Path) -> float:
-    """Largest difference over the last tokens, relative to the largest logit: a prefill, a chunk, then single steps."""
+def _student_differences(folder: Path, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
+    """Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps
+    through the cache, and of the same tokens behind padding."""
     student = _load(folder, offload / "student", dtype="auto" if _large(folder) else torch.float32)
     full = student(ids, use_cache=False).logits
     steps = [ids.shape[1] - 8, 5, 1, 1, 1]
@@ -119,13 +125,24 @@ def _decode_difference(folder: Path, ids: torch.Tensor, offload: Path) -> float:
         result = student(chunk, use_cache=True, **{CACHE_NAME: cache})
         cache = result[CACHE_NAME]
         outputs.append(result.logits)
-    difference = ((torch.cat(outputs, dim=1) - full).abs().max() / full.abs().max()).item()
-    if not difference <= DECODE_TOLERANCE[full.dtype]:
-        raise VerificationFailure(
-            f"cached decode differs from the full forward by {difference:g} of the largest logit "
-            f"(allowed {DECODE_TOLERANCE[full.dtype]:g})"
-        )
-    return difference
+    padded = torch.nn.functional.pad(ids, (PADDING, 0))
+    mask = (torch.arange(padded.shape[1]) >= PADDING).long()[None]
+    found = {
+        "cached decode": torch.cat(outputs, dim=1),
+        "a left-padded row": student(padded, attention_mask=mask, use_cache=False).logits[:, PADDING:],
+    }
+    if not _large(folder):  # a streamed model's output embeddings are not there to be read
+        hidden = student.base_model(ids, use_cache=False).last_hidden_state
+        found["the readout that losses and scores use"] = readout_of(student)(hidden)
+    differences = []
+    for what, logits in found.items():
+        differences.append(((logits - full).abs().max() / full.abs().max()).item())
+        if not differences[-1] <= DECODE_TOLERANCE[full.dtype]:
+            raise VerificationFailure(
+                f"{what} differs from the full forward by {differences[-1]:g} of the largest logit "
+                f"(allowed {DECODE_TOLERANCE[full.dtype]:g})"
+            )
+    return differences[0], differences[1]
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from linearize.convert import versions
 from linearize.device import compute_dtype, keep_freed_memory
 from linearize.evaluation.perplexity import windows_of
 from linearize.evaluation.recall import accuracy, recall_task
+from linearize.modeling.readout import readout_of
 from linearize.placement import top_heads
 from linearize.samples import SAMPLES
 
@@ -87,7 +88,7 @@ def measure(model, tokenizer, ids, window: int, name: str, kept) -> dict:
         for attention, heads in zip(attentions, kept, strict=True):
             attention.head_gates = torch.tensor([float(h in heads) for h in range(attention.head_gates.numel())])
         found = {"choice": name, "heads": sum(map(len, kept)), "kept": [list(heads) for heads in kept]}
-        head = model.get_output_embeddings().weight
+        head = readout_of(model)
         for distance in (512, 1024):
             task = recall_task(distance, 4, len(tokenizer), tokenizer.bos_token_id, 0)
             units = [

@@ -1,8 +1,10 @@
-"""Writes a Llama checkpoint of a given size with random weights, shard by shard, for tests of scale.
+"""Writes a checkpoint of a given size with random weights, shard by shard, for tests of scale.
 
     python scripts/make_synthetic.py OUT --gib 4
+    python scripts/make_synthetic.py OUT --gib 4 --family qwen3_moe --shard-mib 256
 
-Memory stays at one tensor; the file is as good as a real one for anything that does not read meaning into weights.
+Names and shapes are those of transformers' own model, so a mixture's experts lie apart as in released checkpoints.
+Memory stays at one shard; the files are as good as real ones for anything that does not read meaning into weights.
 """
 
 import argparse
@@ -11,37 +13,29 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
-HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, VOCABULARY = 2048, 5632, 32, 8, 32000
-SHARD_BYTES = 2**30
+COMMON = {"vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False, "dtype": "bfloat16"}
+SHAPES = {
+    "llama": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "qwen3_moe": {
+        "hidden_size": 1024, "intermediate_size": 3072, "moe_intermediate_size": 768, "num_experts": 32,
+        "num_experts_per_tok": 4, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+    },
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--gib", type=float, default=4.0, help="size of the weights in bf16")
+    parser.add_argument("--family", choices=SHAPES, default="llama")
+    parser.add_argument("--shard-mib", type=int, default=1024)
     arguments = parser.parse_args()
-    head_dim = HIDDEN // HEADS
-    kv = KEY_VALUE_HEADS * head_dim
-    layer = {
-        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": (kv, HIDDEN),
-        "self_attn.v_proj.weight": (kv, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-        "input_layernorm.weight": (HIDDEN,),
-        "post_attention_layernorm.weight": (HIDDEN,),
-    }
-    per_layer = 2 * sum(torch.Size(shape).numel() for shape in layer.values())
-    outer = {
-        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
-        "lm_head.weight": (VOCABULARY, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-    }
-    layers = max(1, round((arguments.gib * 2**30 - 4 * VOCABULARY * HIDDEN) / per_layer))
-    shapes = {**outer, **{f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}}
+    one, two = (total_bytes(tensors(arguments.family, layers)[1]) for layers in (1, 2))
+    layers = max(1, 1 + round((arguments.gib * 2**30 - one) / (two - one)))
+    config, shapes = tensors(arguments.family, layers)
 
     arguments.out.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -50,36 +44,37 @@ def main() -> None:
         tensor = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * 0.02
         held[name] = tensor.bfloat16()
         size += held[name].nbytes
-        if size >= SHARD_BYTES:
-            shards.append(_write(arguments.out, len(shards), held))
+        if size >= arguments.shard_mib * 2**20:
+            shards.append(write(arguments.out, len(shards), held))
             held, size = {}, 0
     if held:
-        shards.append(_write(arguments.out, len(shards), held))
+        shards.append(write(arguments.out, len(shards), held))
     weight_map = {name: file for file, names in shards for name in names}
-    total = 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    total = total_bytes(shapes)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (arguments.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_VALUE_HEADS,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    }
-    (arguments.out / "config.json").write_text(json.dumps(config, indent=2))
+    config.save_pretrained(arguments.out)
     print(f"{arguments.out}: {layers} layers, {total / 2**30:.2f} GiB in {len(shards)} shards")
 
 
-def _write(folder: Path, number: int, tensors: dict) -> tuple[str, list[str]]:
+def tensors(family: str, layers: int) -> tuple:
+    """The config of a model with that many layers, and the shapes of its tensors by their names on disk."""
+    config = AutoConfig.for_model(family, **COMMON, **SHAPES[family], num_hidden_layers=layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    state = revert_weight_conversion(model, model.state_dict())
+    return config, {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def total_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
+    return 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def write(folder: Path, number: int, held: dict) -> tuple[str, list[str]]:
     name = f"model-{number + 1:05d}.safetensors"
-    save_file(tensors, folder / name, metadata={"format": "pt"})
-    return name, list(tensors)
+    save_file(held, folder / name, metadata={"format": "pt"})
+    return name, list(held)
 
 
 if __name__ == "__main__":

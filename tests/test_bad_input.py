@@ -85,7 +85,6 @@ SINGLE = {
     "config not JSON": (lambda f: (f / "config.json").write_text("{,"), 1, ["config.json", "not valid JSON"]),
     "config missing": (lambda f: (f / "config.json").unlink(), 1, ["no config.json"]),
     "impossible config": (edit_config(num_hidden_layers="three"), 1, ["config.json", "num_hidden_layers"]),
-    "weights missing": (lambda f: (f / "model.safetensors").unlink(), 1, ["no weights"]),
     "truncated": (truncate, 1, ["model.safetensors", "truncated"]),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), 1, ["too short"]),
     "flipped header length": (patch_bytes(5, b"\xff"), 1, ["damaged or truncated"]),
@@ -103,6 +102,19 @@ SINGLE = {
         edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)})), 4, ["I8"],
     ),
 }  # fmt: skip
+
+
+def test_missing_weights_are_planned_but_not_converted(base_folder, cli, tmp_path):
+    base = base_folder()
+    (base / "model.safetensors").unlink()
+    code, out, err = cli("convert", base, "-o", tmp_path / "out")
+    assert code == 1
+    assert_one_line(err, ["no weights"])
+    code, out, err = cli("plan", base)
+    assert code == 0 and "planned from config.json alone" in out
+    code, out, err = cli("plan", base, "--keep-softmax", "recall:25%")
+    assert code == 2
+    assert_one_line(err, ["needs the base model to be run"])
 
 
 @pytest.mark.parametrize("case", list(SINGLE))

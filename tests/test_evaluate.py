@@ -15,6 +15,7 @@ from linearize.evaluate import evaluate
 from linearize.evaluation.perplexity import position_buckets, windows_of
 from linearize.evaluation.recall import accuracy, recall_task
 from linearize.evaluation.suite import Suite
+from linearize.modeling.readout import Readout
 from linearize.recipe import load_config
 from linearize.report.gates import evaluate_gates, parse_gate, regression_gates
 from linearize.report.markdown import render_markdown, summary_table
@@ -87,7 +88,7 @@ def test_recall_rows_and_their_scoring():
         assert torch.equal(copied, task.ids[:, -task.counted - distance : -distance])
         assert torch.equal(task.ids, recall_task(distance, 2, 1000, 7, seed=1).ids)
         assert (task.ids[:, 0] == 7).all()
-        row, head = task.ids[0], torch.eye(1000)
+        row, head = task.ids[0], Readout(torch.eye(1000))
         perfect = torch.cat([torch.eye(1000)[row[1:]], torch.zeros(1, 1000)])
         assert accuracy(perfect, head, row, task.counted) == 1.0
         assert accuracy(perfect.roll(1, 0), head, row, task.counted) < 0.1

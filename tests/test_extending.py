@@ -29,11 +29,11 @@ class Cumulative(Structure):
 '''
 MIXER_LINE = """    "cumulative": _entry("cumulative:Cumulative", "no decay", "test", gated=False, positive=True),
 """
-FAMILY = '''"""Mistral, for this test alone."""
+FAMILY = '''"""Helium, for this test alone."""
 
-from linearize.families.family import Family
+from linearize.families.family import family
 
-MISTRAL = Family("mistral", "MistralConfig", "MistralForCausalLM", "MistralModel", "MistralAttention")
+HELIUM = family("helium", "Helium", covers="Helium 1")
 '''
 
 
@@ -79,22 +79,23 @@ def test_a_mixer_is_one_file_and_one_line(copy, base_folder, tmp_path):
 
 
 def test_a_family_is_one_file_and_one_registry_entry(copy, tmp_path):
+    """The entry is two lines, one of them the import."""
     import torch
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import HeliumConfig, HeliumForCausalLM
 
     package, run = copy
-    (package / "families" / "mistral.py").write_text(FAMILY)
+    (package / "families" / "helium.py").write_text(FAMILY)
     registry = package / "families" / "registry.py"
     text = registry.read_text()
-    text = text.replace("import LLAMA\n", "import LLAMA\nfrom linearize.families.mistral import MISTRAL\n")
-    registry.write_text(text.replace("in (LLAMA,)}", "in (LLAMA, MISTRAL)}"))
-    assert touched(package) == ({"families/mistral.py"}, 1)
+    text = text.replace("import LLAMA\n", "import LLAMA\nfrom linearize.families.helium import HELIUM\n")
+    registry.write_text(text.replace("    LLAMA,\n", "    LLAMA,\n    HELIUM,\n"))
+    assert touched(package) == ({"families/helium.py"}, 2)
     torch.manual_seed(0)
-    config = MistralConfig(
+    config = HeliumConfig(
         vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=None, max_position_embeddings=256,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
     )  # fmt: skip
-    MistralForCausalLM(config).save_pretrained(tmp_path / "base")
+    HeliumForCausalLM(config).save_pretrained(tmp_path / "base")
     done = run("convert", tmp_path / "base", "-o", tmp_path / "out", "--window", "8")
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout

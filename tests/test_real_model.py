@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from linearize.convert import convert
 from linearize.modeling.loading import load_student, load_unconverted, open_base, read_manifest
 from linearize.modeling.plan import Plan
+from linearize.modeling.readout import readout_of
 from linearize.recipe import load_config
 
 pytestmark = pytest.mark.slow
@@ -127,7 +128,7 @@ def test_the_config_keeps_the_heads_that_recall_needs(converted):
             for name, mode in modes.items():
                 with mode:
                     hidden = [model.base_model(row[None], use_cache=False).last_hidden_state[0] for row in task.ids]
-                head = model.get_output_embeddings().weight
+                head = readout_of(model)
                 right = [accuracy(h, head, row, task.counted) for h, row in zip(hidden, task.ids)]
                 recalled[name] = sum(right) / len(right)
     assert recalled["base"] > 0.3 and recalled["none"] < 0.05

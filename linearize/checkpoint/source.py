@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 import urllib.error
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from linearize.checkpoint.assets import asset_files
 from linearize.checkpoint.fingerprint import sha256
 from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB_SECONDS = 8
 HUB_FILES = [
     "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py", "LICENSE*",
@@ -28,7 +31,7 @@ class Source:
 
     Attributes:
         reference: what the user named: absolute path or hub id.
-        kind: "folder", "hub" or "gguf".
+        kind: "folder", "hub", "gguf" or "adapter" (a PEFT adapter merged into its base model).
         folder: local folder with config.json and safetensors.
         name: for people and model cards.
         revision: commit of a hub model, if known.
@@ -67,6 +70,8 @@ class Source:
         if self.kind == "gguf":
             return sha256(Path(self.reference))
         headers = [(self.folder / "config.json").read_bytes()]
+        if self.kind == "adapter":
+            headers.append((Path(self.reference) / ADAPTER_WEIGHTS).read_bytes())
         for path in sorted(self.folder.glob("*.safetensors")):
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -76,15 +81,29 @@ class Source:
 
 
 @contextlib.contextmanager
-def open_source(model: str, *, revision: str | None = None, dtype: str = "bfloat16") -> Iterator[Source]:
+def open_source(
+    model: str, *, revision: str | None = None, dtype: str = "bfloat16", merge_adapter: bool = False
+) -> Iterator[Source]:
     """Resolves MODEL. A GGUF file is dequantised to `dtype` into a temporary folder that lives as long as the context.
+
+    Args:
+        merge_adapter: a PEFT adapter folder is merged into its base model, likewise into a temporary folder.
 
     Raises:
         ConfigError: no such file, folder or hub model. CheckpointError: the hub does not answer.
         UnsupportedModelError: a GGUF architecture that cannot be converted.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if (path / ADAPTER_CONFIG).is_file():
+        adapter = path.resolve()
+        base = _adapter_base(adapter, merge_adapter)
+        with (
+            open_source(base, revision=revision, dtype=dtype) as source,
+            tempfile.TemporaryDirectory(prefix="linearize-merged-") as folder,
+        ):
+            _merge(source, adapter, Path(folder))
+            yield Source(str(adapter), "adapter", Path(folder), adapter.name)
+    elif path.is_dir():
         folder = path.resolve()
         yield Source(str(folder), "folder", folder, _folder_name(folder), revision)
     elif path.suffix == ".gguf":
@@ -171,12 +190,46 @@ def hub_answers() -> bool:
     return answered.is_set()
 
 
+def _adapter_base(adapter: Path, merge: bool) -> str:
+    """The base model that a PEFT adapter names, if the adapter may and can be merged into it."""
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{adapter / ADAPTER_CONFIG}: damaged ({error})") from None
+    if not merge:
+        raise UnsupportedModelError(
+            f"{adapter}: is a PEFT adapter of '{base}', not a model; --merge-adapter merges the two and converts the result"
+        )
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{adapter}: no {ADAPTER_WEIGHTS}; pickled adapters are never loaded because loading one runs code"
+        )
+    return base
+
+
+def _merge(base: Source, adapter: Path, folder: Path) -> None:
+    """Writes `base` with the adapter merged in."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto")
+    try:
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{adapter}: cannot be merged: {' '.join(str(error).split())[:300]}") from None
+    merged.save_pretrained(folder, max_shard_size="4GB")
+    for origin in (base.folder, adapter):  # an adapter's own tokenizer or template is the newer one
+        for asset in asset_files(origin):
+            (folder / asset).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin / asset, folder / asset)
+
+
 def _dequantise(path: Path, folder: Path, dtype: str) -> None:
     """Writes a GGUF file's model and tokenizer as a Hugging Face folder, weights dequantised to `dtype`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from linearize.families.registry import FAMILIES
+    from linearize.families.refused import reason_to_refuse
 
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -189,9 +242,9 @@ def _dequantise(path: Path, folder: Path, dtype: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # the readers raise whatever their parsers do
         raise CheckpointError(f"{path}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from None
-    if model.config.model_type not in FAMILIES:
+    if why := reason_to_refuse(model.config.to_dict()):
         raise UnsupportedModelError(
-            f"{path}: holds a {model.config.model_type} model; supported are {', '.join(FAMILIES)}"
+            f"{path}: holds a {model.config.model_type} model, which cannot be converted: {why}"
         )
     # transformers refuses to save what is still marked as quantised
     model.hf_quantizer = None

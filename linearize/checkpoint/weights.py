@@ -13,6 +13,7 @@ from pathlib import Path
 from linearize.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HEADER_LIMIT = 100_000_000
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
@@ -42,7 +43,15 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
+        """Of the files, or of the tensors where there are none (a plan made of config.json alone)."""
+        if not self.files:
+            return sum(info.nbytes for info in self.tensors.values())
         return sum((self.folder / name).stat().st_size for name in self.files)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether anything in `folder` is, or points to, weights of any format."""
+    return (folder / INDEX).is_file() or any(path.suffix in (".safetensors", *PICKLES) for path in folder.glob("*"))
 
 
 def read_weights(folder: Path) -> Weights:
@@ -145,7 +154,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _why_no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if pickles:
         return (
             f"{folder}: only pickled weights ({pickles[0]}), which are never loaded because loading one runs code; "

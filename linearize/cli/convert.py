@@ -33,6 +33,15 @@ KeepSoftmax = Annotated[
         rich_help_panel=ATTENTION,
     ),
 ]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        help="Layers to convert: full (those without a sliding window of their own; default), all, or 0-3,7. The config "
+        "key is convert_layers; a config's `layers` holds settings layer by layer.",
+        rich_help_panel=ATTENTION,
+    ),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any config key, key=value; repeatable.", rich_help_panel=ATTENTION)
 ]
@@ -50,6 +59,10 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Allow a model that brings code of its own.", rich_help_panel=SOURCE),
+]
+MergeAdapter = Annotated[
+    bool,
+    typer.Option("--merge-adapter", help="MODEL is a PEFT adapter: merge it into its base.", rich_help_panel=SOURCE),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)]
 
@@ -88,9 +101,11 @@ def convert(
     mix: Mix = None,
     keep_softmax: KeepSoftmax = None,
     calibrate: Calibrate = None,
+    layers: Layers = None,
     set_: Set = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    merge_adapter: MergeAdapter = False,
     link: Annotated[
         str, typer.Option("--link", help="auto, hard or copy: how base weights get there.", rich_help_panel=OUTPUT)
     ] = "auto",
@@ -110,7 +125,7 @@ def convert(
 
     if link not in ("auto", "hard", "copy"):
         raise ConfigError(f"--link: got '{link}', allowed are auto, hard, copy")
-    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, set_)
+    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, layers, set_)
     if calibrate is not None:
         when = "always" if calibrate else "never"
         settings = settings.model_copy(update={"calibration": settings.calibration.model_copy(update={"when": when})})
@@ -119,7 +134,7 @@ def convert(
 
         if out is not None:
             check_target(out, overwrite=overwrite)
-        _print_plan(model, settings, revision, json_)
+        _print_plan(model, settings, revision, merge_adapter, json_)
         return
     from linearize.convert import convert as run
 
@@ -133,6 +148,7 @@ def convert(
         verify=verify,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        merge_adapter=merge_adapter,
         progress=note,
     )
     if json_:
@@ -162,27 +178,32 @@ def plan(
     sinks: Sinks = None,
     mix: Mix = None,
     keep_softmax: KeepSoftmax = None,
+    layers: Layers = None,
     set_: Set = None,
     revision: Revision = None,
+    merge_adapter: MergeAdapter = False,
     json_: Json = False,
 ) -> None:
     """Print what a conversion would do, from config.json and safetensors headers alone."""
-    _print_plan(model, _settings(config, mixer, window, sinks, mix, keep_softmax, set_), revision, json_)
+    _print_plan(
+        model, _settings(config, mixer, window, sinks, mix, keep_softmax, layers, set_), revision, merge_adapter, json_
+    )
 
 
-def _settings(config, mixer, window, sinks, mix, keep_softmax, sets) -> Any:
+def _settings(config, mixer, window, sinks, mix, keep_softmax, layers, sets) -> Any:
     from linearize.recipe import load_config
 
     flags = {"mixer": mixer, "window": window, "sinks": sinks, "mix": mix, "keep_softmax": keep_softmax}
+    flags["convert_layers"] = layers
     return load_config(config, flags, sets)
 
 
-def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) -> None:
+def _print_plan(model: str, settings: Any, revision: str | None, merge_adapter: bool, json_: bool) -> None:
     quiet_libraries()
     from linearize.checkpoint.source import open_source
     from linearize.convert import inspect_source
 
-    with open_source(model, revision=revision, dtype=settings.dtype) as source:
+    with open_source(model, revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter) as source:
         shown = inspect_source(source, settings, progress=note).to_dict()
     if json_:
         emit_json(shown)
@@ -192,8 +213,17 @@ def _print_plan(model: str, settings: Any, revision: str | None, json_: bool) ->
         f"{shown['model']} ({shown['family']}): {coverage['heads_planned']} of {coverage['heads']} key/value heads in "
         f"{coverage['layers_planned']} of {coverage['layers']} layers become linear"
     )
+    if shown["experimental"]:
+        emit(f"{shown['family']} is experimental: {shown['experimental']}")
+    if shown["from_config_alone"]:
+        emit("no weights here: planned from config.json alone")
     emit("layer  softmax heads  linear heads")
     for layer in shown["layers"]:
+        if layer["native"]:
+            window = layer["sliding_window"]
+            why = "not among the layers to convert" if window is None else f"sliding window of its own, {window}"
+            emit(f"{layer['layer']:5}  {'all':13}  {'-':13} unchanged: {why}")
+            continue
         kept, linear = ((",".join(map(str, layer[key])) or "-") for key in ("softmax_heads", "linear_heads"))
         gate = " with learned gate" if layer["gate"] == "learned" else ""
         what = f"{layer['mixer']}{gate} {layer['mix']}, window {layer['window']} + {layer['sinks']} sinks"

@@ -58,12 +58,20 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
             for name, entry in MIXERS.items()
         ]
     if kind is Kind.families:
-        from linearize.families.registry import FAMILIES, REFUSED
+        from linearize.families.refused import REFUSED
+        from linearize.families.registry import FAMILIES
 
-        supported = [
-            {"name": name, "status": "supported", "covers": family.covers} for name, family in FAMILIES.items()
+        listed = [
+            {
+                "name": name,
+                "status": "experimental" if family.experimental else "supported",
+                "why": family.experimental,
+                "covers": family.covers,
+            }
+            for name, family in FAMILIES.items()
         ]
-        return supported + [{"name": name, "status": "refused", "why": why} for name, why in REFUSED.items()]
+        refused = [{"name": name, "status": "refused", "why": why, "covers": ""} for name, why in REFUSED.items()]
+        return sorted(listed, key=lambda row: row["status"], reverse=True) + refused
     from linearize.recipe import load_config, load_recipe, packaged
 
     load = load_recipe if kind is Kind.recipes else load_config

@@ -24,12 +24,12 @@ def _shares(lab: Lab, model: PreTrainedModel, length: int) -> Findings:
     try:
         model.base_model(ids, use_cache=False)
         rows = []
-        for number, attention in enumerate(attentions):
+        for attention in attentions:
             linear = {}
             if attention.mixer is not None and attention.mixer.shares:
                 per_head = torch.stack(attention.mixer.shares).mean(0).view(len(attention.linear_heads), -1)
                 linear = dict(zip(attention.linear_heads, per_head.tolist()))
-            row = {"layer": number, "softmax_heads": list(attention.softmax_heads)}
+            row = {"layer": attention.layer_idx, "softmax_heads": list(attention.softmax_heads)}
             row["shares"] = {str(head): linear.get(head, []) for head in attention.linear_heads}
             rows.append(row)
     finally:

@@ -20,6 +20,7 @@ from linearize.checkpoint.fingerprint import sha256
 from linearize.errors import ConfigError
 from linearize.evaluation.lab import BATCH_TOKENS, Lab, final_hidden, require_finite
 from linearize.evaluation.suite import metric_stem
+from linearize.modeling.readout import readout_of
 from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
 
 HEAD = "The following is a multiple choice question. Answer with the letter of the right option.\n\n"
@@ -126,7 +127,7 @@ def _rotations(lab: Lab, item: Item) -> tuple[list[Tensor], Tensor]:
 
 def _chosen(lab: Lab, name: str, model: PreTrainedModel, rows: list[Tensor], allowed: Tensor) -> list[int]:
     """The most likely letter for every row. Padding on the right is out of sight of a row's last token."""
-    head = model.get_output_embeddings().weight[allowed.to(lab.device)]
+    readout, allowed = readout_of(model), allowed.to(lab.device)
     width = max(row.numel() for row in rows)
     padded = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -135,7 +136,7 @@ def _chosen(lab: Lab, name: str, model: PreTrainedModel, rows: list[Tensor], all
     letters = []
     for ids, ends in zip(padded.split(size := max(1, BATCH_TOKENS // width)), last.split(size)):
         hidden = final_hidden(name, model, ids.to(lab.device))
-        logits = hidden[torch.arange(len(ids)), ends.to(lab.device)] @ head.T
+        logits = readout(hidden[torch.arange(len(ids)), ends.to(lab.device)])[:, allowed]
         require_finite(name, logits[None])
         letters += logits.argmax(-1).tolist()
     return letters

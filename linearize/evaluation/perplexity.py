@@ -12,7 +12,7 @@ Shapes: T tokens, D hidden size, C vocabulary.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from linearize.checkpoint.writing import check_space
 from linearize.evaluation.lab import MODES, Lab, final_hidden
+from linearize.modeling.readout import Readout, readout_of
 from linearize.report.results import (
     BASE,
     BRANCH_OFF,
@@ -60,7 +61,7 @@ def measure_perplexity(lab: Lab, length: int, max_tokens: int, *, window_off: bo
             outputs = {}
             for name, model in models.items():
                 with MODES[name][1](model):
-                    outputs[name] = (final_hidden(name, model, ids[None])[0], model.get_output_embeddings().weight)
+                    outputs[name] = (final_hidden(name, model, ids[None])[0], readout_of(model))
             if kept is not None and BASE in outputs:
                 kept.keep(i, len(windows), *outputs[BASE])
             base = outputs[BASE] if BASE in outputs else kept.of_window(i, lab.device)
@@ -115,18 +116,18 @@ class BaseOutputs:
         self.paths = {part: path.with_name(f"{path.name}-{part}.bin") for part in ("hidden", "head")}
         self.hidden = self.head = None
 
-    def keep(self, number: int, windows: int, hidden: Tensor, head: Tensor) -> None:
+    def keep(self, number: int, windows: int, hidden: Tensor, head: Readout) -> None:
         if self.hidden is None:
             self.paths["hidden"].parent.mkdir(parents=True, exist_ok=True)
-            check_space(self.paths["hidden"].parent, windows * hidden.nbytes + head.nbytes)
+            check_space(self.paths["hidden"].parent, windows * hidden.nbytes + head.weight.nbytes)
             self.hidden = _file_tensor(self.paths["hidden"], (windows, *hidden.shape), hidden.dtype)
-            self.head = _file_tensor(self.paths["head"], tuple(head.shape), head.dtype)
-            self.head.copy_(head)
+            weight = _file_tensor(self.paths["head"], tuple(head.weight.shape), head.weight.dtype).copy_(head.weight)
+            self.head = replace(head, weight=weight, bias=None if head.bias is None else head.bias.clone())
         self.hidden[number].copy_(hidden)
 
-    def of_window(self, number: int, device: str) -> tuple[Tensor, Tensor]:
-        if self.head.device.type != device:
-            self.head = self.head.to(device)
+    def of_window(self, number: int, device: str) -> tuple[Tensor, Readout]:
+        if self.head.weight.device.type != device:
+            self.head = replace(self.head, weight=self.head.weight.to(device))
         return self.hidden[number].to(device), self.head
 
     def clear(self) -> None:
@@ -146,13 +147,16 @@ def windows_of(token_ids: Tensor, length: int, max_tokens: int) -> Tensor:
 
 
 def score_window(
-    ids: Tensor, base: tuple[Tensor, Tensor], outputs: dict[str, tuple[Tensor, Tensor]], scores: dict[str, WindowScores]
+    ids: Tensor,
+    base: tuple[Tensor, Readout],
+    outputs: dict[str, tuple[Tensor, Readout]],
+    scores: dict[str, WindowScores],
 ) -> None:
     """Adds one window's figures of every model in `outputs`, beside the base's.
 
     Args:
         ids: [T].
-        base, outputs: final hidden states [T, D] and output embeddings [C, D].
+        base, outputs: final hidden states [T, D] and readout.
     """
     targets = ids[1:]
     losses: dict[str, list[Tensor]] = {name: [] for name in outputs}
@@ -175,8 +179,8 @@ def score_window(
             scores[name].agreement.append(same[name] / targets.numel())
 
 
-def _log_probs(hidden: Tensor, head: Tensor, rows: slice) -> Tensor:
-    return F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
+def _log_probs(hidden: Tensor, head: Readout, rows: slice) -> Tensor:
+    return F.log_softmax(head(hidden[rows]), dim=-1)
 
 
 def position_buckets(length: int) -> Iterator[tuple[int, int]]:

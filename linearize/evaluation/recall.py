@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import BATCH_TOKENS, Lab, final_hidden
+from linearize.modeling.readout import Readout, readout_of
 from linearize.report.results import (
     BASE,
     BRANCH_OFF,
@@ -57,9 +58,9 @@ def recall_task(distance: int, rows: int, vocabulary: int, start_token: int | No
     return RecallTask(distance, torch.cat([start, span, filler, span], dim=1), max(1, span_length - SKIPPED))
 
 
-def accuracy(hidden: Tensor, head: Tensor, ids: Tensor, counted: int) -> float:
+def accuracy(hidden: Tensor, head: Readout, ids: Tensor, counted: int) -> float:
     """Share of the last `counted` tokens of one row predicted exactly. hidden: [T, D]; ids: [T]."""
-    predicted = (hidden[-counted - 1 : -1] @ head.T).argmax(-1)
+    predicted = head(hidden[-counted - 1 : -1]).argmax(-1)
     return (predicted == ids[-counted:]).float().mean().item()
 
 
@@ -80,10 +81,10 @@ def associative_task(distance: int, rows: int, vocabulary: int, start_token: int
     return RecallTask(distance, torch.stack(made), pairs)
 
 
-def associative_accuracy(hidden: Tensor, head: Tensor, ids: Tensor, pairs: int) -> float:
+def associative_accuracy(hidden: Tensor, head: Readout, ids: Tensor, pairs: int) -> float:
     """Share of the last `pairs` values of one row predicted exactly after their keys."""
     keys = slice(ids.numel() - 2 * pairs, None, 2)
-    predicted = (hidden[keys] @ head.T).argmax(-1)
+    predicted = head(hidden[keys]).argmax(-1)
     return (predicted == ids[ids.numel() - 2 * pairs + 1 :: 2]).float().mean().item()
 
 
@@ -97,7 +98,7 @@ def measure_recall(lab: Lab, kind: str, distance: int, rows: int, *, window_off:
 
     def scored(name: str, model: PreTrainedModel) -> list[float]:
         units = []
-        head = model.get_output_embeddings().weight
+        head = readout_of(model)
         for batch in task.ids.split(max(1, BATCH_TOKENS // task.ids.shape[1])):
             ids = batch.to(lab.device)
             hidden = final_hidden(name, model, ids)

@@ -105,8 +105,15 @@ def _weights(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def _k_means(points: Tensor, count: int) -> Tensor:
-    """Centres [count, K] of points [N, K], from evenly spaced ones."""
-    centres = points[torch.linspace(0, points.shape[0] - 1, count, device=points.device).long()].clone()
+    """Centres [count, K] of points [N, K]. The first are drawn far from one another (k-means++), the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    centres = points[:1]
+    distances = torch.full_like(points[:, 0], float("inf"))
+    for _ in range(1, count):
+        distances = torch.minimum(distances, (points - centres[-1]).square().sum(-1))
+        odds = distances.cpu() + 1e-12
+        drawn = torch.multinomial(odds, 1, generator=generator)
+        centres = torch.cat([centres, points[drawn.to(points.device)]])
     for _ in range(ITERATIONS):
         nearest = (points @ centres.T - 0.5 * centres.square().sum(-1)).argmax(-1)
         counts = torch.bincount(nearest, minlength=count)[:, None]

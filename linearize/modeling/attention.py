@@ -16,13 +16,16 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from linearize.families.family import Family
 from linearize.mixers.structure import Site
 from linearize.modeling.branch import LinearHeads
-from linearize.modeling.cache import CACHE_NAME, adopt_layer, context_of
+from linearize.modeling.cache import adopt_layer, context_of
 from linearize.modeling.plan import LayerPlan
+from linearize.ops.window import Scores
 
 IMPLEMENTATION = "linearize"
-CACHE_ARGUMENTS = (CACHE_NAME, "layer_past")
+# what transformers up to 5.23, from 5.24 on, and GPT-NeoX call the cache
+CACHE_ARGUMENTS = ("past_key_values", "cache", "layer_past")
 
 
 @dataclass
@@ -34,6 +37,18 @@ class AttentionCall:
     padding_mask: Tensor | None
     segments: Tensor | None
     hidden_states: Tensor
+
+
+@dataclass
+class KeptHeads:
+    """What an attention function reads from its module, for the heads of a layer that keep softmax."""
+
+    sinks: Tensor
+    num_key_value_groups: int
+    training: bool
+    layer_idx: int
+    config: object
+    is_causal: bool = True
 
 
 @dataclass
@@ -57,7 +72,7 @@ class Observation:
     v: Tensor
     hidden_states: Tensor
     target: Tensor
-    scale: float
+    scores: Scores
     run: Callable[[], Tensor]
 
 
@@ -77,31 +92,26 @@ class LinearizedAttention:
 
     observer: Callable[[Observation], Tensor | None] | None = None
 
-    def setup(self, plan: LayerPlan, config, key_value_heads: int, query_heads: int) -> None:
+    def setup(self, plan: LayerPlan, site: Site, config, family: Family, *, rotates: bool) -> None:
         """Turns an instance of the family's class into this one, in place.
 
         Args:
+            site: of the linear heads.
             config: the copy of the model's config that routes this layer's attention to `attend`.
+            rotates: whether this layer rotates queries and keys.
         """
         self.softmax_config, self.linear_config = self.config, config
-        self.softmax_heads, self.linear_heads = plan.softmax_heads, plan.linear_heads(key_value_heads)
-        self.query_group = query_heads // key_value_heads
-        family = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers.models"))
-        self.family_module = sys.modules[family.__module__]
-        self.call_names = [name for name in inspect.signature(family.forward).parameters if name != "self"]
-        self.mixer = None
-        if self.linear_heads:
-            site = Site(
-                self.linear_heads,
-                key_value_heads,
-                self.query_group,
-                self.head_dim,
-                self.layer_idx,
-                config.num_hidden_layers,
-            )
-            self.mixer = LinearHeads(plan, site, config.hidden_size)
+        self.softmax_heads, self.linear_heads = plan.softmax_heads, site.heads
+        self.query_group = site.group
+        self.partial_rotary, self.rotates = family.partial_rotary, rotates
+        base = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers.models"))
+        self.family_module = sys.modules[base.__module__]
+        self.call_names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+        self.cache_name = next(name for name in CACHE_ARGUMENTS if name in self.call_names)
+        self.handed_on: dict[str, Tensor | None] = {}
+        self.mixer = LinearHeads(plan, site, config.hidden_size) if site.heads else None
         order = [*self.softmax_heads, *self.linear_heads]
-        self.restore = None if order == sorted(order) else [order.index(head) for head in range(key_value_heads)]
+        self.restore = None if order == sorted(order) else [order.index(head) for head in range(site.total_heads)]
         self.set_linear(True)
 
     def set_linear(self, linear: bool) -> None:
@@ -109,12 +119,13 @@ class LinearizedAttention:
         self.linear = linear
         self.config = self.linear_config if linear else self.softmax_config
 
-    def forward(self, *args, padding_mask: Tensor | None = None, segments: Tensor | None = None, **kwargs):
+    def forward(self, *args, **kwargs):
         if not self.linear:
             return super().forward(*args, **kwargs)
+        kwargs |= self.handed_on
+        padding_mask, segments = kwargs.pop("padding_mask", None), kwargs.pop("segments", None)
         kwargs.update(zip(self.call_names, args))
-        cache_name = next((name for name in CACHE_ARGUMENTS if name in kwargs), None)
-        cache = kwargs.pop(cache_name) if cache_name else None
+        cache = kwargs.pop(self.cache_name, None)
         cos, sin = kwargs["position_embeddings"]
         call = AttentionCall(cache, (cos, sin), padding_mask, segments, kwargs["hidden_states"])
         # one position is enough to say "no rotation" to all of them
@@ -131,12 +142,22 @@ class LinearizedAttention:
         *,
         scaling: float,
         dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """q [B, H, T, K], k and v [B, J, T, K], before rotary; returns [B, T, H, K]."""
-        q_rotary, k_rotary = self.family_module.apply_rotary_pos_emb(q, k, *call.position_embeddings)
+        """q [B, H, T, K], k and v [B, J, T, K], before rotary; returns [B, T, H, K].
+
+        Args:
+            softcap: scores s become softcap tanh(s / softcap) (Gemma 2).
+            s_aux: [H], a learned score in every head's normaliser that no value belongs to (gpt-oss).
+        """
+        assert k.shape[2] == q.shape[2], "the family's forward met a cache that should have been taken away"
+        assert k.shape[1] == len(self.softmax_heads) + len(self.linear_heads), "the config counts other heads"
+        q_rotary, k_rotary = self._rotate(q, k, *call.position_embeddings)
         if self.observer is not None:
-            return self._observed(q, q_rotary, k, k_rotary, v, attention_mask, call, scaling=scaling, **kwargs)
+            options = {"scaling": scaling, "softcap": softcap, **kwargs}
+            return self._observed(q, q_rotary, k, k_rotary, v, attention_mask, call, s_aux, **options)
         layer = None
         if call.cache is not None:
             window, sinks, keeps_raw = (
@@ -146,11 +167,14 @@ class LinearizedAttention:
         outputs = []
         if self.softmax_heads:
             picked = [self._heads(x, self.softmax_heads) for x in (q_rotary, k_rotary, v)]
-            outputs.append(self._softmax(*picked, attention_mask, layer, scaling=scaling, dropout=dropout, **kwargs))
+            options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
+            learned = self._of_heads(s_aux, self.softmax_heads)
+            outputs.append(self._softmax(*picked, attention_mask, layer, learned, **options))
         if self.linear_heads:
             # [B, T, heads, K] from here on
             picked = [self._heads(x, self.linear_heads).transpose(1, 2) for x in (q, q_rotary, k, k_rotary, v)]
-            outputs.append(self._linear(*picked, call, layer, scaling))
+            scores = Scores(scaling, softcap, self._of_heads(s_aux, self.linear_heads))
+            outputs.append(self._linear(*picked, call, layer, scores))
         if layer is not None and not self.linear_heads:
             layer.length += q.shape[2]
         if len(outputs) == 1:
@@ -160,20 +184,23 @@ class LinearizedAttention:
             return joined
         return joined.unflatten(2, (-1, self.query_group))[:, :, self.restore].flatten(2, 3)
 
-    def _observed(self, q, q_rotary, k, k_rotary, v, attention_mask, call, *, scaling, **kwargs) -> Tensor:
-        output = self._softmax(q_rotary, k_rotary, v, attention_mask, None, scaling=scaling, **kwargs)
+    def _observed(
+        self, q, q_rotary, k, k_rotary, v, attention_mask, call, s_aux, *, scaling, softcap, **kwargs
+    ) -> Tensor:
+        options = {"scaling": scaling, "softcap": softcap, **kwargs}
+        output = self._softmax(q_rotary, k_rotary, v, attention_mask, None, s_aux, **options)
         if self.linear_heads:
             picked = [self._heads(x, self.linear_heads).transpose(1, 2) for x in (q, q_rotary, k, k_rotary, v)]
-            target = self._heads(output.transpose(1, 2), self.linear_heads).transpose(1, 2)
+            scores = Scores(scaling, softcap, self._of_heads(s_aux, self.linear_heads))
             seen = self.observer(
                 Observation(
                     self.layer_idx,
                     self.mixer,
                     *picked,
                     hidden_states=call.hidden_states,
-                    target=target,
-                    scale=scaling,
-                    run=lambda: self._linear(*picked, call, None, scaling),
+                    target=self._heads(output.transpose(1, 2), self.linear_heads).transpose(1, 2),
+                    scores=scores,
+                    run=lambda: self._linear(*picked, call, None, scores),
                 )
             )
             if seen is not None:
@@ -182,25 +209,44 @@ class LinearizedAttention:
                 output = output.flatten(2, 3)
         return output
 
-    def _softmax(self, q, k, v, attention_mask, layer, **kwargs) -> Tensor:
+    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary as the family applies it in this layer."""
+        if not self.rotates:
+            return q, k
+        rotate = self.family_module.apply_rotary_pos_emb
+        if not self.partial_rotary:
+            return rotate(q, k, cos, sin)
+        width = cos.shape[-1]
+        rotated = rotate(q[..., :width], k[..., :width], cos, sin)
+        return tuple(torch.cat([part, x[..., width:]], dim=-1) for part, x in zip(rotated, (q, k)))
+
+    def _softmax(self, q, k, v, attention_mask, layer, s_aux: Tensor | None, **kwargs) -> Tensor:
         if layer is not None:
             k, v = layer.extend_softmax(k, v)
+        module = self
+        if s_aux is not None:  # an eager implementation reads all heads' learned sinks from its module
+            kwargs["s_aux"] = s_aux
+            module = KeptHeads(s_aux, self.query_group, self.training, self.layer_idx, self.softmax_config)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.softmax_config._attn_implementation, self.family_module.eager_attention_forward
         )
-        return interface(self, q, k, v, attention_mask, **kwargs)[0]
+        return interface(module, q, k, v, attention_mask, **kwargs)[0]
 
-    def _linear(self, q, q_rotary, k, k_rotary, v, call: AttentionCall, layer, scaling: float) -> Tensor:
+    def _linear(self, q, q_rotary, k, k_rotary, v, call: AttentionCall, layer, scores: Scores) -> Tensor:
         padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
         k = self.mixer.recurrent_keys(k, k_rotary, call.hidden_states)
         if layer is None:
             context = context_of(
                 k_rotary, v, k, sinks=self.mixer.sinks, padding_mask=padding_mask, segments=call.segments
             )
-            return self.mixer(q, q_rotary, context, scale=scaling, state=None)[0]
+            return self.mixer(q, q_rotary, context, scores=scores, state=None)[0]
         context = layer.extend(k_rotary, v, k, padding_mask)
-        output, layer.recurrent_state = self.mixer(q, q_rotary, context, scale=scaling, state=layer.recurrent_state)
+        output, layer.recurrent_state = self.mixer(q, q_rotary, context, scores=scores, state=layer.recurrent_state)
         return output
+
+    def _of_heads(self, x: Tensor | None, key_value_heads: tuple[int, ...]) -> Tensor | None:
+        """The entries of x, [H], that belong to the given key/value heads."""
+        return None if x is None else self._heads(x[None, :, None], key_value_heads).flatten()
 
     def _heads(self, x: Tensor, key_value_heads: tuple[int, ...]) -> Tensor:
         """The given key/value heads of x, [B, heads, T, K], or for queries their groups."""

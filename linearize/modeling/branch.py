@@ -26,7 +26,7 @@ from linearize.mixers.structure import Site
 from linearize.modeling.cache import Context
 from linearize.modeling.plan import MIX_OPTIONS, LayerPlan
 from linearize.ops.chunks import state_dtype
-from linearize.ops.window import window_attention
+from linearize.ops.window import Scores, window_attention
 
 # without gradients long prefills go through in parts this long, so that intermediate arrays stay small
 SEGMENT = 4096
@@ -106,14 +106,14 @@ class LinearHeads(nn.Module):
         return torch.cat([k.to(dtype), offset], dim=-1)
 
     def forward(
-        self, q: Tensor, q_rotary: Tensor, context: Context, *, scale: float, state: Tensor | None
+        self, q: Tensor, q_rotary: Tensor, context: Context, *, scores: Scores, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from the last T tokens of `context`.
 
         Args:
             q, q_rotary: [B, T, H, K] before and after rotary.
             context: the keys and values in reach (modeling/cache.py).
-            scale: of the window's scores.
+            scores: how the window's scores are made.
             state: the recurrent state before the first of these tokens, or None.
 
         Returns:
@@ -121,21 +121,21 @@ class LinearHeads(nn.Module):
         """
         T, cached = q.shape[1], context.length - q.shape[1]
         if T <= SEGMENT or torch.is_grad_enabled():
-            return self._attend(q, q_rotary, context, scale, state)
+            return self._attend(q, q_rotary, context, scores, state)
         outputs = []
         for start in range(0, T, SEGMENT):
             end = min(start + SEGMENT, T)
             part = context.part(max(0, cached + start - self.window), cached + end)
-            output, state = self._attend(q[:, start:end], q_rotary[:, start:end], part, scale, state)
+            output, state = self._attend(q[:, start:end], q_rotary[:, start:end], part, scores, state)
             outputs.append(output)
         return torch.cat(outputs, dim=1), state
 
     def _attend(
-        self, q: Tensor, q_rotary: Tensor, context: Context, scale: float, state: Tensor | None
+        self, q: Tensor, q_rotary: Tensor, context: Context, scores: Scores, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if not self.recurrent_enabled:
-            return self._window(q_rotary, context, scale)[0], state
-        windowed, log_sum = self._window(q_rotary, context, scale, with_log_sum=self.mix == "joint")
+            return self._window(q_rotary, context, scores)[0], state
+        windowed, log_sum = self._window(q_rotary, context, scores, with_log_sum=self.mix == "joint")
         queries = q_rotary if self.structure.rotary else q
         if self.mix == "sum":
             recurrent, state = self._recurrent(queries, context, state, start=0, delay=0)
@@ -162,7 +162,7 @@ class LinearHeads(nn.Module):
         return self._joined(windowed, mass * past[..., :-1]) / total.clamp(min=NORM_EPSILON)
 
     @torch.no_grad()
-    def fit_mix(self, q: Tensor, q_rotary: Tensor, context: Context, target: Tensor, scale: float) -> list[Tensor]:
+    def fit_mix(self, q: Tensor, q_rotary: Tensor, context: Context, target: Tensor, scores: Scores) -> list[Tensor]:
         """Sets how much the recurrent branch counts, per query head, so that the output is nearest to `target`.
 
         Args:
@@ -171,7 +171,7 @@ class LinearHeads(nn.Module):
         Returns:
             Square errors [H] over the tokens beyond the window, relative to `target` row by row: of window + sinks, and as fitted.
         """
-        windowed, log_sum = self._window(q_rotary, context, scale, with_log_sum=self.mix == "joint")
+        windowed, log_sum = self._window(q_rotary, context, scores, with_log_sum=self.mix == "joint")
         start = 0 if self.mix == "sum" else self.window
         queries = q_rotary if self.structure.rotary else q
         past, _ = self._recurrent(queries, context, None, start=start, delay=start)
@@ -210,7 +210,7 @@ class LinearHeads(nn.Module):
         return window + recurrent if self.window_enabled else recurrent
 
     def _window(
-        self, q: Tensor, context: Context, scale: float, with_log_sum: bool = False
+        self, q: Tensor, context: Context, scores: Scores, with_log_sum: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The softmax window's output [B, T, H, K] and, if asked for, log sum_j exp(score_j), [B, T, H, 1]."""
         sinks = {}
@@ -225,10 +225,10 @@ class LinearHeads(nn.Module):
             context.keys,
             context.values,
             window=self.window,
-            scale=scale,
             key_mask=context.key_mask,
             segments=context.segments,
             with_log_sum=with_log_sum,
+            **vars(scores),
             **sinks,
         )
 

@@ -130,10 +130,10 @@ class LinearizedLayer(CacheLayerMixin):
     """Cache of one layer: full keys and values of its softmax heads; for its linear heads the last `window` slots,
     the sinks and the float32 recurrent state. Memory of the linear heads does not grow with the sequence.
 
-    `keys` and `values` are the softmax heads', in the layout of transformers, [B, heads, S, K]; None without any.
+    `keys` and `values` are the softmax heads', in the layout of transformers, [B, heads, S, K]; None without any. In a
+    layer that has a sliding window of its own they are what DynamicSlidingWindowLayer keeps, so that masks fit both.
     """
 
-    is_sliding = False
     is_croppable = False
     is_compileable = False
     supports_early_init = False
@@ -152,9 +152,10 @@ class LinearizedLayer(CacheLayerMixin):
         "recurrent_state",
     )
 
-    def __init__(self, window: int, sinks: int, keep_raw_keys: bool):
+    def __init__(self, window: int, sinks: int, keep_raw_keys: bool, sliding_window: int | None = None):
         super().__init__()
         self.window, self.sinks, self.keep_raw_keys = window, sinks, keep_raw_keys
+        self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
         self._clear()
 
     def _clear(self) -> None:
@@ -171,10 +172,12 @@ class LinearizedLayer(CacheLayerMixin):
         raise ValueError("this cache was filled in linear mode and cannot serve softmax attention; use a new cache")
 
     def extend_softmax(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values of the softmax heads, [B, heads, T, K], and returns all of them."""
-        self.keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=-2)
-        self.values = value_states if self.values is None else torch.cat([self.values, value_states], dim=-2)
-        return self.keys, self.values
+        """Appends keys and values of the softmax heads, [B, heads, T, K], and returns all that are in reach."""
+        keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=-2)
+        values = value_states if self.values is None else torch.cat([self.values, value_states], dim=-2)
+        start = 0 if self.sliding_window is None else max(0, keys.shape[-2] - self.sliding_window + 1)
+        self.keys, self.values = keys[:, :, start:], values[:, :, start:]
+        return keys, values
 
     def extend(self, keys: Tensor, values: Tensor, raw_keys: Tensor, padding_mask: Tensor | None) -> Context:
         """Takes the linear heads' new tokens, [B, T, J, K], and returns what their queries can see.
@@ -246,7 +249,8 @@ class LinearizedLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        offset = 0 if self.sliding_window is None else max(0, self.length - self.sliding_window + 1)
+        return self.length - offset + query_length, offset
 
     def _apply(self, function) -> None:
         for name in self.TENSORS:
@@ -294,5 +298,6 @@ def adopt_layer(cache: Cache, layer_idx: int, window: int, sinks: int, keep_raw_
                 f"layer {layer_idx} of this cache was filled by another model or in softmax mode; a linearized model "
                 "needs a cache of its own"
             )
-        layer = cache.layers[layer_idx] = LinearizedLayer(window, sinks, keep_raw_keys)
+        sliding_window = layer.sliding_window if layer.is_sliding else None
+        layer = cache.layers[layer_idx] = LinearizedLayer(window, sinks, keep_raw_keys, sliding_window)
     return layer

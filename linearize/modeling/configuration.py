@@ -7,15 +7,14 @@ from typing import ClassVar
 from transformers import AutoConfig
 
 from linearize.families.family import Family
-from linearize.modeling.plan import Plan
-
-PREFIX = "linearized_"
+from linearize.modeling.plan import PREFIX, Plan
 
 
 class LinearizedConfig:
     """Mixed into the family's config class."""
 
     linearize: dict | None = None
+    family: ClassVar[Family]
     # called with the base model type when a config is made; the package registers the model classes then
     on_creation: ClassVar[Callable[[str], None] | None] = None
 
@@ -28,12 +27,16 @@ class LinearizedConfig:
     def plan(self) -> Plan:
         return Plan.from_dict(self.linearize)
 
+    @property
+    def key_value_heads(self) -> int:
+        return self.family.heads(self.to_dict())["num_key_value_heads"]
+
 
 def config_class(family: Family) -> type:
     """Builds and registers the config class of one family; needs none of its modelling code."""
     if family.model_type in _CONFIGS:
         return _CONFIGS[family.model_type]
-    module = importlib.import_module(f"transformers.models.{family.model_type}.configuration_{family.model_type}")
+    module = importlib.import_module(family.import_path("configuration"))
     base = getattr(module, family.config_class)
     name = f"Linearized{base.__name__}"
     attributes = {
@@ -42,6 +45,7 @@ def config_class(family: Family) -> type:
         "__annotations__": {"linearize": dict | None},
         "model_type": PREFIX + family.model_type,
         "linearize": None,
+        "family": family,
     }
     cls = _CONFIGS[family.model_type] = type(name, (LinearizedConfig, base), attributes)
     globals()[name] = cls

@@ -9,7 +9,7 @@ import ast
 import importlib.resources
 from pathlib import Path
 
-from linearize.families.registry import FAMILIES
+from linearize.families.registry import find_family
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.plan import Plan
 
@@ -32,7 +32,7 @@ install linearize, after which no remote code is needed.
 
 def class_names(model_type: str) -> dict[str, str]:
     """Names of the linearized classes of a family."""
-    family = FAMILIES[model_type]
+    family = find_family(model_type)
     return {
         "config": "Linearized" + family.config_class,
         "causal_lm": "Linearized" + family.causal_lm_class,
@@ -71,11 +71,14 @@ def portable_source(plan: Plan) -> str:
     bodies.insert(
         first_modeling, f"MIXERS = {{\n{table}}}\n\n\ndef mixer_class(name: str) -> type:\n    return MIXERS[name]\n"
     )
-    bodies.append(f"FAMILIES = {{{model_type!r}: {FAMILIES[model_type]!r}}}\n")
+    bodies.append(
+        f"FAMILIES = {{{model_type!r}: {find_family(model_type)!r}}}\n\n\n"
+        "def find_family(model_type: str) -> Family:\n    return FAMILIES[model_type]\n"
+    )
     bodies.append(_body("modeling/factory.py", imports))
     names = class_names(model_type)
     bodies.append(
-        f"_CLASSES = linearized_classes(FAMILIES[{model_type!r}])\n"
+        f"_CLASSES = linearized_classes(find_family({model_type!r}))\n"
         f"{names['config']} = _CLASSES.config\n{names['causal_lm']} = _CLASSES.causal_lm\n"
     )
     _assert_no_clash(bodies)

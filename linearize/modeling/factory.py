@@ -19,10 +19,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from linearize.families.registry import FAMILIES, Family
-from linearize.modeling.attention import IMPLEMENTATION, LinearizedAttention, Observation
+from linearize.families.family import Family
+from linearize.families.registry import find_family
+from linearize.mixers.structure import Site
+from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention, Observation
 from linearize.modeling.branch import LinearHeads
-from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.configuration import config_class
 from linearize.modeling.plan import Plan
 
@@ -154,24 +155,32 @@ class LinearizedForCausalLM:
 
 def linearize_layers(model: PreTrainedModel, plan: Plan) -> None:
     """Replaces the attention layers of a family's model, in place, as `plan` says."""
-    family = FAMILIES[plan.base_model_type]
+    family = find_family(plan.base_model_type)
     classes = linearized_classes(family)
-    config = model.config
-    routed = copy.copy(config)
+    config = model.config.to_dict()
+    config |= family.heads(config)
+    heads = config["num_key_value_heads"]
+    group = config["num_attention_heads"] // heads
+    routed = copy.copy(model.config)
     routed._attn_implementation_internal = IMPLEMENTATION
     decoder = model.base_model
     decoder.__class__ = classes.decoder
     decoder.layers_linear = True
-    for layer, layer_plan in zip(decoder.layers, plan.layers, strict=True):
+    for i, (layer, layer_plan) in enumerate(zip(decoder.layers, plan.layers, strict=True)):
+        if layer_plan.native:
+            continue
         attention = getattr(layer, family.attention_attribute)
         attention.__class__ = classes.attention
-        attention.setup(layer_plan, routed, config.num_key_value_heads, config.num_attention_heads)
+        site = Site(layer_plan.linear_heads(heads), heads, group, config["head_dim"], i, len(plan.layers))
+        attention.setup(layer_plan, site, routed, family, rotates=family.rotates(config, i))
+        if family.layers_drop_keywords:
+            layer.register_forward_pre_hook(functools.partial(_hand_on, attention), with_kwargs=True)
 
 
 @functools.cache
 def linearized_classes(family: Family) -> LinearizedClasses:
     """Builds and registers the classes of one family."""
-    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    module = importlib.import_module(family.import_path("modeling"))
     base_causal_lm = getattr(module, family.causal_lm_class)
     base_decoder = getattr(module, family.decoder_class)
     base_attention = getattr(module, family.attention_class)
@@ -189,12 +198,22 @@ def linearized_classes(family: Family) -> LinearizedClasses:
 
     # keyed by class name; a probe instance is not needed, only the name it would print
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(decoder), base_decoder._can_record_outputs)
-    mapping = get_checkpoint_conversion_mapping(family.model_type)
-    if mapping is not None:
-        for name in (config.model_type, causal_lm.__name__):
-            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    # what names on disk become in the model is looked up by model type and by class name
+    for old, new in (
+        (family.model_type, config.model_type),
+        (base_causal_lm.__name__, causal_lm.__name__),
+        (base_decoder.__name__, decoder.__name__),
+    ):
+        if (mapping := get_checkpoint_conversion_mapping(old)) is not None:
+            register_checkpoint_conversion_mapping(new, mapping, overwrite=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     return LinearizedClasses(config, attention, decoder, causal_lm)
+
+
+def _hand_on(attention: LinearizedAttention, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Gives a layer's attention the keywords that the layer itself would drop."""
+    attention.handed_on = {name: kwargs[name] for name in ("padding_mask", "segments") if name in kwargs}
+    return args, kwargs
 
 
 def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
@@ -211,7 +230,7 @@ def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
 
 def _segments(attention_mask, position_ids, input_ids, kwargs) -> Tensor | None:
     """Document numbers of packed rows, recognised as transformers does: positions that restart, no mask, no cache."""
-    cached = any(kwargs.get(name) is not None for name in (CACHE_NAME, "past_key_values")) or kwargs.get("use_cache")
+    cached = kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHE_ARGUMENTS)
     if attention_mask is not None or cached or position_ids is None:
         return None
     batch = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[0]

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from linearize.checkpoint.source import Source, open_source
 from linearize.errors import CheckpointError, ConfigError, CoverageError
-from linearize.families.registry import FAMILIES
+from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
 from linearize.modeling.plan import Plan
+from linearize.modeling.register import register_checkpoint
 
 MANIFEST = "linearize.json"
 ADAPTER = "adapter"
@@ -56,7 +57,9 @@ def load_student(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer (an adapter-only folder's is its parent's)."""
-    return AutoTokenizer.from_pretrained(weights_folder(folder))
+    folder = weights_folder(folder)
+    register_checkpoint(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def weights_folder(folder: Path) -> Path:
@@ -78,7 +81,8 @@ def open_base(manifest: dict[str, Any], override: str | None = None) -> Iterator
     if override is None and recorded["kind"] != "hub" and not Path(reference).exists():
         raise ConfigError(f"--base: the recorded base '{reference}' is gone; name it with --base")
     revision = recorded["revision"] if override is None and recorded["kind"] == "hub" else None
-    with open_source(reference, revision=revision, dtype=manifest["settings"]["dtype"]) as source:
+    merge = override is None and recorded["kind"] == "adapter"
+    with open_source(reference, revision=revision, dtype=manifest["settings"]["dtype"], merge_adapter=merge) as source:
         if override is None and source.fingerprint() != recorded["fingerprint"]:
             raise ConfigError(
                 f"--base: '{reference}' has changed since the conversion (fingerprint {source.fingerprint()[:12]}, "
@@ -97,7 +101,7 @@ def load_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype) -> PreTr
 
     In softmax mode it is the base model itself, so one instance serves as base and as both baselines.
     """
-    classes = linearized_classes(FAMILIES[plan.base_model_type])
+    classes = linearized_classes(find_family(plan.base_model_type))
     base = AutoConfig.from_pretrained(source.folder).to_dict()
     if base.pop("model_type") != plan.base_model_type:
         raise ConfigError(f"--base: '{source.name}' is not a {plan.base_model_type} model, as the student's base was")
@@ -113,6 +117,7 @@ def load_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype) -> PreTr
 def _load_exactly(
     folder: Path, *, dtype: torch.dtype, model_class: Any = AutoModelForCausalLM, may_miss: str | None = None, **kwargs
 ) -> PreTrainedModel:
+    register_checkpoint(folder)
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:

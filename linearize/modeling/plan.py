@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 FORMAT_VERSION = 1
+# of the model type that a base becomes
+PREFIX = "linearized_"
 # the ways to mix window and recurrent branch, and the settings each has (modeling/branch.py)
 MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
     "outside": {"log_mass": -6.0, "branch_scale": 0.0},
@@ -29,6 +31,7 @@ class LayerPlan:
         gate: where gate logits come from: "key", the key projection alone, or "learned", corrected by a projection of
             the hidden states that starts at zero.
         mixer_options, mix_options: settings of the two; what is absent has its default.
+        native: the layer stays as the base family has it, its own sliding window included.
     """
 
     softmax_heads: tuple[int, ...]
@@ -39,6 +42,7 @@ class LayerPlan:
     gate: str = "key"
     mixer_options: dict[str, Any] = field(default_factory=dict)
     mix_options: dict[str, Any] = field(default_factory=dict)
+    native: bool = False
 
     def linear_heads(self, key_value_heads: int) -> tuple[int, ...]:
         """The key/value heads that become linear, ascending."""

@@ -5,9 +5,12 @@ in circles, so this may be asked while one of them is only half there. The model
 config is made: by then whatever import was under way has finished.
 """
 
+import json
 import sys
+from pathlib import Path
 
-from linearize.families.registry import FAMILIES
+from linearize.families.registry import FAMILIES, find_family
+from linearize.modeling.plan import PREFIX
 
 
 def register_configs() -> None:
@@ -15,7 +18,7 @@ def register_configs() -> None:
     if not _complete("transformers.models.auto.modeling_auto", "AutoModelForCausalLM"):
         return
     for family in FAMILIES.values():
-        if _complete(f"transformers.models.{family.model_type}.configuration_{family.model_type}", family.config_class):
+        if _complete(family.import_path("configuration"), family.config_class):
             from linearize.modeling.configuration import LinearizedConfig, config_class
 
             LinearizedConfig.on_creation = staticmethod(register_models)
@@ -28,7 +31,14 @@ def register_models(model_type: str) -> None:
     from linearize.modeling.export import write_portable
 
     factory.PORTABLE_WRITER = write_portable
-    factory.linearized_classes(FAMILIES[model_type])
+    factory.linearized_classes(find_family(model_type))
+
+
+def register_checkpoint(folder: Path) -> None:
+    """Registers the classes that a checkpoint asks for, of whichever family: unlisted ones are not known on import."""
+    model_type = str(json.loads((folder / "config.json").read_bytes()).get("model_type"))
+    if model_type.startswith(PREFIX):
+        register_models(model_type.removeprefix(PREFIX))
 
 
 def _complete(module: str, last: str) -> bool:

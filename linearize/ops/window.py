@@ -9,6 +9,8 @@ Shapes: B batch, T queries, S keys (S = T + cached, the queries are the last T),
 `window_attention_naive` masks a [T, S] score matrix; `window_attention` works block by block.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +20,19 @@ from linearize.ops.chunks import state_dtype
 MIN_BLOCK = 64
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How scores are made of queries and keys: s = scale q.k, then softcap tanh(s / softcap) (Gemma 2).
+
+    Attributes:
+        learned_sinks: [H], a score in every query's normaliser that no value belongs to (gpt-oss).
+    """
+
+    scale: float
+    softcap: float | None = None
+    learned_sinks: Tensor | None = None
+
+
 def window_attention_naive(
     q: Tensor,
     k: Tensor,
@@ -25,6 +40,8 @@ def window_attention_naive(
     *,
     window: int,
     scale: float,
+    softcap: float | None = None,
+    learned_sinks: Tensor | None = None,
     key_mask: Tensor | None = None,
     segments: Tensor | None = None,
     sink_keys: Tensor | None = None,
@@ -37,11 +54,12 @@ def window_attention_naive(
     Args:
         q: [B, T, H, K]. k: [B, S, J, K]. v: [B, S, J, V].
         window: keys a query sees, itself included; at least 1.
+        scale, softcap, learned_sinks: see `Scores`.
         key_mask: [B, S] bool, False for padding. A query always sees itself, so padded rows stay finite.
         segments: [B, S] document number of each key (the last T belong to the queries).
         sink_keys, sink_values: [B, N, J, K], [B, N, J, V].
         sink_mask: [B, T, N] bool, which sink each query sees.
-        with_log_sum: whether log sum_j exp(score_j) over the visible keys is wanted too.
+        with_log_sum: whether log sum_j exp(score_j) over the visible keys and the learned sink is wanted too.
 
     Returns:
         output [B, T, H, V], and [B, T, H, 1] or None.
@@ -60,9 +78,14 @@ def window_attention_naive(
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    if learned_sinks is not None:
+        column = learned_sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
     log_sum = scores.logsumexp(-1, keepdim=True).transpose(1, 2) if with_log_sum else None
-    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v), log_sum
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1)[..., : k.shape[1]], v), log_sum
 
 
 def window_attention(
@@ -72,6 +95,8 @@ def window_attention(
     *,
     window: int,
     scale: float,
+    softcap: float | None = None,
+    learned_sinks: Tensor | None = None,
     key_mask: Tensor | None = None,
     segments: Tensor | None = None,
     sink_keys: Tensor | None = None,
@@ -128,9 +153,16 @@ def window_attention(
     mask = mask.expand(B, -1, -1, -1).flatten(0, 1)[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
     key_rows, value_rows = (x.flatten(0, 1).transpose(1, 2) for x in (key_blocks, value_blocks))
     log_sum = None
-    if with_log_sum:  # scaled_dot_product_attention keeps it to itself
-        scores = (rows @ key_rows.transpose(-1, -2) * scale).to(state_dtype(q)).masked_fill(~mask, float("-inf"))
+    # scaled_dot_product_attention keeps the normaliser to itself and knows no softcap
+    if with_log_sum or softcap is not None or learned_sinks is not None:
+        scores = (rows @ key_rows.transpose(-1, -2) * scale).to(state_dtype(q))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, float("-inf"))
         log_sum = scores.logsumexp(-1, keepdim=True)
+        if learned_sinks is not None:
+            column = learned_sinks.to(scores.dtype).view(J, group, 1).expand(-1, -1, C).reshape(J, group * C, 1)
+            log_sum = torch.logaddexp(log_sum, column)
         output = (scores - log_sum).exp().to(v.dtype) @ value_rows
     else:
         output = F.scaled_dot_product_attention(rows, key_rows, value_rows, attn_mask=mask, scale=scale)

@@ -4,12 +4,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.errors import ConfigError, nearest
-from linearize.families.registry import FAMILIES
+from linearize.families.registry import find_family
+from linearize.modeling.readout import readout_of
 from linearize.recipe import Lora, Loss, Optimizer, Stage
 from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
@@ -23,8 +24,9 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
     Raises:
         ConfigError: a target that names no projection of the family's attention blocks.
     """
-    family = FAMILIES[model.config.plan.base_model_type]
-    for target in lora.targets:
+    family = find_family(model.config.plan.base_model_type)
+    targets = lora.targets or list(family.lora_targets)
+    for target in targets:
         if target not in family.lora_targets:
             raise ConfigError(
                 f"lora.targets: got '{target}', allowed are {', '.join(family.lora_targets)}"
@@ -36,14 +38,13 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
         _adapter_config(
             lora,
             # a full match, so that nothing inside the mixers can be hit
-            target_modules=rf".*\.{family.attention_attribute}\.({'|'.join(lora.targets)})",
+            target_modules=rf".*\.{family.attention_attribute}\.({'|'.join(targets)})",
             modules_to_save=["mixer"] if adds_parameters else None,
             task_type="CAUSAL_LM",
         ),
     )
-    expected = len(lora.targets) * model.config.num_hidden_layers
-    adapter = ".vera_lambda_b" if lora.variant == "vera" else ".lora_A"
-    hit = sum(1 for name, _ in adapted.named_modules() if name.endswith(adapter))
+    expected = len(targets) * model.config.num_hidden_layers
+    hit = sum(1 for name, _ in adapted.named_modules() if name.endswith(".lora_A"))
     if hit != expected:
         raise ConfigError(f"lora.targets: adapters on {hit} projections, expected {expected}")
     return adapted
@@ -53,9 +54,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
 OWN_TEACHER = ("pissa", "olora")
 
 
-def _adapter_config(lora: Lora, **common) -> PeftConfig:
-    if lora.variant == "vera":
-        return VeraConfig(r=lora.rank, vera_dropout=lora.dropout, **common)
+def _adapter_config(lora: Lora, **common) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -134,12 +133,12 @@ class Distiller(nn.Module):
             weights = (labels != IGNORED).float()
         weights = weights / normaliser
         hidden = _hidden_states(model, batch)
-        head = model.get_output_embeddings().weight
+        head = readout_of(model)
         if self.loss.kind == "ce":
             return chunked_cross_entropy(hidden, head, labels, weights, self.loss.chunk_tokens)
         with torch.no_grad(), self._teaching() as teacher:
             reference = _hidden_states(teacher, batch)
-            teacher_head = teacher.get_output_embeddings().weight
+            teacher_head = readout_of(teacher)
         loss = chunked_kl(hidden, reference, head, teacher_head, weights, self.loss.chunk_tokens)
         if self.loss.ce_share:
             targets = weights * (labels != IGNORED)

@@ -1,0 +1,44 @@
+"""From the hidden states after the final norm to logits, some tokens at a time, as each family does it.
+
+    logits = softcap tanh(scale (h Wᵀ + b) / softcap)
+
+Shapes: N tokens, D hidden size, C vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from linearize.families.registry import find_family
+from linearize.modeling.plan import PREFIX
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The output embeddings [C, D] and bias [C] of one model, and what happens to their logits."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [N, C] of hidden states [N, D], float32."""
+        return self.capped(self.uncapped(hidden))
+
+    def uncapped(self, hidden: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return F.linear(hidden, self.weight.to(hidden.dtype), bias).float() * self.scale
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def readout_of(model: PreTrainedModel) -> Readout:
+    """The readout of a base or linearized model."""
+    family = find_family(model.config.model_type.removeprefix(PREFIX))
+    config, head = model.config.to_dict(), model.get_output_embeddings()
+    return Readout(head.weight, head.bias, family.logit_scale(config), config.get("final_logit_softcapping"))

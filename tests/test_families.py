@@ -1,0 +1,272 @@
+"""Every family, end to end on a tiny random model: converted, verified, cached, padded, trained, merged, reloaded."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import COMMON, FAMILIES, VOCABULARY, family_base
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from linearize import convert as conversion
+from linearize import verify
+from linearize.checkpoint.source import open_source
+from linearize.families.registry import FAMILIES as LISTED
+from linearize.families.registry import find_family
+from linearize.modeling.loading import load_student, load_unconverted
+from linearize.modeling.readout import readout_of
+from linearize.recipe import ConversionConfig, Lora
+from linearize.scoring import head_scores
+from linearize.training.model import add_adapters
+
+LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
+SETTINGS = {"window": 8, "sinks": 2, "mix_options": LOUD, "keep_softmax": "1:0"}
+NATIVE = [name for name, facts in FAMILIES.items() if "layer_types" in facts]
+BEAMS = ("llama", "gemma2", "gpt_neox", "gpt_oss")
+PORTABLE = ("gemma2", "gpt_neox", "stablelm", "mixtral", "gpt_oss", "cohere2")
+
+
+def tokens(batch: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Converted:
+    """A tiny base, its folder, the folder of its conversion and what verification found."""
+
+    model_type: str
+    base: PreTrainedModel
+    folder: Path
+    out: Path
+    verification: dict
+
+    def student(self) -> PreTrainedModel:
+        return load_student(self.out, dtype=torch.float32)  # raises on a missing or unexpected tensor
+
+
+def converted(model_type: str, work: Path, settings: dict = SETTINGS, **changes) -> Converted:
+    base = family_base(model_type, **changes)
+    base.save_pretrained(work / "base")
+    conversion.convert(
+        str(work / "base"), ConversionConfig(**settings), out=work / "out", verify=False, progress=lambda text: None
+    )
+    # in this process: a fresh one takes seconds to import what is here already
+    return Converted(model_type, base, work / "base", work / "out", verify.verify(work / "out", work / "base"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    return converted(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def assert_exact(case: Converted) -> None:
+    assert case.verification["softmax_everywhere_max_difference"] == 0.0
+    assert case.verification["cached_decode_max_difference"] < 1e-5
+    assert case.verification["padded_max_difference"] < 1e-5
+
+
+def test_every_listed_family_has_a_row():
+    assert set(FAMILIES) == set(LISTED)
+
+
+@torch.no_grad()
+def test_conversion_and_reload(case, tmp_path):
+    """Exactly the planned tensors are added; in softmax mode the student is the base; a second save loads the same."""
+    assert_exact(case)
+    student, ids = case.student(), tokens()
+    reference, logits = case.base(ids).logits, student(ids).logits
+    assert (logits - reference).abs().max() > 1e-3
+    with student.softmax_attention():
+        assert torch.equal(student(ids).logits, reference)
+    with open_source(str(case.folder)) as source:  # the base's own shards under the plan
+        untrained = load_unconverted(source, student.config.plan, dtype=torch.float32)
+    assert torch.equal(untrained(ids).logits, logits)
+    student.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(again.eval()(ids).logits, logits)
+
+
+def assert_generates(student: PreTrainedModel, beams: bool) -> None:
+    """Through the cache, in a left-padded batch, as without cache and batch."""
+    ids, mask = tokens(length=30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :9] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    for more in ({}, {"num_beams": 3}) if beams else ({},):
+        together = student.generate(ids, attention_mask=mask, **options, **more)
+        assert torch.equal(together[:1, 9:], student.generate(ids[:1, 9:], use_cache=False, **options, **more))
+
+
+def test_generation(case):
+    assert_generates(case.student(), beams=case.model_type in BEAMS)
+
+
+@pytest.mark.parametrize("model_type", NATIVE)
+def test_every_layer_of_a_family_with_sliding_windows(model_type, tmp_path):
+    case = converted(model_type, tmp_path, {**SETTINGS, "convert_layers": "all", "keep_softmax": "0:1,1:0"})
+    assert_exact(case)
+    student = case.student()
+    assert [len(attention.linear_heads) for _, attention in student.linear_attentions()] == [1, 1, 2, 2]
+    assert_generates(student, beams=True)
+
+
+def test_training(case, tmp_path):
+    """Checkpointed gradients are the same; LoRA hits the family's projections and nothing else; merged equals adapted."""
+    student, ids = case.student().train(), tokens(length=30)
+
+    def gradients():
+        student.zero_grad()
+        student(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    assert any(".mixer." in name for name in plain)
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed = gradients()
+    assert checkpointed.keys() == plain.keys()
+    for name, value in checkpointed.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-6)
+    student.gradient_checkpointing_disable()
+
+    adapted = add_adapters(student, Lora(rank=2)).eval()
+    targets = find_family(case.model_type).lora_targets
+    hit = [name for name, _ in adapted.named_modules() if name.endswith(".lora_A")]
+    assert {name.split(".")[-2] for name in hit} == set(targets)
+    assert len(hit) == COMMON["num_hidden_layers"] * len(targets)
+    assert not any(".mixer." in name for name in hit)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        wanted = adapted(input_ids=ids).logits
+        merged = adapted.merge_and_unload(safe_merge=True)
+        logits = merged(input_ids=ids).logits
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+        merged.save_pretrained(tmp_path)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, logits)
+
+
+@torch.no_grad()
+def test_readout_and_head_scores(case):
+    ids = tokens()
+    hidden = case.base.base_model(ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(readout_of(case.base)(hidden), case.base(ids).logits, rtol=1e-4, atol=1e-5)
+    scores = head_scores(
+        case.base, window=8, sinks=2, vocabulary=VOCABULARY, start_token=None, distances=(24,), rows=1, layers=[1, 3]
+    )
+    heads = find_family(case.model_type).heads(case.base.config.to_dict())["num_key_value_heads"]
+    assert [len(row) for row in scores] == [heads] * 4
+    assert not any(scores[0] + scores[2]) and all(scores[1] + scores[3])
+
+
+def test_portable_files_load_without_the_package(tmp_path):
+    wanted = {}
+    for model_type in PORTABLE:
+        case = converted(model_type, tmp_path / model_type)
+        with torch.no_grad():
+            wanted[model_type] = case.student()(tokens()).logits
+    torch.save({"ids": tokens(), "wanted": wanted}, tmp_path / "wanted.pt")
+    script = f"""
+import sys, importlib.abc
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "linearize":
+            raise ModuleNotFoundError("linearize is blocked")
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModelForCausalLM
+saved = torch.load({str(tmp_path / "wanted.pt")!r})
+for name, wanted in saved["wanted"].items():
+    model, info = AutoModelForCausalLM.from_pretrained(
+        f"{tmp_path}/{{name}}/out", trust_remote_code=True, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], (name, info)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(saved["ids"]).logits, wanted), name
+        model.generate(saved["ids"], max_new_tokens=3, pad_token_id=1, do_sample=False)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def write_gguf(base: PreTrainedModel, tokenizer, path: Path, arch: str) -> None:
+    """A float32 GGUF file of a base whose projections llama.cpp stores as they are."""
+    import gguf
+
+    config, writer = base.config, gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(find_family(arch).heads(config.to_dict())["head_dim"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_token_list([token for token, _ in sorted(backend["vocab"].items(), key=lambda item: item[1])])
+    writer.add_token_types([1] * len(backend["vocab"]))
+    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
+    )
+    tied = set(base.all_tied_weights_keys)
+    for name, tensor in base.state_dict().items():
+        if name not in tied:
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# transformers reads no head size from a Qwen 3 file; 128 is what every released one has
+@pytest.mark.parametrize(("model_type", "head_dim"), [("qwen2", 8), ("qwen3", 128)])
+def test_gguf(model_type, head_dim, tmp_path, tokenizer_folder):
+    """Dequantised, converted, verified; in softmax mode the logits are those of the model that was written."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    base = family_base(model_type, vocab_size=len(tokenizer), head_dim=head_dim)
+    path = tmp_path / "model.gguf"
+    write_gguf(base, tokenizer, path, model_type)
+    said = []
+    conversion.convert(
+        str(path),
+        ConversionConfig(**SETTINGS, dtype="float32"),
+        out=tmp_path / "out",
+        verify=False,
+        progress=said.append,
+    )
+    assert any("dequantised to float32" in text for text in said)
+    student, ids = load_student(tmp_path / "out", dtype=torch.float32), torch.randint(2, len(tokenizer), (1, 40))
+    with torch.no_grad(), student.softmax_attention():
+        torch.testing.assert_close(student(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_generation_from_a_chat_template(tmp_path, tokenizer_folder):
+    """The template travels with the checkpoint and what it makes of a conversation is continued the same without cache."""
+    base = family_base("qwen3")
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "base")
+    conversion.convert(
+        str(tmp_path / "base"),
+        ConversionConfig(**SETTINGS),
+        out=tmp_path / "out",
+        verify=False,
+        progress=lambda text: None,
+    )
+    tokenizer, student = (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        load_student(tmp_path / "out", dtype=torch.float32),
+    )
+    chat = [{"role": "user", "content": "What is the report about?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert tokenizer.decode(inputs["input_ids"][0]).startswith("<|user|>") and inputs["input_ids"].shape[1] > 8
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    cached = student.generate(**inputs, **options)
+    assert cached.shape[1] == inputs["input_ids"].shape[1] + 10
+    assert torch.equal(cached, student.generate(**inputs, use_cache=False, **options))
