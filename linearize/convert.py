@@ -44,6 +44,8 @@ OUTPUT_ROOT = Path("linearized")
 PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
 # weights that a CPU gets through in seconds to minutes
 CPU_LIMIT = 1 << 30
+# `keep_softmax` unless something else is asked for
+AUTO, AUTO_KEPT = "auto", "recall:12.5%"
 CONTEXTS = (4096, 32768, 131072)
 PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -140,17 +142,21 @@ def inspect_source(
     settings: ConversionConfig,
     weights: Weights | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    converting: bool = False,
 ) -> Inspection:
     """Steps 1 to 3: everything that can be checked without writing.
 
     Args:
         weights: what `read_weights` found, where it has been called already.
+        converting: whether `keep_softmax: auto` may run the base model.
         progress: hears of the heads being scored, the one thing here that runs the base model.
     """
     raw = checked_model_type(source)
     config, family_name = _full_config(source, raw), raw["model_type"]
     from_config = weights is None and not has_weights(source.folder)
     weights = weights or (_weights_of_config(source, config) if from_config else read_weights(source.folder))
+    settings = _with_kept_heads(source, config, settings, weights, progress, converting)
     scores: list[list[float]] = []
 
     def score() -> list[list[float]]:
@@ -175,6 +181,26 @@ def inspect_source(
         tuple(map(tuple, scores)),
         from_config,
     )
+
+
+def _with_kept_heads(
+    source: Source, config: dict, settings: ConversionConfig, weights: Weights, progress: Callable, converting: bool
+) -> ConversionConfig:
+    """The settings with `keep_softmax: auto` decided: heads chosen by recall where the base can be run, none elsewhere."""
+    if settings.keep_softmax != AUTO:
+        return settings
+    from linearize.scoring import fitting_distances
+
+    usable = fitting_distances(tuple(settings.scoring.distances), settings.window, config["max_position_embeddings"])
+    kept = AUTO_KEPT if usable and base_runs(weights) else "none"
+    if kept != "none" and not converting:
+        progress(
+            f"{source.name}: convert keeps softmax in {kept} of the heads (--keep-softmax {kept} shows which); here: none"
+        )
+        kept = "none"
+    elif kept == "none":
+        progress(f"{source.name}: no head keeps softmax, since the base cannot be scored here (--keep-softmax chooses)")
+    return settings.model_copy(update={"keep_softmax": kept})
 
 
 def _head_scores(
@@ -458,7 +484,7 @@ def convert(
             # the bytes flow while torch and transformers are being imported
             placing({weights.folder / name: folder / name for name in weights.files}, link) as placed,
         ):
-            inspection = inspect_source(source, settings, weights, progress)
+            inspection = inspect_source(source, settings, weights, progress, converting=True)
             if experimental := find_family(inspection.plan.base_model_type).experimental:
                 progress(f"{source.name}: {inspection.plan.base_model_type} is experimental: {experimental}")
             coverage = inspection.coverage()

@@ -26,6 +26,7 @@ from linearize.checkpoint.writing import write_json, write_text
 from linearize.convert import versions
 from linearize.errors import ConfigError
 from linearize.evaluation.suite import Suite, within_positions
+from linearize.modeling.plan import Plan
 from linearize.report.card import add_evaluation
 from linearize.report.gates import check_gates, evaluate_gates, expand_gates, read_older, regression_gates
 from linearize.report.markdown import render_markdown
@@ -151,14 +152,14 @@ def _weights(
 ) -> tuple[dict[str, Callable], dict[str, Path]]:
     """The sets of weights of an evaluation: functions that load them, and the folders they come from."""
     from linearize.evaluation.lab import REFERENCE
-    from linearize.modeling.loading import load_student, load_unconverted, read_manifest
+    from linearize.modeling.loading import load_student, load_unconverted, read_manifest, untrained_parameters
     from linearize.modeling.plan import Plan
     from linearize.placement import spread_evenly
 
     plan = Plan.from_dict(manifest["plan"])
     vocabulary = source.read_config()["vocab_size"]
     loaders: dict[str, Callable] = {
-        REFERENCE: lambda: load_unconverted(source, plan, dtype=dtype),
+        REFERENCE: lambda: load_unconverted(source, plan, dtype=dtype, added=untrained_parameters(model, manifest)),
         STUDENT: lambda: _same_vocabulary(load_student(model, dtype=dtype), vocabulary, "the student"),
     }
     folders = {REFERENCE: source.folder, STUDENT: model}
@@ -172,7 +173,9 @@ def _weights(
         evenly = spread_evenly(sum(map(len, kept)), len(kept), heads)
         layers = tuple(layer.with_softmax_heads(chosen) for layer, chosen in zip(plan.layers, evenly))
         uniform = replace(plan, layers=layers)
-        loaders[UNIFORM] = lambda: load_unconverted(source, uniform, dtype=dtype)
+        loaders[UNIFORM] = lambda: load_unconverted(
+            source, uniform, dtype=dtype, added=_calibrated(source, uniform, manifest)
+        )
         folders[UNIFORM] = source.folder
     if suite.control is not None:
         folder = Path(suite.control)
@@ -189,6 +192,17 @@ def _weights(
         loaders[CONTROL] = lambda: _same_vocabulary(load_student(folder, dtype=dtype), vocabulary, "the control")
         folders[CONTROL] = folder
     return loaders, folders
+
+
+def _calibrated(source: Source, plan: Plan, manifest: dict[str, Any]):
+    """Added parameters of another plan, calibrated as the student's were."""
+    if not manifest.get("calibration"):
+        return None
+    from linearize.calibrate import calibrate, calibration_rows
+
+    settings = manifest["settings"]["calibration"]
+    rows = calibration_rows(source, plan, settings["text"], settings["rows"])
+    return calibrate(source, plan, rows, settings["text"]).tensors
 
 
 def _same_vocabulary(model, size: int, name: str):

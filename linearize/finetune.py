@@ -42,9 +42,16 @@ def finetune(
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
+    from safetensors.torch import save_file
 
     from linearize.device import compute_dtype
-    from linearize.modeling.loading import load_student, load_tokenizer, read_manifest
+    from linearize.modeling.loading import (
+        UNTRAINED_FILE,
+        load_student,
+        load_tokenizer,
+        read_manifest,
+        untrained_parameters,
+    )
     from linearize.training.data import packed_rows
     from linearize.training.loop import legs_of, train
     from linearize.training.model import OWN_TEACHER, Distiller, add_adapters, optimizers_of
@@ -149,6 +156,8 @@ def finetune(
         shutil.copyfile(work / METRICS, folder / METRICS)
         if merge:
             manifest["sha256"] = _write_merged(folder, model, adapted)
+            if (untrained := untrained_parameters(model, manifest)) is not None:
+                save_file(untrained, folder / UNTRAINED_FILE)
             from linearize.report.card import conversion_card
 
             write_text(folder / "README.md", conversion_card(manifest, model))

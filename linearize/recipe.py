@@ -59,7 +59,7 @@ class ConversionConfig(Strict):
     """What `linearize convert` decides about a model."""
 
     description: str = ""
-    mixer: str = "gla"
+    mixer: str = "vq"
     mixer_options: Options = {}
     gate: Literal["key", "learned"] = "key"
     window: int = Field(default=256, ge=1)
@@ -70,17 +70,20 @@ class ConversionConfig(Strict):
     layers: dict[str, LayerSettings] = {}
     # which layers are converted at all: "full" (those without a sliding window of their own), "all" or "0-3,7"
     convert_layers: str = "full"
-    keep_softmax: str = "none"
+    keep_softmax: str = "auto"
     scoring: Scoring = Scoring()
     calibration: Calibration = Calibration()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @model_validator(mode="before")
     @classmethod
-    def _mix_of_the_mixer(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("mix") is None:
-            return {**data, "mix": _default_mix(data.get("mixer", cls.model_fields["mixer"].default))}
-        return data
+    def _mixer_and_mix(cls, data: Any) -> Any:
+        """Of the two, what is not said follows from the other."""
+        if not isinstance(data, dict):
+            return data
+        mix = data.get("mix")
+        mixer = data.get("mixer") or ("vq" if mix in (None, *MIXERS["vq"].mixes[:1]) else "gla")
+        return {**data, "mixer": mixer, "mix": mix or _default_mix(mixer)}
 
     @field_validator("keep_softmax", "convert_layers", mode="before")
     @classmethod

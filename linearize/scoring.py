@@ -28,7 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError
-from linearize.evaluation.recall import recall_task
+from linearize.evaluation.recall import SPAN, recall_task
 from linearize.families.registry import find_family
 from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, window_attention
@@ -68,7 +68,7 @@ def head_scores(
     if method not in METHODS:
         raise ConfigError(f"method: got '{method}', allowed are {', '.join(METHODS)}")
     limit = model.config.max_position_embeddings
-    fitting = [n for n in distances if n > window and n + 257 <= limit]
+    fitting = fitting_distances(distances, window, limit)
     if not fitting:
         raise ConfigError(
             f"keep_softmax: no recall can be scored: of distances {', '.join(map(str, distances))} none is outside the "
@@ -81,6 +81,11 @@ def head_scores(
         scores = sum(run(model, attentions, task, progress) for task in tasks) / len(tasks)
     found = dict(zip(layers, scores.tolist()))
     return [found.get(i, [0.0] * scores.shape[1]) for i in range(model.config.num_hidden_layers)]
+
+
+def fitting_distances(distances: tuple[int, ...], window: int, positions: int) -> list[int]:
+    """The distances outside the window whose rows the model's positions can hold."""
+    return [n for n in distances if n > window and n + SPAN + 1 <= positions]
 
 
 def cached_scores(key: dict[str, Any], compute: Callable[[], list[list[float]]]) -> list[list[float]]:

@@ -33,7 +33,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
             convert(
-                sys.argv[1], load_config(None, {"mixer": name}, sets), out=out, verify=False, progress=lambda _: None
+                sys.argv[1],
+                load_config(None, {"mixer": name, "keep_softmax": "none"}, sets),
+                out=out,
+                verify=False,
+                progress=lambda _: None,
             )
             student = load_student(out, dtype=torch.float32)
             ids = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt").input_ids[:, :1024]

@@ -59,7 +59,18 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         settings += ["--set", "mixer_options.gate_logit_normalizer=64"]
     converted, tuned = folder / "converted", folder / "tuned"
     if not (tuned / "linearize.json").is_file():
-        linearize("convert", arguments.model, "-o", converted, "--mixer", name, *settings, "--overwrite")
+        linearize(
+            "convert",
+            arguments.model,
+            "-o",
+            converted,
+            "--mixer",
+            name,
+            "--keep-softmax",
+            "none",
+            *settings,
+            "--overwrite",
+        )
         linearize("finetune", converted, "-o", tuned, "--recipe", "lora", "--tokens", arguments.tokens)
     results = linearize(
         "eval", tuned, "--max-tokens", arguments.eval_tokens, "--lengths", ",".join(map(str, LENGTHS)),

@@ -13,7 +13,7 @@ ATTENTION, OUTPUT, SOURCE = "Attention", "Output", "Source"
 Model = Annotated[str, typer.Argument(help="Hub id, folder of safetensors, or .gguf file.", show_default=False)]
 Config = Annotated[str | None, typer.Option("--config", help="Named config or YAML file.", rich_help_panel=ATTENTION)]
 Mixer = Annotated[
-    str | None, typer.Option("--mixer", help="Gated structure (default: gla).", rich_help_panel=ATTENTION)
+    str | None, typer.Option("--mixer", help="Recurrent structure (default: vq).", rich_help_panel=ATTENTION)
 ]
 Window = Annotated[
     int | None,
@@ -23,13 +23,14 @@ Sinks = Annotated[
     int | None, typer.Option("--sinks", help="First tokens that stay visible (default: 4).", rich_help_panel=ATTENTION)
 ]
 Mix = Annotated[
-    str | None, typer.Option("--mix", help="sum, outside or joint (default: outside).", rich_help_panel=ATTENTION)
+    str | None,
+    typer.Option("--mix", help="sum, outside or joint (default: the structure's own).", rich_help_panel=ATTENTION),
 ]
 KeepSoftmax = Annotated[
     str | None,
     typer.Option(
         "--keep-softmax",
-        help="none, all, every:N, recall:SHARE (as recall:12.5%), layers 0,7,18, or layer:head pairs 18:2,17:1.",
+        help="auto (recall:12.5% where the base can be run), none, all, every:N, recall:SHARE (as recall:12.5%), layers 0,7,18, or layer:head pairs 18:2,17:1.",
         rich_help_panel=ATTENTION,
     ),
 ]

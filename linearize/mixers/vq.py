@@ -10,6 +10,8 @@ arXiv 2409.07146). And the assignment is a sharp softmax, so that decoding does 
 With `mix: joint` the w share the window's normaliser in the base model's own unit. `fit` finds the clusters.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ LEAST_COUNT = 1e-6
 
 
 class VectorQuantized(Structure):
-    """No decay; the state is [codes, K + 1 + V]: key sums, counts, value sums."""
+    """No decay; the state is [codes, K + 1 + V]: key sums, counts, value sums. Every query head learns its own scale."""
 
     rotary = True
     positive = True
@@ -35,14 +37,14 @@ class VectorQuantized(Structure):
         self.codes = codes
         self.key_codes = nn.Parameter(torch.empty(J, codes, K))
         self.key_bias = nn.Parameter(torch.empty(J, codes))
-        self.query_scale = nn.Parameter(torch.empty(J * site.group))
+        self.log_scale = nn.Parameter(torch.empty(J * site.group))
 
     def reset_parameters(self):
         """Random directions, the same everywhere; `fit` finds better ones."""
         codes = torch.randn(self.key_codes.shape, generator=torch.Generator().manual_seed(self.site.layer))
         self.key_codes.copy_(codes)
         self.key_bias.copy_(-0.5 * codes.square().sum(-1))
-        self.query_scale.fill_(self.site.head_dim**-0.5)
+        self.log_scale.fill_(-0.5 * math.log(self.site.head_dim))
 
     @torch.no_grad()
     def fit(self, q, q_rotary, k, scale):
@@ -62,7 +64,7 @@ class VectorQuantized(Structure):
             codes = _k_means(k[:, j].float() @ metric, self.codes)
             self.key_codes[j] = SHARPNESS * codes @ metric.T
             self.key_bias[j] = -0.5 * SHARPNESS * codes.square().sum(-1)
-        self.query_scale.fill_(scale)
+        self.log_scale.fill_(math.log(scale))
 
     def state_shape(self, value_dim):
         return (self.codes, self.site.head_dim + 1 + value_dim)
@@ -82,12 +84,12 @@ class VectorQuantized(Structure):
 
     def read(self, before, after, q, k, v):
         keys, counts, values = after.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
-        q = q * self.query_scale.to(q.dtype).unflatten(0, (-1, self.site.group))[..., None]
+        q = q * self.log_scale.to(q.dtype).exp().unflatten(0, (-1, self.site.group))[..., None]
         return _weights(q @ keys.transpose(-1, -2), counts.transpose(-1, -2)) @ values
 
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
         (s,) = hold(write_mask, *self.gate_logits(k, offset))
-        q, one = q * self.query_scale.to(q.dtype)[:, None], torch.ones_like(k[..., :1])
+        q, one = q * self.log_scale.to(q.dtype).exp()[:, None], torch.ones_like(k[..., :1])
         keys = counts = values = None
         if initial_state is not None:
             keys, counts, values = initial_state.split([k.shape[-1], 1, v.shape[-1]], dim=-1)

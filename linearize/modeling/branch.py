@@ -31,6 +31,7 @@ from linearize.ops.window import Scores, window_attention
 # without gradients long prefills go through in parts this long, so that intermediate arrays stay small
 SEGMENT = 4096
 NORM_EPSILON = 1e-6
+UNFITTED = 6.0
 # what `fit_mix` tries, the first being nothing
 LOG_MASSES = (-20.0, -8.0, -6.0, -5.0, -4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
@@ -48,6 +49,10 @@ class LinearHeads(nn.Module):
         self.mix_options = {**MIX_OPTIONS[plan.mix], **plan.mix_options}
         self.structure = mixer_class(plan.mixer)(site, **plan.mixer_options)
         self.recurrent_enabled = self.window_enabled = True
+        # a structure that has yet to be fitted starts with next to no mass, unless somebody says otherwise
+        self.unfitted_penalty = (
+            UNFITTED if self.structure.arrival_width() and "log_mass" not in plan.mix_options else 0.0
+        )
         self.shares: list[Tensor] | None = None
         query_heads = len(site.heads) * site.group
         # one normaliser for window and past, which a column of ones counts
@@ -79,7 +84,7 @@ class LinearHeads(nn.Module):
         self.structure.reset_parameters()
         if self.log_mass is not None:
             unit = self.structure.log_unit if self.mix == "outside" else 0.0
-            self.log_mass.fill_(self.mix_options["log_mass"] - unit)
+            self.log_mass.fill_(self.mix_options["log_mass"] - unit - self.unfitted_penalty)
         if self.branch_scale is not None:
             self.branch_scale.fill_(self.mix_options["branch_scale"])
         if self.branch_weights is not None:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from linearize.checkpoint.source import Source, open_source
+from linearize.checkpoint.weights import read_weights
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
@@ -18,6 +22,8 @@ from linearize.modeling.register import register_checkpoint
 
 MANIFEST = "linearize.json"
 ADAPTER = "adapter"
+# beside finetuned weights: the added parameters before any training
+UNTRAINED_FILE = "untrained.safetensors"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -96,10 +102,15 @@ def load_base(source: Source, *, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
 
 
-def load_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_unconverted(
+    source: Source, plan: Plan, *, dtype: torch.dtype, added: dict[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
     """The base's weights under `plan`, added parameters at their start: the conversion before any training.
 
     In softmax mode it is the base model itself, so one instance serves as base and as both baselines.
+
+    Args:
+        added: the added parameters as calibration left them; at their plain first values without.
     """
     classes = linearized_classes(find_family(plan.base_model_type))
     base = AutoConfig.from_pretrained(source.folder).to_dict()
@@ -111,7 +122,32 @@ def load_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype) -> PreTr
             f"--base: '{source.name}' has {base['num_hidden_layers']} layers, the student's plan {len(plan.layers)}"
         )
     config = classes.config.from_dict({**base, "linearize": plan.to_dict()})
-    return _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=".mixer.")
+    logging.set_verbosity_error()  # of parameters that are "newly initialized" it warns; here that is the point
+    model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=".mixer.")
+    if added is not None:
+        unexpected = model.load_state_dict(added, strict=False).unexpected_keys
+        lacking = [name for name in model.state_dict() if ".mixer." in name and name not in added]
+        if unexpected or lacking:
+            raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *lacking][0]}'")
+    return model
+
+
+def untrained_parameters(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """The added parameters of a checkpoint before any training, where calibration set them."""
+    if not manifest.get("calibration"):
+        return None
+    if (folder / UNTRAINED_FILE).is_file():
+        return load_file(folder / UNTRAINED_FILE)
+    return added_of(weights_folder(folder))
+
+
+def added_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The added parameters that a checkpoint folder holds."""
+    found = {}
+    for file in read_weights(folder).files:
+        with safe_open(folder / file, framework="pt") as shard:
+            found |= {name: shard.get_tensor(name) for name in shard.keys() if ".mixer." in name}
+    return found
 
 
 def _load_exactly(
