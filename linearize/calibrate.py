@@ -28,6 +28,7 @@ from linearize.modeling.plan import Plan
 from linearize.training.data import documents
 
 LONGEST = 2048
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # rows that nothing but the mix is fitted on: one of text, one of copying
 HELD = 2
 SEED = 777_002
@@ -63,11 +64,13 @@ class Calibration:
 
 def calibration_rows(source: Source, plan: Plan, name: str, rows: int) -> Tensor | None:
     """Token ids [rows, T] of a dataset, T as long as text and positions allow, at most 2048; None where that is not
-    twice as long as the window.
+    twice as long as the window, or without a tokenizer.
 
     Raises:
         ConfigError: no such dataset.
     """
+    if not any((source.folder / name).is_file() for name in TOKENIZERS):
+        return None
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     ids: list[int] = []
     for document, _ in documents(name, tokenizer, text_field="text", completion_only=False, seed=None):

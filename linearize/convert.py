@@ -530,7 +530,9 @@ def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Ca
 
     rows = calibration_rows(inspection.source, inspection.plan, settings.text, settings.rows)
     if rows is None and settings.when == "auto":
-        progress("not calibrated: rows of text in the model's positions do not leave the window")
+        progress(
+            "not calibrated: there is no tokenizer, or rows of text in the model's positions do not leave the window"
+        )
         return None
     if rows is None:
         raise ConfigError(

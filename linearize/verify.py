@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearize.checkpoint.weights import TensorInfo, read_weights
@@ -77,7 +77,10 @@ def _finite(path: Path, info: TensorInfo) -> bool:
 
 
 def _load(folder: Path, offload: Path, *, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
-    placement = {"device_map": {"": "disk"}, "offload_folder": str(offload)} if _large(folder) else {}
+    placement = {}
+    if _large(folder):
+        config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
+        placement = {"device_map": _streamed(config), "offload_folder": str(offload)}
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, **placement, **kwargs
     )
@@ -89,6 +92,16 @@ def _load(folder: Path, offload: Path, *, dtype: torch.dtype | str = "auto", **k
         if names:
             raise VerificationFailure(f"{kind.replace('_', ' ')} on loading {folder.name}, first {sorted(names)[0]}")
     return model.eval()
+
+
+def _streamed(config: PretrainedConfig) -> dict[str, str]:
+    """Every module's place: on disk until it is needed, but for what a conversion adds, which is small and read in parts."""
+    with torch.device("meta"):
+        names = AutoModelForCausalLM.from_config(config).state_dict()
+    modules = {
+        name.partition(".mixer.")[0] + ".mixer" if ".mixer." in name else name.rpartition(".")[0] for name in names
+    }
+    return {module: "cpu" if module.endswith(".mixer") else "disk" for module in sorted(modules)}
 
 
 def _attentions(model: PreTrainedModel):

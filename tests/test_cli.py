@@ -125,6 +125,23 @@ def test_bench_measures_every_structure(cli):
 def test_a_mixer_on_the_command_line_leaves_the_options_of_the_config_s_mixer():
     from linearize.recipe import load_config
 
-    assert load_config("smollm2-135m").mixer_options == {"gate_logit_normalizer": 64.0}
-    assert load_config("smollm2-135m", {"mixer": "gla"}).mixer_options == {"gate_logit_normalizer": 64.0}
-    assert load_config("smollm2-135m", {"mixer": "linear"}).mixer_options == {}
+    assert load_config("liger").mixer_options == {"gate_logit_normalizer": 16.0}
+    assert load_config("liger", {"mixer": "gla"}).mixer_options == {"gate_logit_normalizer": 16.0}
+    assert load_config("liger", {"mixer": "linear"}).mixer_options == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "mixer", "mix"),
+    [
+        ({}, "vq", "joint"),
+        ({"mix": "sum"}, "gla", "sum"),
+        ({"mix": "outside"}, "gla", "outside"),
+        ({"mixer": "gla"}, "gla", "outside"),
+        ({"mixer": "hedgehog", "mix": "joint"}, "hedgehog", "joint"),
+    ],
+)
+def test_of_mixer_and_mix_each_follows_from_the_other(given, mixer, mix):
+    from linearize.recipe import load_config
+
+    config = load_config(None, given)
+    assert (config.mixer, config.mix) == (mixer, mix)

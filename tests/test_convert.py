@@ -116,9 +116,10 @@ def test_verification_fails_when_decode_differs(base_folder, tmp_path):
     assert "cached decode differs" in json.loads(run.stdout)["failure"]
 
 
-def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_path):
+@pytest.mark.parametrize("mixer", ["gla", "vq"])
+def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_path, mixer):
     out, base = tmp_path / "out", base_folder("mqa_tied", shards=2, dtype=torch.bfloat16)
-    convert(str(base), settings(), out=out, verify=False, progress=quiet)
+    convert(str(base), settings(mixer=mixer), out=out, verify=False, progress=quiet)
     script = (
         "import sys; from linearize import verify; verify.STREAM_ABOVE = 0\n"
         f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]; verify.main()"
@@ -200,7 +201,7 @@ def test_dry_run_and_plan_write_nothing(base_folder, cli, tmp_path):
     base = base_folder()
     before = sorted(tmp_path.rglob("*"))
     for command in (("convert", base, "--dry-run"), ("plan", base)):
-        code, out, err = cli(*command, "--keep-softmax", "every:2", "--json")
+        code, out, err = cli(*command, "--mixer", "gla", "--keep-softmax", "every:2", "--json")
         assert code == 0, err
         plan = json.loads(out)
         assert [len(layer["softmax_heads"]) for layer in plan["layers"]] == [3, 0, 3]

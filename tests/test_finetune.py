@@ -35,7 +35,9 @@ def recipe(*sets: str) -> Recipe:
 @pytest.fixture
 def converted(base_folder, tmp_path):
     out = tmp_path / "converted"
-    settings = load_config(None, {"window": 12, "sinks": 2, "keep_softmax": "1:0"}, ["mix_options.log_mass=-1"])
+    settings = load_config(
+        None, {"mixer": "gla", "window": 12, "sinks": 2, "keep_softmax": "1:0"}, ["mix_options.log_mass=-1"]
+    )
     convert(str(base_folder(tie_word_embeddings=True)), settings, out=out, verify=False, progress=quiet)
     return out
 
