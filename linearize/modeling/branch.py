@@ -168,7 +168,8 @@ class LinearHeads(nn.Module):
 
     @torch.no_grad()
     def fit_mix(self, q: Tensor, q_rotary: Tensor, context: Context, target: Tensor, scores: Scores) -> list[Tensor]:
-        """Sets how much the recurrent branch counts, per query head, so that the output is nearest to `target`.
+        """Sets how much the recurrent branch counts, per query head, so that the output is nearest to `target` and in no
+        row further from it than window + sinks.
 
         Args:
             target: [B, T, H, K], the base model's own; T beyond the window. Others as in `forward`.
@@ -185,27 +186,32 @@ class LinearHeads(nn.Module):
         total = target.square().sum((1, 3)).clamp(min=NORM_EPSILON)
 
         def error(output: Tensor) -> Tensor:
-            return ((output - target).square().sum((1, 3)) / total).mean(0)
+            return (output - target).square().sum((1, 3)) / total
 
+        alone = error(near)  # [B, H]
         if self.log_mass is not None:
             errors = []
             for value in LOG_MASSES:
                 self.log_mass.fill_(value)
                 errors.append(error(self._mixed(near, log_sum, past)))
-            least = torch.stack(errors).min(dim=0)
+            worse = (torch.stack(errors) > alone).any(1)  # in some row
+            worse[0] = False
+            least = torch.stack(errors).mean(1).masked_fill(worse, float("inf")).min(dim=0)
             self.log_mass.copy_(torch.tensor(LOG_MASSES, device=near.device)[least.indices])
-            return [error(near), least.values]
+            return [alone.mean(0), least.values]
         if self.branch_scale is not None:
             normed = _rms_norm(past)
             cross, power = ((x * normed).sum((0, 1, 3)) for x in (target - near, normed))
             self.branch_scale.copy_(cross / power.clamp(min=NORM_EPSILON))
-            return [error(near), error(self._mixed(near, None, past))]
+            worse = (error(self._mixed(near, None, past)) > alone).any(0)
+            self.branch_scale.masked_fill_(worse, 0.0)
+            return [alone.mean(0), error(self._mixed(near, None, past)).mean(0)]
         if self.branch_weights is not None:
             parts = torch.stack([near, past], dim=-1).permute(2, 0, 1, 3, 4).flatten(1, 3)  # [H, N, 2]
             wanted = target.permute(2, 0, 1, 3).flatten(1)[..., None]
             self.branch_weights.copy_(torch.linalg.lstsq(parts, wanted).solution[..., 0].T)
         weights = self._branch_weights(near)
-        return [error(near), error(weights[0] * near + weights[1] * past)]
+        return [alone.mean(0), error(weights[0] * near + weights[1] * past).mean(0)]
 
     def _joined(self, window: Tensor, recurrent: Tensor) -> Tensor:
         """The sum of the two parts [B, T, H, K]."""
