@@ -23,7 +23,9 @@ LETTERS = Suite(lengths=(), recall=())
 
 
 def make(base, out, keep_softmax: str):
-    settings = load_config(None, {**WINDOWED, "keep_softmax": keep_softmax}, ["mix_options.log_mass=0.0", "calibration.when=never"])
+    settings = load_config(
+        None, {**WINDOWED, "keep_softmax": keep_softmax}, ["mix_options.log_mass=0.0", "calibration.when=never"]
+    )
     convert(str(base), settings, out=out, verify=False, progress=quiet)
     return out
 
