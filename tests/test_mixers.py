@@ -15,6 +15,7 @@ from linearize.mixers.structure import Site
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import context_of
 from linearize.modeling.plan import LayerPlan, Plan
+from linearize.ops.window import Scores
 
 # name of the row -> structure, options
 ROWS = {
@@ -224,7 +225,7 @@ def test_bf16_inputs_are_computed_in_float32(name):
     for dtype in (torch.bfloat16, torch.float32):
         q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
         context = context_of(k_, v_, k_, sinks=0, padding_mask=None, segments=None)
-        results.append(heads(q_, q_, context, scale=0.3, state=None))
+        results.append(heads(q_, q_, context, scores=Scores(0.3), state=None))
     (output, state), (wanted, wanted_state) = results
     assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert torch.equal(output, wanted.bfloat16()) and torch.equal(state, wanted_state)

@@ -19,6 +19,7 @@ from linearize.evaluation import recall
 from linearize.evaluation.generation import health
 from linearize.evaluation.recall import associative_accuracy, associative_task
 from linearize.evaluation.suite import SUITES, Suite
+from linearize.modeling.readout import Readout
 from linearize.report.html import render_html
 from linearize.report.plots import plots_of
 from linearize.report.results import BASE, STUDENT, json_schema, make_metric
@@ -51,6 +52,7 @@ def test_chance():
 
 
 def test_associative_rows():
+    head = Readout(torch.eye(1000))
     for distance in (2, 40, 300):
         task = associative_task(distance, 2, 1000, 7, seed=0)
         row, pairs = task.ids[0].tolist(), task.counted
@@ -59,8 +61,8 @@ def test_associative_rows():
         assert first == again and len(first) == pairs
         assert len(row) - 1 - 2 * pairs >= distance
         perfect = torch.cat([torch.eye(1000)[task.ids[0][1:]], torch.zeros(1, 1000)])
-        assert associative_accuracy(perfect, torch.eye(1000), task.ids[0], pairs) == 1.0
-        assert associative_accuracy(perfect.roll(1, 0), torch.eye(1000), task.ids[0], pairs) == 0.0
+        assert associative_accuracy(perfect, head, task.ids[0], pairs) == 1.0
+        assert associative_accuracy(perfect.roll(1, 0), head, task.ids[0], pairs) == 0.0
 
 
 def test_health():
