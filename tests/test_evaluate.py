@@ -228,7 +228,7 @@ def test_logits_that_are_not_finite_fail(converted, suite):
     save_file(
         {k: torch.full_like(v, float("nan")) for k, v in load_file(path).items()}, path, metadata={"format": "pt"}
     )
-    with pytest.raises(LinearizeError, match="(student|untrained): its logits are not finite"):
+    with pytest.raises(LinearizeError, match=r"(student|untrained): its logits are not finite"):
         evaluate(converted, suite, progress=quiet)
 
 
