@@ -459,6 +459,7 @@ def convert(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
+    text_model: bool = False,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Converts `model` into the folder `out` and returns what linearize.json says, with the paths.
@@ -468,7 +469,9 @@ def convert(
     """
     if out is not None:
         check_target(out, overwrite=overwrite)
-    with open_source(model, revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter) as source:
+    with open_source(
+        model, revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter, text_model=text_model
+    ) as source:
         if source.kind == "gguf":
             progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
         if source.read_config().get("auto_map") and not trust_remote_code:

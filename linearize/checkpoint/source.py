@@ -31,7 +31,8 @@ class Source:
 
     Attributes:
         reference: what the user named: absolute path or hub id.
-        kind: "folder", "hub", "gguf" or "adapter" (a PEFT adapter merged into its base model).
+        kind: "folder", "hub", "gguf", "adapter" (a PEFT adapter merged into its base model) or "text_model" (of a
+            model for images or sound).
         folder: local folder with config.json and safetensors.
         name: for people and model cards.
         revision: commit of a hub model, if known.
@@ -82,19 +83,34 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(
-    model: str, *, revision: str | None = None, dtype: str = "bfloat16", merge_adapter: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "bfloat16",
+    merge_adapter: bool = False,
+    text_model: bool = False,
 ) -> Iterator[Source]:
     """Resolves MODEL. A GGUF file is dequantised to `dtype` into a temporary folder that lives as long as the context.
 
     Args:
         merge_adapter: a PEFT adapter folder is merged into its base model, likewise into a temporary folder.
+        text_model: so is the text model of a checkpoint for images or sound, taken out of it.
 
     Raises:
         ConfigError: no such file, folder or hub model. CheckpointError: the hub does not answer.
         UnsupportedModelError: a GGUF architecture that cannot be converted.
     """
     path = Path(model).expanduser()
-    if (path / ADAPTER_CONFIG).is_file():
+    if text_model:
+        from linearize.checkpoint.text_model import write_text_model
+
+        with (
+            open_source(model, revision=revision, dtype=dtype, merge_adapter=merge_adapter) as whole,
+            tempfile.TemporaryDirectory(prefix="linearize-text-") as folder,
+        ):
+            write_text_model(whole.folder, whole.read_config(), Path(folder))
+            yield Source(whole.reference, "text_model", Path(folder), whole.name, whole.revision)
+    elif (path / ADAPTER_CONFIG).is_file():
         adapter = path.resolve()
         base = _adapter_base(adapter, merge_adapter)
         with (

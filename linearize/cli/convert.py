@@ -65,6 +65,10 @@ MergeAdapter = Annotated[
     bool,
     typer.Option("--merge-adapter", help="MODEL is a PEFT adapter: merge it into its base.", rich_help_panel=SOURCE),
 ]
+TextModel = Annotated[
+    bool,
+    typer.Option("--text-model", help="Convert the text model inside a model for images.", rich_help_panel=SOURCE),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)]
 
 
@@ -107,6 +111,7 @@ def convert(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     merge_adapter: MergeAdapter = False,
+    text_model: TextModel = False,
     link: Annotated[
         str, typer.Option("--link", help="auto, hard or copy: how base weights get there.", rich_help_panel=OUTPUT)
     ] = "auto",
@@ -135,7 +140,7 @@ def convert(
 
         if out is not None:
             check_target(out, overwrite=overwrite)
-        _print_plan(model, settings, revision, merge_adapter, json_)
+        _print_plan(model, settings, json_, revision=revision, merge_adapter=merge_adapter, text_model=text_model)
         return
     from linearize.convert import convert as run
 
@@ -150,6 +155,7 @@ def convert(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         merge_adapter=merge_adapter,
+        text_model=text_model,
         progress=note,
     )
     if json_:
@@ -183,12 +189,12 @@ def plan(
     set_: Set = None,
     revision: Revision = None,
     merge_adapter: MergeAdapter = False,
+    text_model: TextModel = False,
     json_: Json = False,
 ) -> None:
     """Print what a conversion would do, from config.json and safetensors headers alone."""
-    _print_plan(
-        model, _settings(config, mixer, window, sinks, mix, keep_softmax, layers, set_), revision, merge_adapter, json_
-    )
+    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, layers, set_)
+    _print_plan(model, settings, json_, revision=revision, merge_adapter=merge_adapter, text_model=text_model)
 
 
 def _settings(config, mixer, window, sinks, mix, keep_softmax, layers, sets) -> Any:
@@ -199,12 +205,12 @@ def _settings(config, mixer, window, sinks, mix, keep_softmax, layers, sets) -> 
     return load_config(config, flags, sets)
 
 
-def _print_plan(model: str, settings: Any, revision: str | None, merge_adapter: bool, json_: bool) -> None:
+def _print_plan(model: str, settings: Any, json_: bool, **source_options: Any) -> None:
     quiet_libraries()
     from linearize.checkpoint.source import open_source
     from linearize.convert import inspect_source
 
-    with open_source(model, revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter) as source:
+    with open_source(model, dtype=settings.dtype, **source_options) as source:
         shown = inspect_source(source, settings, progress=note).to_dict()
     if json_:
         emit_json(shown)

@@ -35,8 +35,8 @@ def reason_to_refuse(config: Settings) -> str | None:
         return ENCODER_DECODER
     if isinstance(inner := config.get("text_config"), dict):
         return (
-            f"it wraps the text model {inner.get('model_type', '(unnamed)')} for other inputs; save that one as a "
-            "checkpoint of its own (transformers: model.language_model.save_pretrained) and convert it"
+            f"it wraps the text model {inner.get('model_type', '(unnamed)')} for other inputs; --text-model takes that one "
+            "out and converts it"
         )
     kinds = set(config.get("layer_types") or ()) - {FULL, SLIDING}
     if kinds & {"chunked_attention"}:

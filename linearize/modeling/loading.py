@@ -84,11 +84,16 @@ def open_base(manifest: dict[str, Any], override: str | None = None) -> Iterator
     """
     recorded = manifest["base"]
     reference = override or recorded["reference"]
-    if override is None and recorded["kind"] != "hub" and not Path(reference).exists():
+    # what is not a hub id is recorded with its full path
+    if override is None and Path(reference).is_absolute() and not Path(reference).exists():
         raise ConfigError(f"--base: the recorded base '{reference}' is gone; name it with --base")
-    revision = recorded["revision"] if override is None and recorded["kind"] == "hub" else None
-    merge = override is None and recorded["kind"] == "adapter"
-    with open_source(reference, revision=revision, dtype=manifest["settings"]["dtype"], merge_adapter=merge) as source:
+    with open_source(
+        reference,
+        revision=recorded["revision"] if override is None else None,
+        dtype=manifest["settings"]["dtype"],
+        merge_adapter=override is None and recorded["kind"] == "adapter",
+        text_model=override is None and recorded["kind"] == "text_model",
+    ) as source:
         if override is None and source.fingerprint() != recorded["fingerprint"]:
             raise ConfigError(
                 f"--base: '{reference}' has changed since the conversion (fingerprint {source.fingerprint()[:12]}, "
