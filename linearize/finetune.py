@@ -52,7 +52,7 @@ def finetune(
         read_manifest,
         untrained_parameters,
     )
-    from linearize.training.data import packed_rows
+    from linearize.training.data import packed_rows, with_copies
     from linearize.training.loop import legs_of, train
     from linearize.training.model import OWN_TEACHER, Distiller, add_adapters, optimizers_of
     from linearize.training.state import check_fingerprint, states
@@ -75,12 +75,17 @@ def finetune(
     # the first rows are read before anything is loaded or written, so that bad data fails at once
     rows = [
         _peeked(
-            packed_rows(
-                recipe.data,
-                tokenizer,
-                seq_len=leg.stage.seq_len,
-                text_field=recipe.text_field,
-                completion_only=leg.stage.loss.completion_only,
+            with_copies(
+                packed_rows(
+                    recipe.data,
+                    tokenizer,
+                    seq_len=leg.stage.seq_len,
+                    text_field=recipe.text_field,
+                    completion_only=leg.stage.loss.completion_only,
+                    seed=recipe.seed + number,
+                ),
+                leg.stage.copy_share,
+                shortest=manifest["settings"]["window"],
                 seed=recipe.seed + number,
             )
         )

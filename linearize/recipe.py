@@ -248,6 +248,7 @@ class Stage(Strict):
     seq_len: int = Field(default=1024, ge=2)
     batch_size: int = Field(default=1, ge=1)
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
+    copy_share: float = Field(default=0.0, ge=0, le=1)
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
 
@@ -268,7 +269,8 @@ class Recipe(Strict):
     """What `linearize finetune` does: one stage as the keys here say, or the `stages`, which share out the tokens.
 
     `window_dropout` is the probability that a linear head's window is, for one step, a quarter as long (none at all in the
-    mix `sum`), so that the recurrent branch has to do more.
+    mix `sum`), so that the recurrent branch has to do more. `copy_share` of the rows end with a copy of a span from outside
+    the window.
     """
 
     description: str = ""
@@ -283,6 +285,7 @@ class Recipe(Strict):
     checkpoint_every: int = Field(default=25, ge=1)
     seed: int = Field(default=0, ge=0)
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
+    copy_share: float = Field(default=0.0, ge=0, le=1)
     loss: Loss = Loss()
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
@@ -298,7 +301,7 @@ class Recipe(Strict):
     def _fill_stages(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
             return data
-        shared = ("seq_len", "batch_size", "window_dropout")
+        shared = ("seq_len", "batch_size", "window_dropout", "copy_share")
         filled = []
         for stage in data["stages"]:
             if isinstance(stage, dict):
@@ -323,7 +326,7 @@ class Recipe(Strict):
         if self.stages:
             return self.stages
         name = {"kl": "distill", "ce": "finetune", "attention": "transfer"}[self.loss.kind]
-        around = self.model_dump(include={"seq_len", "batch_size", "window_dropout", "loss", "optimizer"})
+        around = self.model_dump(include={"seq_len", "batch_size", "window_dropout", "copy_share", "loss", "optimizer"})
         return [Stage.model_validate({"name": name, **around})]
 
 

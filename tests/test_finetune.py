@@ -18,7 +18,7 @@ from linearize.finetune import finetune
 from linearize.modeling.loading import load_student
 from linearize.modeling.readout import Readout
 from linearize.recipe import Recipe, load_config, load_recipe
-from linearize.training.data import IGNORED, documents, packed_rows
+from linearize.training.data import IGNORED, Batch, documents, packed_rows, with_copies
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
 SETTINGS = ["seq_len=48", "batch_size=2", "tokens=960", "checkpoint_every=2", "lora.rank=2", "optimizer.lr=0.01"]
@@ -146,6 +146,26 @@ def test_teacher_is_the_base_and_the_student_starts_as_converted(converted):
 
 def weights_of(folder) -> dict:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_copying_rows_repeat_a_span_from_outside_the_window():
+    plain = [Batch(torch.arange(i, i + 64)[None], torch.arange(64)[None], torch.full((1, 64), IGNORED)) for i in range(200)]
+    rows = list(with_copies(iter(plain), 0.5, shortest=24, seed=1))
+    again = list(with_copies(iter(plain), 0.5, shortest=24, seed=1))
+    copied = [(row, was) for row, was in zip(rows, plain) if row is not was]
+    assert 70 < len(copied) < 130
+    distances = set()
+    for row, was in copied:
+        first = (row.input_ids[0, :44] == row.input_ids[0, 44]).nonzero()[-1].item()
+        assert torch.equal(row.input_ids[0, 44:], row.input_ids[0, first : first + 20])
+        assert torch.equal(row.input_ids[0, :44], was.input_ids[0, :44])
+        assert torch.equal(row.labels[0, 43:-1], row.input_ids[0, 44:]) and row.labels[0, -1] == IGNORED
+        distances.add(44 - first)
+    assert min(distances) == 24 and max(distances) == 44
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, again))
+    assert list(with_copies(iter(plain), 0.0, shortest=24, seed=1)) == plain
+    assert list(with_copies(iter(plain), 1.0, shortest=63, seed=1)) == plain  # no room to copy
+
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(converted, tmp_path):

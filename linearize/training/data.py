@@ -21,6 +21,8 @@ IGNORED = -100
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 SHUFFLE_BUFFER = 2000
+# tokens that a copying row says twice, if it is long enough
+COPIED = 256
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 
 
@@ -168,6 +170,29 @@ def packed_rows(
             raise ConfigError(
                 f"--data: {', '.join(datasets)} hold {len(ids)} tokens, fewer than one sequence of {seq_len} (--seq-len)"
             )
+
+
+def with_copies(rows: Iterator[Batch], share: float, *, shortest: int, seed: int) -> Iterator[Batch]:
+    """The rows, of which about `share` end with a copy of a span of their own, so that recall is trained too.
+
+    Such a row is one document: without the look back its end is as hard as any text, with it nearly certain.
+
+    Args:
+        shortest: the least distance between the two, which is the window that has to be left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for row in rows:
+        chance, place = torch.rand(2, generator=generator).tolist()
+        length = row.input_ids.shape[1]
+        span = min(COPIED, (length - shortest) // 2)
+        if chance >= share or span < 1:
+            yield row
+            continue
+        first = int(place * (length - span - max(shortest, span) + 1))
+        ids, labels = row.input_ids.clone(), row.labels.clone()
+        ids[:, -span:] = ids[:, first : first + span]
+        labels[:, -span - 1 : -1] = ids[:, -span:]
+        yield Batch(ids, torch.arange(length)[None], labels)
 
 
 def _round_robin(streams: list[Iterator]) -> Iterator:
