@@ -62,7 +62,7 @@ class Calibration:
         }
 
 
-def calibration_rows(source: Source, plan: Plan, name: str, rows: int) -> Tensor | None:
+def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | None:
     """Token ids [rows, T] of a dataset, T as long as text and positions allow, at most 2048; None where that is not
     twice as long as the window, or without a tokenizer.
 
@@ -78,7 +78,7 @@ def calibration_rows(source: Source, plan: Plan, name: str, rows: int) -> Tensor
         if len(ids) >= rows * LONGEST:
             break
     length = min(len(ids) // rows, LONGEST, AutoConfig.from_pretrained(source.folder).max_position_embeddings)
-    if length < 2 * max(layer.window for layer in plan.layers):
+    if length < 2 * window:
         return None
     return torch.tensor(ids[: rows * length]).view(rows, length)
 

@@ -159,9 +159,9 @@ def inspect_source(
     settings = _with_kept_heads(source, config, settings, weights, progress, converting)
     scores: list[list[float]] = []
 
-    def score() -> list[list[float]]:
+    def score(by: str) -> list[list[float]]:
         layers = chosen_layers(family_name, config, settings)
-        scores.extend(_head_scores(source, config, settings, layers, progress))
+        scores.extend(_head_scores(source, config, settings, by, layers, progress))
         return scores
 
     plan = make_plan(family_name, config, settings, None if from_config else score)
@@ -207,25 +207,40 @@ def _head_scores(
     source: Source,
     config: dict[str, Any],
     settings: ConversionConfig,
+    by: str,
     layers: tuple[int, ...],
     progress: Callable[[str], None],
 ) -> list[list[float]]:
-    """What recall loses with each head, from running the base; kept for the next conversion of the same base."""
+    """What recall or long text loses with each head, from running the base; kept for its next conversion."""
+    from linearize.calibrate import text_rows
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_base
-    from linearize.scoring import cached_scores, head_scores
+    from linearize.scoring import cached_scores, combined, head_scores, recall_probes, text_probe
 
-    scoring, device, dtype = settings.scoring, pick_device(), compute_dtype("auto")
-    key = {"base": source.fingerprint(), "window": settings.window, "sinks": settings.sinks, **scoring.model_dump()}
-    key["layers"] = list(layers)
+    if by == "both":
+        return combined(
+            *(_head_scores(source, config, settings, part, layers, progress) for part in ("recall", "text"))
+        )
+    scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
+    key = {"base": source.fingerprint(), "by": by, **reach, **scoring.model_dump(), "layers": list(layers)}
+
+    def probes(model) -> list:
+        if by == "text":
+            if (rows := text_rows(source, settings.window, scoring.text, scoring.text_rows)) is None:
+                raise ConfigError(
+                    f"keep_softmax: no text can be scored: without a tokenizer, or since rows of {scoring.text} in the "
+                    f"model's positions do not leave the window of {settings.window}"
+                )
+            return [text_probe(model, rows, **reach)]
+        return recall_probes(
+            scoring.distances, scoring.rows, window=settings.window, positions=config["max_position_embeddings"],
+            vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"),
+        )  # fmt: skip
 
     def compute() -> list[list[float]]:
-        progress(f"{source.name}: scoring key/value heads by recall ({scoring.method})")
-        return head_scores(
-            load_base(source, dtype=dtype).to(device), window=settings.window, sinks=settings.sinks,
-            vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"), method=scoring.method,
-            distances=tuple(scoring.distances), rows=scoring.rows, layers=layers, progress=progress,
-        )  # fmt: skip
+        progress(f"{source.name}: scoring key/value heads by {by} ({scoring.method})")
+        model = load_base(source, dtype=compute_dtype("auto")).to(pick_device())
+        return head_scores(model, probes(model), **reach, method=scoring.method, layers=layers, progress=progress)
 
     return cached_scores(key, compute)
 
@@ -234,7 +249,7 @@ def make_plan(
     family_name: str,
     config: dict[str, Any],
     settings: ConversionConfig,
-    score: Callable[[], list[list[float]]] | None = None,
+    score: Callable[[str], list[list[float]]] | None = None,
 ) -> Plan:
     """One LayerPlan for every layer of the model; `score` is called where heads are chosen by their scores."""
     layers = config["num_hidden_layers"]
@@ -529,9 +544,10 @@ def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Ca
     if settings.when == "auto" and not base_runs(inspection.weights):
         progress("not calibrated: the base is too large to be run here (--calibrate insists)")
         return None
-    from linearize.calibrate import calibrate, calibration_rows
+    from linearize.calibrate import calibrate, text_rows
 
-    rows = calibration_rows(inspection.source, inspection.plan, settings.text, settings.rows)
+    window = max(layer.window for layer in inspection.plan.layers)
+    rows = text_rows(inspection.source, window, settings.text, settings.rows)
     if rows is None and settings.when == "auto":
         progress(
             "not calibrated: there is no tokenizer, or rows of text in the model's positions do not leave the window"

@@ -1,6 +1,6 @@
 """`--keep-softmax`: which key/value heads keep softmax attention.
 
-none | all | every:N | recall:SHARE | 0,7,18 (whole layers) | 18:2,17:1,8:0 (layer:key/value head)
+none | all | every:N | recall:SHARE | text:SHARE | both:SHARE | 0,7,18 (whole layers) | 18:2,17:1,8:0 (layer:key/value head)
 """
 
 import math
@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from linearize.errors import ConfigError
 
-ALLOWED = "none, all, every:N, recall:SHARE (recall:12.5%), layers (0,7,18) or layer:head pairs (18:2,17:1)"
+SCORED = ("recall", "text", "both")
+ALLOWED = "none, all, every:N, recall:SHARE (recall:12.5%), text:SHARE, both:SHARE, layers (0,7,18) or layer:head pairs (18:2,17:1)"
 Scores = list[list[float]]
 
 
@@ -16,16 +17,17 @@ def softmax_heads(
     spec: str,
     layers: int,
     key_value_heads: int,
-    score: Callable[[], Scores] | None = None,
+    score: Callable[[str], Scores] | None = None,
     among: Sequence[int] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """For every layer, the key/value heads that keep softmax, ascending.
 
     `every:N` keeps layers 0, N, 2N… whole, as Liger-H and its relatives do. `recall:SHARE` keeps that share of all heads,
-    those that recall depends on most. Both count in the layers `among` which there is a choice (all by default).
+    those that recall depends on most, `text:SHARE` those that long text does, `both:SHARE` by the sum of the two. All count
+    in the layers `among` which there is a choice (all by default).
 
     Args:
-        score: computes the heads' scores, [layers][key/value heads]; only called for `recall:SHARE`.
+        score: computes the heads' scores for one of these three, [layers][key/value heads]; called for them alone.
 
     Raises:
         ConfigError: unknown form, or a layer or head the model does not have.
@@ -41,11 +43,11 @@ def softmax_heads(
         if step < 1:
             raise ConfigError(f"keep_softmax: got '{spec}', allowed is every:N with N of at least 1")
         return tuple(every_head if layer in among[::step] else () for layer in range(layers))
-    if spec.startswith("recall:"):
-        share = recall_share(spec)
+    if spec.partition(":")[0] in SCORED:
+        by, share = scored_share(spec)
         if score is None:
             raise ConfigError(f"keep_softmax: '{spec}' needs the base model to be run, which is not possible here")
-        scores = score()
+        scores = score(by)
         kept_heads = dict(zip(among, top_heads([scores[layer] for layer in among], share)))
         return tuple(kept_heads.get(layer, ()) for layer in range(layers))
     kept: list[set[int]] = [set() for _ in range(layers)]
@@ -77,16 +79,17 @@ def spread_evenly(count: int, layers: int, key_value_heads: int) -> tuple[tuple[
     )
 
 
-def recall_share(spec: str) -> float:
-    """SHARE of recall:SHARE, a fraction of one: 12.5% and 0.125 are the same."""
-    text = spec.removeprefix("recall:").strip()
+def scored_share(spec: str) -> tuple[str, float]:
+    """Of recall:SHARE and its like the part before the colon, and SHARE as a fraction of one: 12.5% and 0.125 are the same."""
+    by, _, text = spec.partition(":")
+    text = text.strip()
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = math.nan
     if not 0 < share < 1:
-        raise ConfigError(f"keep_softmax: got '{spec}', allowed is recall:SHARE with a share above 0% and below 100%")
-    return share
+        raise ConfigError(f"keep_softmax: got '{spec}', allowed is {by}:SHARE with a share above 0% and below 100%")
+    return by, share
 
 
 def top_heads(scores: Scores, share: float) -> tuple[tuple[int, ...], ...]:

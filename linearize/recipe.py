@@ -25,11 +25,16 @@ class Strict(BaseModel):
 
 
 class Scoring(Strict):
-    """How `keep_softmax: recall:SHARE` scores heads (linearize/scoring.py). Distances are in tokens."""
+    """How `keep_softmax: recall:SHARE`, `text:SHARE` and `both:SHARE` score heads (linearize/scoring.py).
+
+    Recall is scored at `distances`, in tokens, with `rows` rows each; long text on `text_rows` rows of the dataset `text`.
+    """
 
     method: Literal["gradient", "swap", "lookup"] = "gradient"
     distances: list[int] = Field(default=[512, 1024], min_length=1)
     rows: int = Field(default=2, ge=1)
+    text: str = "sample"
+    text_rows: int = Field(default=1, ge=1)
 
 
 class Calibration(Strict):

@@ -1,13 +1,20 @@
-"""Which key/value heads recall depends on: scores for `--keep-softmax recall:SHARE`.
+"""Which key/value heads have to keep softmax: scores for `--keep-softmax recall:SHARE`, `text:SHARE` and `both:SHARE`.
 
 Every key/value head of the base model, with its query group, gets a gate g between its softmax attention (g = 1) and
-window + sinks (g = 0). On rows of random tokens whose second copy must be read from the first, far outside the window:
+window + sinks (g = 0). Two probes say what that costs:
+
+    recall    rows of random tokens whose second copy must be read from the first, far outside the window: cross-entropy
+    text      long rows of text: divergence from the base beyond the window
+
+and three methods ask them:
 
     swap      the rise of the loss when that head alone goes to g = 0; one forward a head, the definition
-    gradient  minus the derivative of the loss by g, averaged over g = 1 and g = 1/2 for all heads; two backwards in all
-    lookup    the probability that the head puts on the token to copy; one forward
+    gradient  minus the derivative of the loss by g, averaged over two values of g for all heads; two backwards in all
+    lookup    the probability that the head puts on the token to copy, or in text on all that lies beyond the window; one
+              forward
 
-A high score means that the head has to keep softmax. The rows are not those that `linearize eval` uses.
+A high score means that the head has to keep softmax. `both` adds each score's share of its total. Rows and text are not
+those that `linearize eval` uses.
 
 Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim.
 """
@@ -17,6 +24,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +38,10 @@ from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError
 from linearize.evaluation.recall import SPAN, recall_task
 from linearize.families.registry import find_family
+from linearize.modeling.readout import readout_of
 from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, window_attention
+from linearize.training.losses import chunked_kl
 
 IMPLEMENTATION = "linearize_scoring"
 METHODS = ("gradient", "swap", "lookup")
@@ -39,48 +49,114 @@ METHODS = ("gradient", "swap", "lookup")
 SEED = 777_001
 DISTANCES = (512, 1024)
 ROWS = 2
-HALF = (1.0, 0.5)
+# where a divergence from the base has a slope: not at 1
+RECALL_GATES, TEXT_GATES = (1.0, 0.5), (0.75, 0.25)
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rows whose loss says what a head is good for.
+
+    Attributes:
+        ids: [rows, T].
+        loss: of the gated model on the row of this number.
+        gates: where `gradient` takes the slope.
+        queries, far: `lookup` asks of these positions, [Q], how much they attend to those keys, [Q, T] bool.
+    """
+
+    name: str
+    ids: Tensor
+    loss: Callable[[PreTrainedModel, int], Tensor]
+    gates: tuple[float, ...]
+    queries: Tensor
+    far: Tensor
+
+
+def recall_probe(distance: int, rows: int, vocabulary: int, start_token: int | None) -> Probe:
+    """Copies that come again after `distance` tokens."""
+    task = recall_task(distance, rows, vocabulary, start_token, SEED)
+    T = task.ids.shape[1]
+    queries = torch.arange(T - task.counted - 1, T - 1)
+    # the token that came after the current one last time
+    far = torch.arange(T) == (queries + 1 - distance)[:, None]
+
+    def loss(gated: PreTrainedModel, number: int) -> Tensor:
+        ids = task.ids[number, None].to(gated.device)
+        logits = gated(input_ids=ids, use_cache=False, logits_to_keep=task.counted + 1).logits[:, :-1]
+        logits = logits.to(state_dtype(logits))
+        return F.cross_entropy(logits.flatten(0, 1), ids[0, -task.counted :])
+
+    return Probe(f"recall at distance {distance}", task.ids, loss, RECALL_GATES, queries, far)
+
+
+@torch.no_grad()
+def text_probe(model: PreTrainedModel, ids: Tensor, window: int, sinks: int) -> Probe:
+    """Rows of text [rows, T] on which the gated model should do as the base, wherever it sees beyond the window."""
+    references = [_hidden(model, row)[window:] for row in ids]
+    head = readout_of(model)
+
+    def loss(gated: PreTrainedModel, number: int) -> Tensor:
+        hidden = _hidden(gated, ids[number])[window:]
+        weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
+        return chunked_kl(hidden, references[number], head, head, weights, CHUNK_TOKENS)
+
+    T = ids.shape[1]
+    queries, keys = torch.arange(window, T), torch.arange(T)
+    far = (queries[:, None] - keys >= window) & (keys >= sinks)
+    return Probe("text", ids, loss, TEXT_GATES, queries, far)
 
 
 def head_scores(
     model: PreTrainedModel,
+    probes: Sequence[Probe],
     *,
     window: int,
     sinks: int,
-    vocabulary: int,
-    start_token: int | None,
     method: str = "gradient",
-    distances: tuple[int, ...] = DISTANCES,
-    rows: int = ROWS,
     layers: Sequence[int] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[list[float]]:
-    """Scores [layers][key/value heads], larger for heads that recall needs more.
+    """Scores [layers][key/value heads], the mean over probes, larger for heads that they need more.
 
     Args:
         model: the base model, as transformers loads it.
-        distances: between the copies; those within the window say nothing.
         layers: those to score, all by default; the heads of the others get 0.
 
     Raises:
-        ConfigError: an unknown method, or no distance outside the window fits the model's positions.
+        ConfigError: an unknown method.
     """
     if method not in METHODS:
         raise ConfigError(f"method: got '{method}', allowed are {', '.join(METHODS)}")
-    limit = model.config.max_position_embeddings
-    fitting = fitting_distances(distances, window, limit)
-    if not fitting:
-        raise ConfigError(
-            f"keep_softmax: no recall can be scored: of distances {', '.join(map(str, distances))} none is outside the "
-            f"window of {window} and inside the model's {limit} positions"
-        )
-    tasks = [recall_task(n, rows, vocabulary, start_token, SEED) for n in fitting]
     layers = range(model.config.num_hidden_layers) if layers is None else layers
     with _gated(model, window, sinks, layers) as attentions:
         run = {"gradient": _gradient, "swap": _swap, "lookup": _lookup}[method]
-        scores = sum(run(model, attentions, task, progress) for task in tasks) / len(tasks)
+        scores = sum(run(model, attentions, probe, progress) for probe in probes) / len(probes)
     found = dict(zip(layers, scores.tolist()))
     return [found.get(i, [0.0] * scores.shape[1]) for i in range(model.config.num_hidden_layers)]
+
+
+def recall_probes(
+    distances: Sequence[int], rows: int, *, window: int, positions: int, vocabulary: int, start_token: int | None
+) -> list[Probe]:
+    """One for every distance that is outside the window.
+
+    Raises:
+        ConfigError: none is, and fits the model's positions.
+    """
+    fitting = fitting_distances(tuple(distances), window, positions)
+    if not fitting:
+        raise ConfigError(
+            f"keep_softmax: no recall can be scored: of distances {', '.join(map(str, distances))} none is outside the "
+            f"window of {window} and inside the model's {positions} positions"
+        )
+    return [recall_probe(n, rows, vocabulary, start_token) for n in fitting]
+
+
+def combined(*scores: list[list[float]]) -> list[list[float]]:
+    """The sum of scores, each as its share of its total; what is below nothing counts as nothing."""
+    total = sum(x / x.sum().clamp(min=1e-12) for x in (torch.tensor(s).clamp(min=0) for s in scores))
+    return total.tolist()
 
 
 def fitting_distances(distances: tuple[int, ...], window: int, positions: int) -> list[int]:
@@ -163,27 +239,25 @@ def _attend(
 AttentionInterface.register(IMPLEMENTATION, _attend)
 
 
-def _loss(model: PreTrainedModel, ids: Tensor, counted: int) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=counted + 1).logits[:, :-1]
-    logits = logits.to(state_dtype(logits))
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, -counted:].flatten())
+def _hidden(model: PreTrainedModel, row: Tensor) -> Tensor:
+    """[T, D] of a row of ids, [T]."""
+    return model.base_model(input_ids=row[None].to(model.device), use_cache=False).last_hidden_state[0]
 
 
 @torch.enable_grad()
-def _gradient(model, attentions, task, progress) -> Tensor:
+def _gradient(model, attentions, probe, progress) -> Tensor:
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     total = torch.zeros(len(attentions), attentions[0].head_gates.numel())
-    for value in HALF:
-        for row in task.ids:
+    for value in probe.gates:
+        for number in range(len(probe.ids)):
             gates = [torch.full_like(a.head_gates, value).requires_grad_() for a in attentions]
             for attention, gate in zip(attentions, gates):
                 attention.head_gates = gate
-            loss = _loss(model, row[None].to(model.device), task.counted)
-            found = torch.autograd.grad(loss, gates)
-            total -= torch.stack(found).cpu() / (len(HALF) * len(task.ids))
-        progress(f"scoring heads at distance {task.distance}: gradient at gates of {value}")
+            found = torch.autograd.grad(probe.loss(model, number), gates)
+            total -= torch.stack(found).cpu() / (len(probe.gates) * len(probe.ids))
+        progress(f"scoring heads by {probe.name}: gradient at gates of {value}")
     for attention in attentions:
         attention.head_gates = torch.ones_like(attention.head_gates).detach()
     for parameter in frozen:
@@ -192,9 +266,9 @@ def _gradient(model, attentions, task, progress) -> Tensor:
 
 
 @torch.no_grad()
-def _swap(model, attentions, task, progress) -> Tensor:
+def _swap(model, attentions, probe, progress) -> Tensor:
     def loss() -> float:
-        return sum(_loss(model, row[None].to(model.device), task.counted).item() for row in task.ids) / len(task.ids)
+        return sum(probe.loss(model, number).item() for number in range(len(probe.ids))) / len(probe.ids)
 
     whole = loss()
     scores = torch.zeros(len(attentions), attentions[0].head_gates.numel())
@@ -203,15 +277,14 @@ def _swap(model, attentions, task, progress) -> Tensor:
             attention.head_gates[head] = 0.0
             scores[layer, head] = loss() - whole
             attention.head_gates[head] = 1.0
-        progress(f"scoring heads at distance {task.distance}: layer {layer + 1} of {len(attentions)}")
+        progress(f"scoring heads by {probe.name}: layer {layer + 1} of {len(attentions)}")
     return scores
 
 
 @torch.no_grad()
-def _lookup(model, attentions, task, progress) -> Tensor:
-    T = task.ids.shape[1]
-    queries = torch.arange(T - task.counted - 1, T - 1, device=model.device)
-    wanted = queries + 1 - task.distance  # the token that came after the current one last time
+def _lookup(model, attentions, probe, progress) -> Tensor:
+    T = probe.ids.shape[1]
+    queries, far = probe.queries.to(model.device), probe.far.to(model.device)
     scores = torch.zeros(len(attentions), attentions[0].head_gates.numel())
 
     def listener(layer: int) -> Callable:
@@ -221,15 +294,15 @@ def _lookup(model, attentions, task, progress) -> Tensor:
             logits = (q @ key.unsqueeze(2).transpose(-1, -2)).float() * scaling
             visible = torch.arange(T, device=key.device)[None, :] <= queries[:, None]
             probability = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-            picked = probability.gather(-1, wanted.view(1, 1, 1, -1, 1).expand(*probability.shape[:-1], 1))
             # of the best query head in the group
-            scores[layer] += picked.mean((-1, -2)).amax(-1).sum(0).cpu() / len(task.ids)
+            picked = (probability * far).sum(-1).mean(-1).amax(-1)
+            scores[layer] += picked.sum(0).cpu() / len(probe.ids)
 
         return listen
 
     for layer, attention in enumerate(attentions):
         attention.scoring["lookup"] = listener(layer)
-    for row in task.ids:
-        model.base_model(input_ids=row[None].to(model.device), use_cache=False)
-    progress(f"scoring heads at distance {task.distance}: probability of the token to copy")
+    for row in probe.ids:
+        _hidden(model, row)
+    progress(f"scoring heads by {probe.name}: where they look")
     return scores

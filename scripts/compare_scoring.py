@@ -26,6 +26,7 @@ from linearize.placement import top_heads
 from linearize.samples import SAMPLES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scoring.json"
+SINKS = 4
 SHARES = (0.0, 6 / 90, 12 / 90, 18 / 90, 24 / 90)
 
 
@@ -43,19 +44,28 @@ def main() -> None:
     if arguments.text:
         text = arguments.text.read_text(encoding="utf-8")[:60_000]
     else:
-        rows = SAMPLES["sample-eval"].read_text(encoding="utf-8").splitlines()
-        text = "\n\n".join(json.loads(row)["text"] for row in rows)[:60_000]
+        text = sample("sample-eval")
     ids = torch.tensor(tokenizer(text).input_ids)
 
     scores, seconds = {}, {}
     for method in arguments.methods.split(","):
         distances = tuple(map(int, arguments.swap_distances.split(","))) if method == "swap" else scoring.DISTANCES
         started = time.perf_counter()
-        scores[method] = scoring.head_scores(
-            model, window=arguments.window, sinks=4, vocabulary=len(tokenizer), start_token=tokenizer.bos_token_id,
-            method=method, distances=distances, rows=1 if method == "swap" else scoring.ROWS, progress=note,
+        probes = scoring.recall_probes(
+            distances, 1 if method == "swap" else scoring.ROWS, window=arguments.window,
+            positions=model.config.max_position_embeddings, vocabulary=len(tokenizer), start_token=tokenizer.bos_token_id,
         )  # fmt: skip
+        scores[method] = scoring.head_scores(
+            model, probes, window=arguments.window, sinks=SINKS, method=method, progress=note
+        )
         seconds[method] = time.perf_counter() - started
+    if "gradient" in scores:
+        started = time.perf_counter()
+        row = torch.tensor(tokenizer(sample("sample")).input_ids[:2048])[None]
+        probe = scoring.text_probe(model, row, arguments.window, SINKS)
+        scores["text"] = scoring.head_scores(model, [probe], window=arguments.window, sinks=SINKS, progress=note)
+        seconds["text"] = time.perf_counter() - started
+        scores["both"] = scoring.combined(scores["gradient"], scores["text"])
     choices = []
     layers, heads = len(model.base_model.layers), model.config.num_key_value_heads
     every_fourth = tuple(tuple(range(heads)) if layer % 4 == 0 else () for layer in range(layers))
@@ -82,9 +92,14 @@ def main() -> None:
     print(table(record))
 
 
+def sample(name: str) -> str:
+    rows = SAMPLES[name].read_text(encoding="utf-8").splitlines()
+    return "\n\n".join(json.loads(row)["text"] for row in rows)[:60_000]
+
+
 @torch.no_grad()
 def measure(model, tokenizer, ids, window: int, name: str, kept) -> dict:
-    with scoring._gated(model, window, 4) as attentions:
+    with scoring._gated(model, window, SINKS) as attentions:
         for attention, heads in zip(attentions, kept, strict=True):
             attention.head_gates = torch.tensor([float(h in heads) for h in range(attention.head_gates.numel())])
         found = {"choice": name, "heads": sum(map(len, kept)), "kept": [list(heads) for heads in kept]}

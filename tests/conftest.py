@@ -11,7 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+# beside other workers one thread each; small models gain nothing from more
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else max(1, min(2, os.cpu_count() or 1)))
 
 # grouped, single and as many key/value heads as query heads; tied and untied; with biases; an odd number of layers
 SHAPES = {

@@ -149,7 +149,9 @@ def weights_of(folder) -> dict:
 
 
 def test_copying_rows_repeat_a_span_from_outside_the_window():
-    plain = [Batch(torch.arange(i, i + 64)[None], torch.arange(64)[None], torch.full((1, 64), IGNORED)) for i in range(200)]
+    plain = [
+        Batch(torch.arange(i, i + 64)[None], torch.arange(64)[None], torch.full((1, 64), IGNORED)) for i in range(200)
+    ]
     rows = list(with_copies(iter(plain), 0.5, shortest=24, seed=1))
     again = list(with_copies(iter(plain), 0.5, shortest=24, seed=1))
     copied = [(row, was) for row, was in zip(rows, plain) if row is not was]
@@ -165,7 +167,6 @@ def test_copying_rows_repeat_a_span_from_outside_the_window():
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, again))
     assert list(with_copies(iter(plain), 0.0, shortest=24, seed=1)) == plain
     assert list(with_copies(iter(plain), 1.0, shortest=63, seed=1)) == plain  # no room to copy
-
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(converted, tmp_path):

@@ -1,5 +1,6 @@
 """Which heads recall depends on: the gated attention against real conversions, derivatives against differences."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,9 +12,25 @@ from linearize import scoring
 from linearize.errors import ConfigError
 from linearize.evaluation.recall import recall_task
 from linearize.modeling.plan import LayerPlan, Plan
-from linearize.placement import recall_share, softmax_heads, top_heads
+from linearize.placement import SCORED, scored_share, softmax_heads, top_heads
 
-SETTINGS = {"window": 12, "sinks": 2, "vocabulary": 300, "start_token": 0, "distances": (20, 60), "rows": 2}
+REACH = {"window": 12, "sinks": 2}
+DISTANCES = (20, 60)
+
+
+def probes(distances=DISTANCES) -> list:
+    return scoring.recall_probes(distances, 2, window=12, positions=512, vocabulary=300, start_token=0)
+
+
+def text(base):
+    ids = torch.randint(2, 300, (2, 50), generator=torch.Generator().manual_seed(3))
+    return ids, scoring.text_probe(base, ids, **REACH)
+
+
+def converted_but_one(base, layer: int, head: int):
+    layers = [LayerPlan((0, 1, 2))] * 3
+    layers[layer] = LayerPlan(tuple(h for h in range(3) if h != head), **REACH)
+    return tiny_student(Plan("llama", tuple(layers)), base)
 
 
 def plain_loss(model, distance: int) -> float:
@@ -25,36 +42,48 @@ def plain_loss(model, distance: int) -> float:
 
 def test_a_swap_is_a_conversion_of_one_head():
     base = tiny_base()
-    scores = scoring.head_scores(base, method="swap", **SETTINGS)
+    scores = scoring.head_scores(base, probes(), method="swap", **REACH)
     for layer, head in ((0, 1), (2, 2)):
-        layers = [LayerPlan((0, 1, 2))] * 3
-        layers[layer] = LayerPlan(tuple(h for h in range(3) if h != head), window=12, sinks=2)
-        student = tiny_student(Plan("llama", tuple(layers)), base)
+        student = converted_but_one(base, layer, head)
         with student.recurrent_branch_off():
-            rises = [plain_loss(student, d) - plain_loss(base, d) for d in (20, 60)]
+            rises = [plain_loss(student, d) - plain_loss(base, d) for d in DISTANCES]
         assert scores[layer][head] == pytest.approx(sum(rises) / 2, abs=1e-5)
     assert max(abs(score) for row in scores for score in row) > 1e-3
 
 
-def test_the_gradient_is_the_slope_of_the_loss(monkeypatch):
+def test_a_swap_on_text_is_the_divergence_of_that_conversion():
+    base = tiny_base()
+    ids, probe = text(base)
+    scores = scoring.head_scores(base, [probe], method="swap", **REACH)
+    student = converted_but_one(base, 1, 2)
+    with torch.no_grad(), student.recurrent_branch_off():
+        wanted, got = (model(ids).logits[:, 12:].log_softmax(-1) for model in (base, student))
+    divergence = (wanted.exp() * (wanted - got)).sum(-1).mean().item()
+    assert divergence > 1e-4
+    assert scores[1][2] == pytest.approx(divergence, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["recall", "text"])
+def test_the_gradient_is_the_slope_of_the_loss(kind):
     base = tiny_base().double()
-    monkeypatch.setattr(scoring, "HALF", (1.0,))
-    scores = scoring.head_scores(base, method="gradient", **SETTINGS)
-    task, step = [recall_task(d, 2, 300, 0, scoring.SEED) for d in (20, 60)], 1e-4
-    with scoring._gated(base, 12, 2) as attentions, torch.no_grad():
+    probe = dataclasses.replace(probes((60,))[0] if kind == "recall" else text(base)[1], gates=(0.8,))
+    scores, step = scoring.head_scores(base, [probe], method="gradient", **REACH), 1e-4
+    with scoring._gated(base, **REACH) as attentions, torch.no_grad():
+        for attention in attentions:
+            attention.head_gates.fill_(0.8)
         for layer, head in ((0, 0), (1, 2)):
             losses = []
-            for value in (1 - step, 1 + step):
+            for value in (0.8 - step, 0.8 + step):
                 attentions[layer].head_gates[head] = value
-                losses.append(sum(scoring._loss(base, t.ids, t.counted).item() for t in task) / 2)
-                attentions[layer].head_gates[head] = 1.0
+                losses.append(sum(probe.loss(base, number).item() for number in range(2)) / 2)
+            attentions[layer].head_gates[head] = 0.8
             assert scores[layer][head] == pytest.approx(-(losses[1] - losses[0]) / (2 * step), rel=2e-2, abs=1e-4)
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_lookup_is_the_attention_to_the_token_to_copy():
     base = tiny_base()
-    scores = scoring.head_scores(base, method="lookup", **{**SETTINGS, "distances": (60,)})
+    scores = scoring.head_scores(base, probes((60,)), method="lookup", **REACH)
     task = recall_task(60, 2, 300, 0, scoring.SEED)
     base.set_attn_implementation("eager")
     with torch.no_grad():
@@ -66,12 +95,24 @@ def test_lookup_is_the_attention_to_the_token_to_copy():
         torch.testing.assert_close(torch.tensor(scores[layer]), looked, rtol=1e-4, atol=1e-6)
 
 
+def test_lookup_in_text_is_the_attention_beyond_the_window():
+    base = tiny_base()
+    ids, probe = text(base)
+    scores = scoring.head_scores(base, [probe], method="lookup", **REACH)
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = base(ids, output_attentions=True).attentions
+    for layer, weights in enumerate(attentions):
+        beyond = torch.stack([weights[:, :, i, 2 : i - 11].sum(-1) for i in range(12, 50)], -1).mean(-1)
+        torch.testing.assert_close(torch.tensor(scores[layer]), beyond.unflatten(1, (3, 2)).amax(2).mean(0))
+
+
 def test_scoring_leaves_the_model_as_it_was():
     base, ids = tiny_base(), torch.arange(2, 60)[None]
     with torch.no_grad():
         before = base(ids).logits
         for method in scoring.METHODS:
-            scoring.head_scores(base, method=method, **SETTINGS)
+            scoring.head_scores(base, [*probes(), text(base)[1]], method=method, **REACH)
         assert torch.equal(base(ids).logits, before)
     assert base.config._attn_implementation != scoring.IMPLEMENTATION
 
@@ -80,21 +121,29 @@ def test_top_heads():
     scores = [[0.1, 0.9, 0.0], [0.5, 0.2, 0.3]]
     assert top_heads(scores, 0.5) == ((1,), (0, 2))
     assert top_heads(scores, 0.01) == ((1,), ())
-    assert softmax_heads("recall:50%", 2, 3, lambda: scores) == ((1,), (0, 2))
-    assert recall_share("recall:12.5%") == recall_share("recall:0.125") == 0.125
-    for spec in ("recall:", "recall:0", "recall:100%", "recall:x", "recall:nan"):
-        with pytest.raises(ConfigError, match="recall:SHARE"):
-            softmax_heads(spec, 2, 3, lambda: scores)
+    assert softmax_heads("recall:50%", 2, 3, lambda by: scores) == ((1,), (0, 2))
+    assert softmax_heads("text:50%", 2, 3, {"text": scores}.get) == ((1,), (0, 2))
+    assert scored_share("recall:12.5%") == scored_share("recall:0.125") == ("recall", 0.125)
+    for spec in ("recall:", "recall:0", "text:100%", "both:x", "recall:nan"):
+        with pytest.raises(ConfigError, match=f"{spec.partition(':')[0]}:SHARE"):
+            softmax_heads(spec, 2, 3, lambda by: scores)
     with pytest.raises(ConfigError, match="no recall can be scored"):
-        scoring.head_scores(tiny_base(), **{**SETTINGS, "window": 100})
+        scoring.recall_probes(DISTANCES, 2, window=100, positions=512, vocabulary=300, start_token=0)
 
 
-def test_convert_by_recall(base_folder, cli, tmp_path, monkeypatch):
+def test_combined_scores_are_shares_of_their_totals():
+    assert scoring.combined([[3.0, 1.0], [-5.0, 0.0]], [[0.0, 0.0], [0.0, 0.02]]) == [[0.75, 0.25], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("by", SCORED)
+def test_convert_by_scores(by, base_folder, cli, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     base = base_folder()
-    flags = ["--keep-softmax", "recall:30%", "--window", "12", "--set", "scoring.distances=[40, 60]"]
+    flags = ["--keep-softmax", f"{by}:30%", "--window", "12", "--set", "scoring.distances=[40, 60]"]
     code, out, err = cli("plan", base, *flags, "--json")
-    assert code == 0 and "scoring key/value heads by recall (gradient)" in err, err
+    assert code == 0, err
+    for part in ("recall", "text"):
+        assert (f"scoring key/value heads by {part} (gradient)" in err) == (by in (part, "both"))
     layers = json.loads(out)["layers"]
     scores = {(layer["layer"], head): score for layer in layers for head, score in enumerate(layer["scores"])}
     kept = {(layer["layer"], head) for layer in layers for head in layer["softmax_heads"]}

@@ -59,7 +59,9 @@ def test_layouts_of_older_checkpoints(tmp_path, cli):
     for name, value in load_file(file).items():
         bare = name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
         text = bare.startswith(("embed_tokens", "layers", "norm"))
-        tensors[f"language_model.model.{bare}" if text else f"language_model.{bare}" if "lm_head" in bare else bare] = value
+        tensors[f"language_model.model.{bare}" if text else f"language_model.{bare}" if "lm_head" in bare else bare] = (
+            value
+        )
     assert any(name == "language_model.lm_head.weight" for name in tensors)
     save_file(tensors, file, {"format": "pt"})
     code, out, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--text-model", "--window", "8")

@@ -54,7 +54,9 @@ def _own_names(weights: Weights, decoder: str, origin: Path) -> dict[str, str]:
     prefixes = [p for p in prefixes if any(name.startswith(f"{p}layers.0.") for name in weights.tensors)]
     if len(prefixes) != 1:
         found = ", ".join(prefixes) or "none"
-        raise UnsupportedModelError(f"--text-model: {origin.name}: where its text model lies is not clear, found {found}")
+        raise UnsupportedModelError(
+            f"--text-model: {origin.name}: where its text model lies is not clear, found {found}"
+        )
     (prefix,) = prefixes
     # some wrappers keep their vision tower beside the layers, under the very prefix
     own = (EMBEDDING, "layers.", "norm.", "rotary_emb.")

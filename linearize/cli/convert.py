@@ -30,7 +30,7 @@ KeepSoftmax = Annotated[
     str | None,
     typer.Option(
         "--keep-softmax",
-        help="auto (recall:12.5% where the base can be run), none, all, every:N, recall:SHARE (as recall:12.5%), layers 0,7,18, or layer:head pairs 18:2,17:1.",
+        help="auto (recall:12.5% where the base can be run), none, all, every:N, recall:SHARE (as recall:12.5%), text:SHARE, both:SHARE, layers 0,7,18, or layer:head pairs 18:2,17:1.",
         rich_help_panel=ATTENTION,
     ),
 ]
