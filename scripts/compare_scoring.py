@@ -41,10 +41,7 @@ def main() -> None:
     keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=compute_dtype("auto")).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    if arguments.text:
-        text = arguments.text.read_text(encoding="utf-8")[:60_000]
-    else:
-        text = sample("sample-eval")
+    text = arguments.text.read_text(encoding="utf-8")[:60_000] if arguments.text else sample("sample-eval")
     ids = torch.tensor(tokenizer(text).input_ids)
 
     scores, seconds = {}, {}

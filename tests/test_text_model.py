@@ -64,7 +64,7 @@ def test_layouts_of_older_checkpoints(tmp_path, cli):
         )
     assert any(name == "language_model.lm_head.weight" for name in tensors)
     save_file(tensors, file, {"format": "pt"})
-    code, out, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--text-model", "--window", "8")
+    code, _, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--text-model", "--window", "8")
     assert code == 0, err
     student, ids = load_student(tmp_path / "out", dtype=torch.float32), torch.arange(2, 42)[None]
     with torch.no_grad(), student.softmax_attention():
