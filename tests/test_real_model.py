@@ -24,7 +24,7 @@ WIKITEXT = SHARED / "data" / "eval" / "wikitext-2" / "valid.txt"
 @pytest.fixture(scope="module")
 def converted(smollm2, tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "converted"
-    settings = load_config("smollm2-135m", {"keep_softmax": "none"})
+    settings = load_config("smollm2-135m", {"keep_softmax": "none", "window": 256})
     result = convert(smollm2, settings, out=out, progress=lambda message: None)
     assert result["coverage"]["heads_converted"] == 90
     assert result["verification"]["softmax_everywhere_max_difference"] == 0.0

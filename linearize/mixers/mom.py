@@ -25,7 +25,7 @@ class MixtureOfMemories(Structure):
         memories: M. top: how many of them a token writes to.
     """
 
-    def __init__(self, site, inner: str = "gla", memories: int = 4, top: int = 2):
+    def __init__(self, site, inner: str = "mamba2", memories: int = 4, top: int = 2):
         super().__init__(site)
         self.inner = mixer_class(inner)(site)
         self.memories, self.top = memories, top

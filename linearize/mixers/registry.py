@@ -60,6 +60,9 @@ GATED_STRUCTURES = (
     "gated_deltaproduct", "kda", "rwkv7",
 )  # fmt: skip
 
+# the first, which costs least of those with gates, is what a memory is unless something else is asked for
+MEMORY_STRUCTURES = ("mamba2", *(n for n in (*POSITIVE_STRUCTURES, *SIGNED_STRUCTURES) if n != "mamba2"))
+
 MIXERS = {
     "gla": _entry("gla:GatedLinearAttention", "decay per channel, softmax features", "Liger 2503.01496; GLA 2312.06635", options={"gate_logit_normalizer": 16.0}, positive=True),
     "gsa": _entry("gsa:GatedSlotAttention", "gated slots read by softmax", "Liger 2503.01496; GSA 2409.07146", options={"gate_logit_normalizer": 16.0}, positive=True),
@@ -83,7 +86,7 @@ MIXERS = {
     "gated_deltaproduct": _entry("gated_deltaproduct:GatedDeltaProduct", "several delta-rule steps a token, decay per head", "DeltaProduct 2502.10297", options={"steps": 2, "gate_logit_normalizer": 1.0}),
     "kda": _entry("kda:KimiDeltaAttention", "delta rule, decay per channel", "Kimi Linear 2510.26692", options={"gate_logit_normalizer": 16.0}),
     "rwkv7": _entry("rwkv7:RWKV7", "generalised delta rule, decay and write strength per channel", "RWKV-7 2503.14456"),
-    "mom": _entry("mom:MixtureOfMemories", "several memories of any other structure, routed", "MoM 2502.13685", options={"inner": POSITIVE_STRUCTURES + SIGNED_STRUCTURES, "memories": 4, "top": 2}, gated={"inner": GATED_STRUCTURES}, positive={"inner": POSITIVE_STRUCTURES}),
+    "mom": _entry("mom:MixtureOfMemories", "several memories of any other structure, routed", "MoM 2502.13685", options={"inner": MEMORY_STRUCTURES, "memories": 4, "top": 2}, gated={"inner": GATED_STRUCTURES}, positive={"inner": POSITIVE_STRUCTURES}),
 }  # fmt: skip
 
 

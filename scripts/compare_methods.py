@@ -1,0 +1,194 @@
+"""Methods of linearization beside one another: the same base, text, budget and measurements, by the tool's own commands.
+
+    python scripts/compare_methods.py run MODEL --work FOLDER [--tokens 300K] [--only ours,liger] [--seeds 0,1,2]
+    python scripts/compare_methods.py render      the README's table, from scripts/results/methods.json
+
+Every row is one `convert`, `finetune` and `eval`; stopped and started again, `run` goes on where it was. `--tokens 0` leaves the
+training out: such rows stand beside the trained ones. The windows of rows without a recurrent branch are as long as makes
+their cache at 32K as large as that of `ours`.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from linearize.recipe import tokens_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results" / "methods.json"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- methods: scripts/compare_methods.py render -->\n", "<!-- end of methods -->\n"
+CONFIG = "smollm2-135m"
+CONTEXT = "32768"
+# no share of the output and no gradient: a window with sinks
+NO_BRANCH = ["--set", "mix_options.log_mass=-10000"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Flags of `convert` and `finetune`; `equal_bytes` has its window chosen to cost what `ours` does."""
+
+    label: str
+    convert: tuple[str, ...]
+    finetune: tuple[str, ...] = ("--recipe", "lora")
+    equal_bytes: bool = False
+
+
+OURS = ("--config", CONFIG)
+METHODS = {
+    "control": Method("base with the same recipe", ("--keep-softmax", "all")),
+    "ours": Method("ours, 12 of 90 heads", OURS),
+    "heads": Method("the same heads and a longer window, no recurrent branch", (*OURS, *NO_BRANCH), equal_bytes=True),
+    "ours-0": Method("ours, no head", (*OURS, "--keep-softmax", "none")),
+    "window": Method("window + sinks alone, longer", (*OURS, "--keep-softmax", "none", *NO_BRANCH), equal_bytes=True),
+    "ours-6": Method("ours, 6% of heads", (*OURS, "--keep-softmax", "recall:6%")),
+    "ours-25": Method("ours, 25% of heads", (*OURS, "--keep-softmax", "recall:25%")),
+    "liger": Method("Liger", ("--config", "liger"), ("--recipe", "liger")),
+    "lolcats": Method("LoLCATs", ("--config", "lolcats"), ("--recipe", "lolcats")),
+    "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
+    "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
+    "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "distill")),
+    "ours-ce": Method("ours, next-token loss", OURS, ("--recipe", "lora", "--set", "loss.kind=ce")),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("render")
+    run = commands.add_parser("run")
+    run.add_argument("model")
+    run.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    run.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas")
+    run.add_argument("--tokens", type=tokens_of, default=300_000)
+    run.add_argument("--seeds", default="0")
+    run.add_argument("--data", help="training text for every method (default: each recipe's own)")
+    run.add_argument("--text", type=Path, help="plain text for perplexity up to 2048 (default: sample-eval)")
+    run.add_argument("--book", type=Path, help="one long text for perplexity at 8192")
+    run.add_argument("--max-tokens", type=int, default=8192)
+    run.add_argument("--tasks", default="", help="lm-eval tasks, with --tasks-dir")
+    run.add_argument("--tasks-dir", type=Path)
+    run.add_argument("--task-limit", type=int, default=200)
+    arguments = parser.parse_args()
+    if arguments.command == "render":
+        render()
+        return
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in arguments.only.split(","):
+            if name not in METHODS:
+                parser.error(f"--only: got '{name}', allowed are {', '.join(METHODS)}")
+            measure(name, seed, arguments)
+
+
+def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
+    row_name = f"{name}-{arguments.tokens}" + (f"-seed{seed}" if seed else "")
+    if row_name in known_rows():
+        return
+    method, folder = METHODS[name], arguments.work / row_name
+    flags = [*method.convert]
+    if method.equal_bytes:
+        flags += ["--window", equal_window(arguments.model, method)]
+    converted = tuned = folder / "converted"
+    if not (converted / "linearize.json").is_file():
+        linearize("convert", arguments.model, "-o", converted, *flags)
+    if arguments.tokens:
+        tuned = folder / "tuned"
+        data = ["--data", arguments.data] if arguments.data else []
+        training = [*method.finetune, *data, "--tokens", arguments.tokens, "--set", f"seed={seed}"]
+        if not (tuned / "linearize.json").is_file():
+            linearize("finetune", converted, "-o", tuned, *training)
+    tasks = ["--tasks", arguments.tasks, "--tasks-dir", arguments.tasks_dir, "--task-limit", arguments.task_limit]
+    short = linearize(
+        "eval", tuned, "--max-tokens", arguments.max_tokens, "--lengths", "512,2048", "--recall", "64,256,1024",
+        "--only", "perplexity,recall,passkey" + (",tasks" if arguments.tasks else ""), "-o", folder / "short",
+        *(["--data", arguments.text] if arguments.text else []), *(tasks if arguments.tasks else []),
+    )  # fmt: skip
+    parts = [short]
+    if arguments.book:
+        parts.append(
+            linearize(
+                "eval", tuned, "--data", arguments.book, "--lengths", "8192", "--max-tokens", "8192",
+                "--only", "perplexity", "-o", folder / "long",
+            )  # fmt: skip
+        )
+    manifest = json.loads((tuned / "linearize.json").read_text())
+    row = {
+        "method": name,
+        "label": method.label,
+        "seed": seed,
+        "tokens": manifest.get("finetune", {}).get("tokens", 0),
+        "seconds": manifest.get("finetune", {}).get("seconds", 0.0),
+        "settings": manifest["settings"],
+        "recipe": manifest.get("finetune", {}).get("recipe"),
+        "cache": manifest["cache_bytes"][CONTEXT],
+        "state_bytes": manifest["state_bytes"],
+        "metrics": {metric["name"]: metric for part in parts for metric in part["metrics"]},
+        "data": [part["data"] for part in parts],
+        "versions": short["versions"],
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    RESULTS.write_text(json.dumps({**known_rows(), row_name: row}, indent=1) + "\n")
+    shutil.rmtree(folder)  # the weights have served
+
+
+def equal_window(model: str, method: Method) -> int:
+    """The window with which `method`, its unused state left out, takes as many bytes as `ours` with as many heads."""
+    heads = tuple(flag for flag in method.convert if flag not in NO_BRANCH)
+    wanted = planned(model, *heads)["cache_bytes"][CONTEXT]["student"]
+    sizes = []
+    for window in (256, 512):
+        plan = planned(model, *method.convert, "--mixer", "gla", "--mix", "outside", "--window", str(window))
+        sizes.append(plan["cache_bytes"][CONTEXT]["student"] - plan["state_bytes"])
+    return 256 + round((wanted - sizes[0]) * 256 / (sizes[1] - sizes[0]))
+
+
+def planned(*arguments: str) -> dict:
+    return linearize("plan", *arguments)
+
+
+def known_rows() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def linearize(*arguments) -> dict:
+    command = [sys.executable, "-m", "linearize", *map(str, arguments), "--json"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        sys.exit(f"exit code {run.returncode}: {shlex.join(command)}")
+    return json.loads(run.stdout)
+
+
+def render() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    assert found, f"{README} has no line {BEGIN!r}"
+    README.write_text(before + BEGIN + table(list(known_rows().values())) + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def table(rows: list[dict]) -> str:
+    """Ratios to the base; lower is better for perplexity, higher for the rest."""
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"] if not name.startswith("kl")))
+    lines = [
+        "| method | tokens | cache at 32K | " + " | ".join(names) + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for row in rows:
+        cells = [row["label"], f"{row['tokens']:,}", f"{row['cache']['student'] / row['cache']['base']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, *(cell(row['metrics'].get(name)) for name in names)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(metric: dict | None) -> str:
+    if metric is None:
+        return ""
+    base, student = (metric["values"].get(model, {}).get("mean") for model in ("base", "student"))
+    return "–" if not base or student is None else f"{student / base:.3f}"
+
+
+if __name__ == "__main__":
+    main()
