@@ -248,15 +248,16 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
     from linearize.checkpoint.fingerprint import sha256
     from linearize.checkpoint.weights import INDEX, read_weights
     from linearize.modeling.export import PORTABLE_FILE
+    from linearize.modeling.loading import merged
 
-    merged = adapted.merge_and_unload(safe_merge=True).state_dict()
+    weights = merged(adapted).state_dict()
     for file in read_weights(parent).files:
         with safe_open(parent / file, framework="pt") as shard:
             tensors = {}
             for name in shard.keys():
                 original = shard.get_tensor(name)
                 # a tied head that the checkpoint leaves out is not in the shard either
-                tensors[name] = merged[name].to("cpu", original.dtype).contiguous() if name in merged else original
+                tensors[name] = weights[name].to("cpu", original.dtype).contiguous() if name in weights else original
             save_file(tensors, folder / file, metadata={"format": "pt"})
     for asset in [*asset_files(parent), Path("config.json"), Path(PORTABLE_FILE), Path(INDEX)]:
         if (parent / asset).is_file():

@@ -67,7 +67,7 @@ class ConversionConfig(Strict):
     mixer: str = "vq"
     mixer_options: Options = {}
     gate: Literal["key", "learned"] = "key"
-    window: int = Field(default=256, ge=1)
+    window: int = Field(default=512, ge=1)
     sinks: int = Field(default=4, ge=0)
     mix: Literal["sum", "outside", "joint"] = "outside"
     mix_options: Options = {}
@@ -220,9 +220,10 @@ class Loss(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters (arXiv 2106.09685) on projections of every attention block, or one of PEFT's variants."""
+    """Low-rank adapters (arXiv 2106.09685) on projections of every attention block, or one of PEFT's variants; `vera`
+    (arXiv 2310.11454) trains vectors alone, so that it wants a larger rank and rate, and has no alpha."""
 
-    variant: Literal["lora", "dora", "rslora", "pissa", "olora"] = "lora"
+    variant: Literal["lora", "dora", "rslora", "pissa", "olora", "vera"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -112,8 +112,18 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
     if arguments.book:
         parts.append(
             linearize(
-                "eval", tuned, "--data", arguments.book, "--lengths", "8192", "--max-tokens", "8192",
-                "--only", "perplexity", "-o", folder / "long",
+                "eval",
+                tuned,
+                "--data",
+                arguments.book,
+                "--lengths",
+                "8192",
+                "--max-tokens",
+                "8192",
+                "--only",
+                "perplexity",
+                "-o",
+                folder / "long",
             )  # fmt: skip
         )
     manifest = json.loads((tuned / "linearize.json").read_text())
@@ -167,7 +177,9 @@ def render() -> None:
     text = README.read_text(encoding="utf-8")
     before, found, rest = text.partition(BEGIN)
     assert found, f"{README} has no line {BEGIN!r}"
-    README.write_text(before + BEGIN + table(list(known_rows().values())) + END + rest.partition(END)[2], encoding="utf-8")
+    README.write_text(
+        before + BEGIN + table(list(known_rows().values())) + END + rest.partition(END)[2], encoding="utf-8"
+    )
 
 
 def table(rows: list[dict]) -> str:

@@ -25,6 +25,8 @@ BEGIN, END = "<!-- structures: scripts/structures.py render -->\n", "<!-- end of
 SETTINGS = {"hgrn2": ["--set", "mixer_options.lower_bound=0.97"], "hedgehog": ["--mix", "joint"]}
 # what tells most comes first, since the whole list takes hours on a CPU
 FIRST = ("gla", "gated_deltanet", "hedgehog", "kda", "deltanet", "mamba2", "linear")
+# a conversion that is not fitted to the base has further to go than the recipe's own rates take it in few tokens
+RATES = ("--seq-len", 1024, "--lr", 5e-4, "--set", "optimizer.mixer_lr=0.01")
 LENGTHS, DISTANCE = (512, 2048), 1024
 
 
@@ -68,10 +70,12 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
             name,
             "--keep-softmax",
             "none",
+            "--window",
+            256,
             *settings,
             "--overwrite",
         )
-        linearize("finetune", converted, "-o", tuned, "--recipe", "lora", "--tokens", arguments.tokens)
+        linearize("finetune", converted, "-o", tuned, "--recipe", "lora", "--tokens", arguments.tokens, *RATES)
     results = linearize(
         "eval", tuned, "--max-tokens", arguments.eval_tokens, "--lengths", ",".join(map(str, LENGTHS)),
         "--recall", DISTANCE, "--recall-rows", 4, "--only", "perplexity,recall",

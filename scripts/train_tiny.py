@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from linearize.samples import SAMPLES
 
-VOCABULARY, LENGTH, BATCH, WARMUP = 1024, 256, 8, 50
+VOCABULARY, LENGTH, BATCH, WARMUP = 1024, 512, 4, 50
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 6, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+    "num_attention_heads": 6, "max_position_embeddings": LENGTH, "tie_word_embeddings": True,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 FAMILIES = {

@@ -157,10 +157,10 @@ def test_a_few_steps_of_the_default_recipe_lower_the_divergence(smollm2, tmp_pat
     """Of a conversion that nothing was fitted in; what calibration leaves is too little for a few steps to show."""
     converted = tmp_path / "converted"
     plain = ["mixer_options.gate_logit_normalizer=64", "calibration.when=never"]
-    settings = load_config(None, {"mixer": "gla", "keep_softmax": "none"}, plain)
+    settings = load_config(None, {"mixer": "gla", "keep_softmax": "none", "window": 256}, plain)
     convert(smollm2, settings, out=converted, verify=False, progress=lambda message: None)
     command = [sys.executable, "-m", "linearize", "finetune", str(converted), "-o", str(tmp_path / "tuned")]
-    run = subprocess.run([*command, "--tokens", "6144", "--json"], capture_output=True, text=True)
+    run = subprocess.run([*command, "--tokens", "6144", "--seq-len", "1024", "--json"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     tuned = Path(json.loads(run.stdout)["output"])
     # divergence from the base on held-out text, before and after

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_base
+from peft import PeftModel
 from test_calibrate import student_of
 from test_finetune import SETTINGS, quiet, weights_of
 from transformers import AutoTokenizer
@@ -125,7 +126,7 @@ def test_transfer_trains_the_added_parameters_alone(converted, tmp_path):
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
-@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa", "olora"])
+@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa", "olora", "vera"])
 def test_variants_of_lora_start_at_the_conversion_and_merge(converted, tmp_path, variant):
     recipe = load_recipe("lora", {}, [*SETTINGS, f"lora.variant={variant}", "tokens=192"])
     result = run(converted, tmp_path / "out", recipe)
@@ -134,7 +135,11 @@ def test_variants_of_lora_start_at_the_conversion_and_merge(converted, tmp_path,
     assert result["finetune"]["first_loss"] == pytest.approx(plain["finetune"]["first_loss"], rel=1e-3)
     tokenizer = AutoTokenizer.from_pretrained(converted)
     row = next(packed_rows(["sample"], tokenizer, seq_len=48, text_field="text", completion_only=False, seed=0))
-    assert load_student(tmp_path / "out", dtype=torch.float32)(row.input_ids).logits.isfinite().all()
+    merged = load_student(tmp_path / "out", dtype=torch.float32)
+    # what is kept beside the merged weights is the adapter that they were merged from
+    adapted = PeftModel.from_pretrained(load_student(converted, dtype=torch.float32), tmp_path / "out" / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(row.input_ids).logits, adapted(row.input_ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_muon_for_matrices(converted, tmp_path):

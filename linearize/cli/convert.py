@@ -17,7 +17,7 @@ Mixer = Annotated[
 ]
 Window = Annotated[
     int | None,
-    typer.Option("--window", help="Keys a linear head sees through softmax (default: 256).", rich_help_panel=ATTENTION),
+    typer.Option("--window", help="Keys a linear head sees through softmax (default: 512).", rich_help_panel=ATTENTION),
 ]
 Sinks = Annotated[
     int | None, typer.Option("--sinks", help="First tokens that stay visible (default: 4).", rich_help_panel=ATTENTION)

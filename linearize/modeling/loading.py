@@ -58,7 +58,25 @@ def load_student(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     from peft import PeftModel
 
     parent = load_student(Path(manifest["finetune"]["parent"]), dtype=dtype)
-    return PeftModel.from_pretrained(parent, folder / ADAPTER).merge_and_unload(safe_merge=True)
+    return merged(PeftModel.from_pretrained(parent, folder / ADAPTER))
+
+
+def merged(adapted: Any) -> PreTrainedModel:
+    """The model under the adapters of a PeftModel, in place, with their weights added to its own.
+
+    PEFT's own merging of some variants (VeRA) takes every module that was trained whole for a projection.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    model = adapted.get_base_model()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -44,7 +44,8 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
         ),
     )
     expected = len(targets) * model.config.num_hidden_layers
-    hit = sum(1 for name, _ in adapted.named_modules() if name.endswith(".lora_A"))
+    mark = ".vera_lambda_d" if lora.variant == "vera" else ".lora_A"
+    hit = sum(1 for name, _ in adapted.named_modules() if name.endswith(mark))
     if hit != expected:
         raise ConfigError(f"lora.targets: adapters on {hit} projections, expected {expected}")
     return adapted
@@ -54,7 +55,9 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
 OWN_TEACHER = ("pissa", "olora")
 
 
-def _adapter_config(lora: Lora, **common) -> LoraConfig:
+def _adapter_config(lora: Lora, **common) -> LoraConfig | VeraConfig:
+    if lora.variant == "vera":
+        return VeraConfig(r=lora.rank, vera_dropout=lora.dropout, **common)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
