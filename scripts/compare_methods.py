@@ -110,22 +110,8 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     parts = [short]
     if arguments.book:
-        parts.append(
-            linearize(
-                "eval",
-                tuned,
-                "--data",
-                arguments.book,
-                "--lengths",
-                "8192",
-                "--max-tokens",
-                "8192",
-                "--only",
-                "perplexity",
-                "-o",
-                folder / "long",
-            )  # fmt: skip
-        )
+        long = ["--data", arguments.book, "--lengths", "8192", "--max-tokens", "8192", "--only", "perplexity"]
+        parts.append(linearize("eval", tuned, *long, "-o", folder / "long"))
     manifest = json.loads((tuned / "linearize.json").read_text())
     row = {
         "method": name,
