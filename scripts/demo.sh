@@ -13,9 +13,9 @@ echo "== $((SECONDS - started)) s: installed; base model: $model"
 out=linearized/demo tuned=linearized/demo-lora
 "$linearize" convert "$model" --config smollm2-135m -o "$out" --overwrite
 echo "== $((SECONDS - started)) s: converted"
-"$linearize" finetune "$out" --recipe lora -o "$tuned" --tokens "${DEMO_TOKENS:-24576}" --overwrite
+"$linearize" finetune "$out" --recipe lora -o "$tuned" --tokens "${DEMO_TOKENS:-12288}" --overwrite
 echo "== $((SECONDS - started)) s: finetuned"
-"$linearize" eval "$tuned" --max-tokens "${DEMO_EVAL_TOKENS:-8192}"
+"$linearize" eval "$tuned"
 echo "== $((SECONDS - started)) s: done"
 echo "converted: $PWD/$out"
 echo "finetuned: $PWD/$tuned (adapter in $tuned/adapter)"

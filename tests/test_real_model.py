@@ -160,7 +160,7 @@ def test_a_few_steps_of_the_default_recipe_lower_the_divergence(smollm2, tmp_pat
     settings = load_config(None, {"mixer": "gla", "keep_softmax": "none", "window": 256}, plain)
     convert(smollm2, settings, out=converted, verify=False, progress=lambda message: None)
     command = [sys.executable, "-m", "linearize", "finetune", str(converted), "-o", str(tmp_path / "tuned")]
-    run = subprocess.run([*command, "--tokens", "6144", "--seq-len", "1024", "--json"], capture_output=True, text=True)
+    run = subprocess.run([*command, "--tokens", "6144", "--seq-len", "1024", "--lr", "5e-4", "--json"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     tuned = Path(json.loads(run.stdout)["output"])
     # divergence from the base on held-out text, before and after
