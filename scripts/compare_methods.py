@@ -52,7 +52,7 @@ METHODS = {
     "lolcats": Method("LoLCATs", ("--config", "lolcats"), ("--recipe", "lolcats")),
     "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
-    "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "distill")),
+    "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "full")),
     "ours-ce": Method("ours, next-token loss", OURS, ("--recipe", "lora", "--set", "loss.kind=ce")),
 }  # fmt: skip
 

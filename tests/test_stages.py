@@ -197,4 +197,4 @@ def test_every_packaged_recipe_and_config_loads():
     for name in packaged("configs"):
         assert load_config(name).description
     assert load_recipe("lora", {"tokens": "300K"}).tokens == 300_000
-    assert load_recipe("distill", {"tokens": "1.5M"}).tokens == 1_500_000
+    assert load_recipe("full", {"tokens": "1.5M"}).tokens == 1_500_000
