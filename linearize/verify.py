@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from linearize.checkpoint.weights import TensorInfo, read_weights
-from linearize.device import keep_freed_memory
+from linearize.device import has_amx, keep_freed_memory
 from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.readout import readout_of
 from linearize.modeling.register import register_checkpoint
@@ -76,9 +76,11 @@ def _finite(path: Path, info: TensorInfo) -> bool:
     return True
 
 
-def _load(folder: Path, offload: Path, *, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
-    placement = {}
+def _load(folder: Path, offload: Path, *, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
+    """In `dtype`, or the checkpoint's own where a processor is fast in it; a large model always in its own."""
+    dtype, placement = dtype or ("auto" if has_amx() else torch.float32), {}
     if _large(folder):
+        dtype = "auto"
         config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
         placement = {"device_map": _streamed(config), "offload_folder": str(offload)}
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -130,7 +132,7 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Pa
 def _student_differences(folder: Path, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
     """Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps
     through the cache, and of the same tokens behind padding."""
-    student = _load(folder, offload / "student", dtype="auto" if _large(folder) else torch.float32)
+    student = _load(folder, offload / "student", dtype=torch.float32)
     full = student(ids, use_cache=False).logits
     steps = [ids.shape[1] - 8, 5, 1, 1, 1]
     cache, outputs = None, []
