@@ -13,7 +13,7 @@ from linearize.evaluation.lab import Lab
 from linearize.modeling.cache import CACHE_NAME
 from linearize.report.results import STUDENT, Check, Findings
 
-TOKENS = 400
+LEAST_TOKENS, BEYOND = 400, 48
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -25,7 +25,8 @@ def measure_parity(lab: Lab) -> Findings:
 @torch.no_grad()
 def _checks(lab: Lab, model: PreTrainedModel) -> Findings:
     limit = model.config.max_position_embeddings
-    length = min(TOKENS, lab.text.numel(), limit - 16)
+    windows = [layer.window + layer.sinks for layer in model.config.plan.layers if not layer.native]
+    length = min(max(LEAST_TOKENS, max(windows, default=0) + BEYOND), lab.text.numel(), limit - 16)
     ids = lab.text[:length][None].to(lab.device)
     other = lab.text[-length:][None].to(lab.device)
     whole, whole_other = (model(x, use_cache=False).logits for x in (ids, other))

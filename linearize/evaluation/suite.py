@@ -73,7 +73,7 @@ class Suite:
 
 SUITES = {
     "quick": Suite(
-        max_tokens=4096, recall_rows=2, associative=(1024,), passkey=(512,), passkey_rows=1, generation=24,
+        lengths=(2048,), recall=(64, 1024), max_tokens=4096, recall_rows=2, generation=24,
         efficiency=(512, 2048), branch=True, parity=True,
     ),
     "standard": Suite(
