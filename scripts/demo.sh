@@ -13,7 +13,7 @@ echo "== $((SECONDS - started)) s: installed; base model: $model"
 out=linearized/demo tuned=linearized/demo-lora
 "$linearize" convert "$model" --config smollm2-135m -o "$out" --overwrite
 echo "== $((SECONDS - started)) s: converted"
-"$linearize" finetune "$out" --recipe lora -o "$tuned" --tokens "${DEMO_TOKENS:-12288}" --overwrite
+"$linearize" finetune "$out" --recipe lora -o "$tuned" --tokens "${DEMO_TOKENS:-8192}" --overwrite
 echo "== $((SECONDS - started)) s: finetuned"
 "$linearize" eval "$tuned"
 echo "== $((SECONDS - started)) s: done"

@@ -111,6 +111,11 @@ def test_errors_ratios_recovery_and_pairs():
     assert metric.ratio[STUDENT] == pytest.approx(math.exp(0.5))
     assert metric.recovery == pytest.approx(0.5)
     assert (metric.difference.mean, metric.difference.error) == (pytest.approx(0.5), pytest.approx(0.0))
+    # window + sinks is worse than the base by less than its noise: nothing can be recovered
+    noisy = {BASE: [1.0, 2.0, 3.0], STUDENT: [1.0, 2.0, 3.0], WINDOW: [3.0, 1.0, 3.1]}
+    assert make_metric("perplexity@8", "lower", noisy).recovery is None
+    better = {BASE: [0.5, 0.5], STUDENT: [0.4, 0.4], WINDOW: [0.9, 0.9]}
+    assert make_metric("recall@8", "higher", better).recovery is None
     flat = make_metric("recall@8", "higher", {BASE: [0.0], STUDENT: [0.0], WINDOW: [0.0]})
     assert flat.recovery is None and flat.ratio[STUDENT] is None
 

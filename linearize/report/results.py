@@ -39,7 +39,8 @@ class Metric:
         name: for example perplexity@2048 or recall@256.
         better: "lower" or "higher".
         values: model name -> value. ratio: model -> student-to-base style ratio of means.
-        recovery: share of what window + sinks lost that the student has (1 is the base), None where nothing was lost.
+        recovery: share of what window + sinks lost that the student has (1 is the base), None where it lost nothing that
+            stands out from the noise.
         difference: student minus base paired unit by unit (of log perplexity for perplexities), with its error.
         p_value: of that difference being nothing: exact McNemar for right-or-wrong items, else a paired bootstrap.
         chance: what guessing scores. recovery_over_chance: (student - chance) / (base - chance).
@@ -175,17 +176,24 @@ def make_metric(
         p_value = mcnemar(units[STUDENT], units[BASE]) if items else paired_bootstrap(pairs)
         if chance is not None and abs(base.mean - chance) > 1e-9:
             over_chance = (student.mean - chance) / (base.mean - chance)
-    return Metric(name, better, values, ratio, _recovery(raw), difference, p_value, chance, over_chance, data)
+    return Metric(name, better, values, ratio, _recovery(units, better), difference, p_value, chance, over_chance, data)
 
 
-def _recovery(raw: dict[str, Value]) -> float | None:
-    """(student - window) / (base - window): 0 is window + sinks without training, 1 is the base."""
-    if not {BASE, STUDENT, WINDOW} <= raw.keys():
+def _recovery(units: dict[str, list[float]], better: str) -> float | None:
+    """(student - window) / (base - window): 0 is window + sinks without training, 1 is the base.
+
+    None where window + sinks is not worse than the base by more than twice the standard error of their pairs.
+    """
+    if not {BASE, STUDENT, WINDOW} <= units.keys():
         return None
-    lost = raw[BASE].mean - raw[WINDOW].mean
-    if abs(lost) < 1e-9:
+    sign = 1 if better == "lower" else -1
+    lost, kept = (
+        mean_and_error([sign * (ours - base) for ours, base in zip(units[model], units[BASE], strict=True)])
+        for model in (WINDOW, STUDENT)
+    )
+    if lost.mean <= max(1e-9, 0.0 if math.isnan(lost.error) else 2 * lost.error):
         return None
-    return (raw[STUDENT].mean - raw[WINDOW].mean) / lost
+    return 1 - kept.mean / lost.mean
 
 
 def _finite(value: Any) -> Any:
