@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from linearize.samples import SAMPLES
 
-VOCABULARY, LENGTH, BATCH, WARMUP = 1024, 512, 4, 50
+VOCABULARY, LENGTH, BATCH, WARMUP = 1024, 512, 2, 50
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 6, "max_position_embeddings": LENGTH, "tie_word_embeddings": True,

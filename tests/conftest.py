@@ -14,6 +14,13 @@ SHARED = ROOT.parent / "shared"
 # beside other workers one thread each; small models gain nothing from more
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else max(1, min(2, os.cpu_count() or 1)))
 
+
+def pytest_collection_modifyitems(items):
+    """What takes longest starts first, so that no worker is left alone with it."""
+    slowest = ("test_real_model.py", "test_versions.py", "test_report.py")
+    items.sort(key=lambda item: slowest.index(item.path.name) if item.path.name in slowest else len(slowest))
+
+
 # grouped, single and as many key/value heads as query heads; tied and untied; with biases; an odd number of layers
 SHAPES = {
     "gqa": {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},

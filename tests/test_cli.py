@@ -58,7 +58,7 @@ def test_every_command_prints_one_document(base_folder, cli, tmp_path):
     flags = ["--set", "seq_len=300", "--set", "tokens=300", "--set", "lora.rank=1"]
     for arguments in (
         ("plan", base_folder(), "--json"),
-        ("convert", tmp_path / "base", "-o", "linearized/a", "--no-verify", "--json"),
+        ("convert", tmp_path / "base", "-o", "linearized/a", "--window", "8", "--no-verify", "--json"),
         ("finetune", *flags, "--json"),
         ("eval", "--lengths", "32", "--recall", "8", "--max-tokens", "64", "--json"),
     ):

@@ -208,7 +208,7 @@ def test_dry_run_and_plan_write_nothing(base_folder, cli, tmp_path):
         assert plan["parameters_added"] == 6 and plan["coverage"]["heads_planned"] == 3
         assert plan["cache_bytes"]["32768"]["student"] < plan["cache_bytes"]["32768"]["base"]
     code, out, _ = cli("plan", base)
-    assert code == 0 and "window 256 + 4 sinks" in out
+    assert code == 0 and "window 512 + 4 sinks" in out
     assert sorted(tmp_path.rglob("*")) == before
 
 

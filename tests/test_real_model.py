@@ -24,7 +24,7 @@ WIKITEXT = SHARED / "data" / "eval" / "wikitext-2" / "valid.txt"
 @pytest.fixture(scope="module")
 def converted(smollm2, tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "converted"
-    settings = load_config("smollm2-135m", {"keep_softmax": "none", "window": 256})
+    settings = load_config("smollm2-135m", {"keep_softmax": "none", "window": 256}, ["calibration.rows=2"])
     result = convert(smollm2, settings, out=out, progress=lambda message: None)
     assert result["coverage"]["heads_converted"] == 90
     assert result["verification"]["softmax_everywhere_max_difference"] == 0.0
@@ -69,8 +69,8 @@ def test_starts_no_worse_than_window_and_sinks(converted, student):
     from linearize.samples import SAMPLES
 
     text = "".join(json.loads(line)["text"] for line in SAMPLES["sample-eval"].read_text().splitlines())
-    windows = load_tokenizer(converted)(text, return_tensors="pt").input_ids[0].split(1024)[:-1:11]
-    assert len(windows) >= 4
+    windows = load_tokenizer(converted)(text, return_tensors="pt").input_ids[0].split(1024)[:-1:16]
+    assert len(windows) >= 3
     losses = {"base": 0.0, "window": 0.0, "untrained": 0.0}
     for window in windows:
         with student.softmax_attention():
@@ -117,7 +117,7 @@ def test_the_config_keeps_the_heads_that_recall_needs(converted):
     from linearize.modeling.loading import load_tokenizer
 
     manifest, tokenizer = read_manifest(converted), load_tokenizer(converted)
-    task = recall_task(1024, 2, len(tokenizer), tokenizer.bos_token_id, 0)
+    task = recall_task(1024, 1, len(tokenizer), tokenizer.bos_token_id, 0)
     recalled = {}
     with open_base(manifest) as source, torch.no_grad():
         for kept in ("none", None):
@@ -160,7 +160,9 @@ def test_a_few_steps_of_the_default_recipe_lower_the_divergence(smollm2, tmp_pat
     settings = load_config(None, {"mixer": "gla", "keep_softmax": "none", "window": 256}, plain)
     convert(smollm2, settings, out=converted, verify=False, progress=lambda message: None)
     command = [sys.executable, "-m", "linearize", "finetune", str(converted), "-o", str(tmp_path / "tuned")]
-    run = subprocess.run([*command, "--tokens", "6144", "--seq-len", "1024", "--lr", "5e-4", "--json"], capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, "--tokens", "3072", "--seq-len", "512", "--lr", "5e-4", "--json"], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     tuned = Path(json.loads(run.stdout)["output"])
     # divergence from the base on held-out text, before and after

@@ -243,7 +243,8 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
 def _dequantise(path: Path, folder: Path, dtype: str) -> None:
     """Writes a GGUF file's model and tokenizer as a Hugging Face folder, weights dequantised to `dtype`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from linearize.families.refused import reason_to_refuse
 
@@ -251,10 +252,11 @@ def _dequantise(path: Path, folder: Path, dtype: str) -> None:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path}: not a GGUF file, or damaged")
     location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    # the first versions that are supported always dequantise, and know no setting for it
+    config = getattr(transformers, "GgufConfig", None)
+    options = {} if config is None else {"quantization_config": config(dequantize=True)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **location, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
-        )
+        model = AutoModelForCausalLM.from_pretrained(**location, dtype=getattr(torch, dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # the readers raise whatever their parsers do
         raise CheckpointError(f"{path}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from None

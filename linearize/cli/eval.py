@@ -116,7 +116,11 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", help="Of the recall rows.", rich_help_panel=MEASURE)] = 0,
     min_recovery: Annotated[
         float | None,
-        typer.Option("--min-recovery", help="Least recovery of perplexity at every length beyond the window.", rich_help_panel=JUDGE),
+        typer.Option(
+            "--min-recovery",
+            help="Least recovery of perplexity at every length beyond the window.",
+            rich_help_panel=JUDGE,
+        ),
     ] = None,
     gate: Annotated[
         list[str] | None,

@@ -108,7 +108,7 @@ def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
 
 
 def within_positions(suite: Suite, config: dict) -> tuple[Suite, list[str]]:
-    """Leaves out what is longer than the base's positions, and says so."""
+    """Leaves out what is longer than the base's positions, and says so; of the lengths at least one as long as these stays."""
     limit = config.get("max_position_embeddings") or math.inf
     longest = {
         "lengths": lambda n: n,
@@ -123,4 +123,6 @@ def within_positions(suite: Suite, config: dict) -> tuple[Suite, list[str]]:
         if beyond:
             changes[name] = tuple(n for n in getattr(suite, name) if n not in beyond)
             notes.append(f"{name} {', '.join(map(str, beyond))} left out: longer than the base's {limit} positions")
+            if name == "lengths" and not changes[name]:
+                changes[name] = (limit,)
     return replace(suite, **changes), notes
