@@ -49,6 +49,8 @@ class EvalStep(Part):
     suite: str = "quick"
     only: str | None = None
     data: list[str] | None = None
+    lengths: list[int] | None = None
+    recall: list[int] | None = None
     max_tokens: int | None = None
     tasks: list[str] | None = None
     tasks_dir: str | None = None
@@ -146,6 +148,8 @@ def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str]
         step.suite,
         step.only,
         data=tuple(step.data) if step.data else None,
+        lengths=tuple(step.lengths) if step.lengths else None,
+        recall=tuple(step.recall) if step.recall else None,
         max_tokens=step.max_tokens,
         tasks=tuple(step.tasks) if step.tasks else None,
         tasks_dir=step.tasks_dir,

@@ -268,7 +268,7 @@ model: {base}
 out: {out}
 convert: {{window: 12, sinks: 2, mix_options: {{log_mass: 0.0}}}}
 finetune: {{recipe: lora, tokens: 128, seq_len: 32, lora: {{rank: 2, alpha: 4}}}}
-eval: {{only: "perplexity", max_tokens: 4096, gates: ["perplexity@512.ratio<={limit}"]}}
+eval: {{only: "perplexity", lengths: [512], max_tokens: 4096, gates: ["perplexity@512.ratio<={limit}"]}}
 """
 
 
