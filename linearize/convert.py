@@ -457,10 +457,13 @@ def _expected_tensors(config: dict, family_name: str) -> tuple[dict[str, tuple[i
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
-    # checkpoints of mixtures hold every expert apart, under names of their own
-    on_disk = revert_weight_conversion(model, model.state_dict())
-    return {name: tuple(value.shape) for name, value in on_disk.items()}, tied
+    weights = model.state_dict()
+    tied = model.all_tied_weights_keys if config.get("tie_word_embeddings") else {}
+    # checkpoints have names of their own: those of mixtures hold every expert apart, GPT-NeoX's head is embed_out
+    on_disk, tied_on_disk = (
+        revert_weight_conversion(model, part) for part in (weights, {name: weights[name] for name in tied})
+    )
+    return {name: tuple(value.shape) for name, value in on_disk.items()}, set(tied_on_disk)
 
 
 def convert(

@@ -6,6 +6,7 @@ the heads linear and half kept the student has to give the base's logits. The sa
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import VOCABULARY, family_base, family_config
 from transformers import AutoModelForCausalLM
 
@@ -151,3 +152,13 @@ def test_embeddings_stay_tied_or_untied(tied):
     student = half_linear(base, "qwen2")
     same = student.get_output_embeddings().weight is student.get_input_embeddings().weight
     assert same == tied
+
+
+def test_a_tied_head_is_missing_under_the_name_that_checkpoints_give_it(tmp_path, cli):
+    """GPT-NeoX's is embed_out on disk, whatever the class calls it."""
+    base = family_base("gpt_neox", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert not any("embed_out" in name or "lm_head" in name for name in names)
+    code, _, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--window", "8", "--no-verify")
+    assert code == 0, err
