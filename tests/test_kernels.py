@@ -38,7 +38,7 @@ KERNELS = {
     "gated_deltaproduct": "chunk_gated_delta_rule",
     "kda": "chunk_kda",
     "rwkv7": "chunk_dplr_delta_rule",
-    "mom": "chunk_gla",
+    "mom": "chunk_simple_gla",
 }
 
 
