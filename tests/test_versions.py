@@ -34,4 +34,4 @@ def test_the_oldest_transformers(tmp_path):
         capture_output=True, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 20, run.stdout[-500:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 15, run.stdout[-500:]
