@@ -12,10 +12,11 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from commands import linearize
 
 from linearize.recipe import tokens_of
 
@@ -25,8 +26,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- methods: scripts/compare_methods.py render -->\n", "<!-- end of methods -->\n"
 CONFIG = "smollm2-135m"
 CONTEXT = "32768"
-# no share of the output and no gradient: a window with sinks
-NO_BRANCH = ["--set", "mix_options.log_mass=-10000"]
+# no share of the output and no gradient: a window with sinks. Of this structure's cache only the state is left unused
+NO_BRANCH = ("--mixer", "hedgehog", "--mix", "outside", "--set", "mix_options.log_mass=-10000")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         long = ["--data", arguments.book, "--lengths", "8192", "--max-tokens", "8192", "--only", "perplexity"]
         parts.append(linearize("eval", tuned, *long, "-o", folder / "long"))
     manifest = json.loads((tuned / "linearize.json").read_text())
+    sizes = manifest["cache_bytes"][CONTEXT]
     row = {
         "method": name,
         "label": method.label,
@@ -121,7 +123,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         "seconds": manifest.get("finetune", {}).get("seconds", 0.0),
         "settings": manifest["settings"],
         "recipe": manifest.get("finetune", {}).get("recipe"),
-        "cache": manifest["cache_bytes"][CONTEXT],
+        "cache": {**sizes, "student": sizes["student"] - method.equal_bytes * manifest["state_bytes"]},
         "state_bytes": manifest["state_bytes"],
         "metrics": {metric["name"]: metric for part in parts for metric in part["metrics"]},
         "data": [part["data"] for part in parts],
@@ -134,29 +136,17 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
 
 def equal_window(model: str, method: Method) -> int:
     """The window with which `method`, its unused state left out, takes as many bytes as `ours` with as many heads."""
-    heads = tuple(flag for flag in method.convert if flag not in NO_BRANCH)
-    wanted = planned(model, *heads)["cache_bytes"][CONTEXT]["student"]
+    heads = [flag for flag in method.convert if flag not in NO_BRANCH]
+    wanted = linearize("plan", model, *heads)["cache_bytes"][CONTEXT]["student"]
     sizes = []
     for window in (256, 512):
-        plan = planned(model, *method.convert, "--mixer", "gla", "--mix", "outside", "--window", str(window))
+        plan = linearize("plan", model, *method.convert, "--window", window)
         sizes.append(plan["cache_bytes"][CONTEXT]["student"] - plan["state_bytes"])
     return 256 + round((wanted - sizes[0]) * 256 / (sizes[1] - sizes[0]))
 
 
-def planned(*arguments: str) -> dict:
-    return linearize("plan", *arguments)
-
-
 def known_rows() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-
-
-def linearize(*arguments) -> dict:
-    command = [sys.executable, "-m", "linearize", *map(str, arguments), "--json"]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        sys.exit(f"exit code {run.returncode}: {shlex.join(command)}")
-    return json.loads(run.stdout)
 
 
 def render() -> None:

@@ -12,9 +12,10 @@ have a normaliser get 64, so that they remember past the window. Stopped and sta
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from commands import linearize
 
 from linearize.mixers.registry import MIXERS
 
@@ -101,14 +102,6 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
 
 def known_rows() -> list[dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-
-
-def linearize(*arguments) -> dict:
-    command = [sys.executable, "-m", "linearize", *map(str, arguments), "--json"]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        sys.exit(f"exit code {run.returncode}: {' '.join(command)}")
-    return json.loads(run.stdout)
 
 
 def render(work: Path) -> None:
