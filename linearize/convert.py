@@ -311,7 +311,7 @@ def _linear_head_bytes(branch: "LinearHeads", head_dim: int, width: int, length:
     slots = min(branch.window, length)
     waiting = 0
     if branch.structure.rotary:
-        waiting = branch.structure.arrival_width() * width * slots * branch.delayed
+        waiting = branch.structure.arrival_bytes() * slots * branch.delayed
     elif branch.keeps_raw_keys and branch.gate_projection is None:
         waiting = head_dim * width * slots
     elif branch.keeps_raw_keys:  # key and gate logits in float32

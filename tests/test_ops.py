@@ -12,6 +12,7 @@ from linearize.ops import dispatch
 from linearize.ops.delta_rule import delta_rule_chunked, delta_rule_naive
 from linearize.ops.gla import gla, gla_chunked, gla_naive
 from linearize.ops.simple_gla import simple_gla_chunked
+from linearize.ops.softmax import softmax_attention, softmax_attention_naive
 from linearize.ops.window import window_attention, window_attention_naive
 
 LENGTHS = (1, 63, 64, 65, 500)
@@ -287,6 +288,20 @@ def test_window_any_shape(T, past, window, J, G, padding, documents, sinks, seed
     keywords |= {"window": window, "scale": 0.5, "with_log_sum": True}
     assert_same_with_gradients(
         lambda: window_attention(*inputs, **keywords), lambda: window_attention_naive(*inputs, **keywords), inputs
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_softmax_with_its_normaliser_equals_naive(softcap):
+    """Values and gradients, those that come through the normaliser too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, rows, 8, dtype=torch.float64, requires_grad=True) for rows in (12, 20, 20))
+    mask = torch.rand(2, 1, 12, 20) < 0.5
+    mask[..., 3] = True
+    assert_same_with_gradients(
+        lambda: softmax_attention(q, k, v, mask, scale=0.4, softcap=softcap),
+        lambda: softmax_attention_naive(q, k, v, mask, scale=0.4, softcap=softcap),
+        [q, k, v],
     )
 
 

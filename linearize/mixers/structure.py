@@ -68,12 +68,20 @@ class Structure(nn.Module):
 
     def arrive(self, k: Tensor) -> Tensor | None:
         """What a structure behind rotary notes of a token when it arrives, from its key before rotary: [..., J, K] ->
-        [..., J, arrival_width()]. It comes back to `forward` as `offset`."""
+        [..., J, width]. It comes back to `forward` as `offset`."""
         return None
 
-    def arrival_width(self) -> int:
-        """Numbers per token and key/value head that `arrive` notes."""
+    def arrival_bytes(self) -> int:
+        """Bytes per token and key/value head that a cache keeps of what `arrive` notes."""
         return 0
+
+    def pack(self, arrived: Tensor) -> Tensor:
+        """What `arrive` noted as a cache keeps it, without loss: uint8 [..., J, arrival_bytes()]."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Undoes `pack`."""
+        raise NotImplementedError
 
     def gate_width(self) -> int:
         """Numbers per token and key/value head that a learned gate has to supply."""

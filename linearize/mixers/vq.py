@@ -6,8 +6,8 @@
 
 Source: Transformer-VQ, arXiv 2309.16354, theorem 3.7, with two changes. The codes that stand for past keys are the running
 means of what was assigned to them, so they carry the positions they were read at (the two passes of gated slot attention,
-arXiv 2409.07146). And the assignment is a sharp softmax, so that decoding does not hang on ties and gradients reach it.
-With `mix: joint` the w share the window's normaliser in the base model's own unit. `fit` finds the clusters.
+arXiv 2409.07146). And the assignment is a sharp softmax in fifteenths, so that gradients reach it and a cache keeps half a
+byte for each. With `mix: joint` the w share the window's normaliser in the base model's own unit. `fit` finds the clusters.
 """
 
 import math
@@ -15,10 +15,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from linearize.errors import ConfigError
 from linearize.mixers.structure import Structure, hold, outer
+from linearize.ops.chunks import state_dtype
 from linearize.ops.simple_gla import simple_gla
 
 SHARPNESS = 8.0
+# an assignment of 0 to 1 in steps, two of them in a byte
+STEPS = 15
 ITERATIONS = 10
 LARGEST = 60.0
 LEAST_COUNT = 1e-6
@@ -33,6 +37,8 @@ class VectorQuantized(Structure):
 
     def __init__(self, site, codes: int = 16):
         super().__init__(site)
+        if codes % 2:
+            raise ConfigError(f"mixer_options.codes: got {codes}, which is odd; an even number is needed")
         J, K = len(site.heads), site.head_dim
         self.codes = codes
         self.key_codes = nn.Parameter(torch.empty(J, codes, K))
@@ -70,11 +76,20 @@ class VectorQuantized(Structure):
         return (self.codes, self.site.head_dim + 1 + value_dim)
 
     def arrive(self, k):
-        scores = torch.einsum("...k,...ck->...c", k.to(self.key_codes.dtype), self.key_codes) + self.key_bias
-        return scores.softmax(-1).to(k.dtype)
+        k, codes, bias = (x.to(state_dtype(k)) for x in (k, self.key_codes, self.key_bias))
+        s = (torch.einsum("...k,...ck->...c", k, codes) + bias).softmax(-1)
+        # gradients pass the rounding as if it were not there
+        return s + ((s * STEPS).round() / STEPS - s).detach()
 
-    def arrival_width(self):
-        return self.codes
+    def arrival_bytes(self):
+        return self.codes // 2
+
+    def pack(self, arrived):
+        low, high = (arrived * STEPS).round().to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        return low + 16 * high
+
+    def unpack(self, packed, dtype):
+        return torch.stack([packed % 16, packed // 16], dim=-1).flatten(-2).to(dtype) / STEPS
 
     def gate_logits(self, k, offset):
         return [self.arrive(k) if offset is None else offset]

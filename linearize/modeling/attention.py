@@ -234,7 +234,7 @@ class LinearizedAttention:
 
     def _linear(self, q, q_rotary, k, k_rotary, v, call: AttentionCall, layer, scores: Scores) -> Tensor:
         padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
-        k = self.mixer.recurrent_keys(k, k_rotary, call.hidden_states)
+        k = self.mixer.recurrent_keys(k, k_rotary, call.hidden_states, cached=layer is not None)
         if layer is None:
             context = context_of(
                 k_rotary, v, k, sinks=self.mixer.sinks, padding_mask=padding_mask, segments=call.segments

@@ -51,7 +51,7 @@ class LinearHeads(nn.Module):
         self.recurrent_enabled = self.window_enabled = True
         # a structure that has yet to be fitted starts with next to no mass, unless somebody says otherwise
         self.unfitted_penalty = (
-            UNFITTED if self.structure.arrival_width() and "log_mass" not in plan.mix_options else 0.0
+            UNFITTED if self.structure.arrival_bytes() and "log_mass" not in plan.mix_options else 0.0
         )
         self.shares: list[Tensor] | None = None
         query_heads = len(site.heads) * site.group
@@ -77,7 +77,7 @@ class LinearHeads(nn.Module):
     @property
     def keeps_raw_keys(self) -> bool:
         """Whether a cache has to keep more of the window's tokens than softmax needs."""
-        return self.delayed and (not self.structure.rotary or self.structure.arrival_width() > 0)
+        return self.delayed and (not self.structure.rotary or self.structure.arrival_bytes() > 0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -98,12 +98,16 @@ class LinearHeads(nn.Module):
         ones = self.shared or self.structure.normalization == "sum"
         return self.structure.state_shape(self.structure.site.head_dim + ones)
 
-    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor) -> Tensor:
+    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor, *, cached: bool = False) -> Tensor:
         """What the recurrent branch reads of each token besides its value: [B, T, J, K], or with a learned gate
         [B, T, J, K + gate_width()], the projection of the hidden states [B, T, D] behind the key. Behind rotary, what it
-        reads besides the key that the window has anyway."""
+        reads besides the key that the window has anyway, for a cache packed."""
         if self.structure.rotary:
-            return self.structure.arrive(k) if self.structure.arrival_width() else k_rotary
+            if not self.structure.arrival_bytes():
+                return k_rotary
+            with torch.autocast(k.device.type, enabled=False):
+                arrived = self.structure.arrive(k)
+            return self.structure.pack(arrived) if cached else arrived
         if self.gate_projection is None:
             return k
         dtype = state_dtype(hidden)
@@ -252,8 +256,9 @@ class LinearHeads(nn.Module):
         values = _ending(context.values, count, delay).to(dtype)
         keys = _ending(context.keys if self.structure.rotary else context.raw_keys, count, delay).to(dtype)
         offset = keys[..., q.shape[-1] :] if self.gate_projection is not None else None
-        if self.structure.arrival_width():
-            offset = _ending(context.raw_keys, count, delay).to(dtype)
+        if self.structure.arrival_bytes():
+            offset = _ending(context.raw_keys, count, delay)
+            offset = self.structure.unpack(offset, dtype) if offset.dtype == torch.uint8 else offset.to(dtype)
         normalised = not self.shared and self.structure.normalization == "sum"
         if self.shared or normalised:
             values = F.pad(values, (0, 1), value=1.0)

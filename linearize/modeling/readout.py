@@ -31,7 +31,8 @@ class Readout:
 
     def uncapped(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return F.linear(hidden, self.weight.to(hidden.dtype), bias).float() * self.scale
+        logits = F.linear(hidden, self.weight.to(hidden.dtype), bias).float()
+        return logits if self.scale == 1.0 else logits * self.scale
 
     def capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops.chunks import state_dtype
+from linearize.ops.softmax import softmax_attention
 
 MIN_BLOCK = 64
 
@@ -107,8 +107,7 @@ def window_attention(
     """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
-    # fewer queries a block waste fewer scores on keys out of reach; where the scores are not kept, larger ones pay
-    C = min(T, MIN_BLOCK if with_log_sum else max(MIN_BLOCK, window // 2))
+    C = min(T, max(MIN_BLOCK, window // 2))
     blocks = -(-T // C)
     span = C + window - 1
     # Keys are laid out so that block i sees slots [i C, i C + span): front slots that do not exist are masked.
@@ -155,15 +154,11 @@ def window_attention(
     log_sum = None
     # scaled_dot_product_attention keeps the normaliser to itself and knows no softcap
     if with_log_sum or softcap is not None or learned_sinks is not None:
-        scores = (rows @ key_rows.transpose(-1, -2) * scale).to(state_dtype(q))
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        log_sum = scores.logsumexp(-1, keepdim=True)
+        output, log_sum = softmax_attention(rows, key_rows, value_rows, mask, scale=scale, softcap=softcap)
         if learned_sinks is not None:
-            column = learned_sinks.to(scores.dtype).view(J, group, 1).expand(-1, -1, C).reshape(J, group * C, 1)
-            log_sum = torch.logaddexp(log_sum, column)
-        output = (scores - log_sum).exp().to(v.dtype) @ value_rows
+            column = learned_sinks.to(log_sum.dtype).view(J, group, 1).expand(-1, -1, C).reshape(J, group * C, 1)
+            without, log_sum = log_sum, torch.logaddexp(log_sum, column)
+            output = output * (without - log_sum).exp().to(output.dtype)
     else:
         output = F.scaled_dot_product_attention(rows, key_rows, value_rows, attn_mask=mask, scale=scale)
 

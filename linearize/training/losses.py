@@ -46,27 +46,28 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            token_weight = weights[rows].float()[:, None]
+            token_weight = weights[rows].float()
             logits = head(hidden[rows])
             log_probs = F.log_softmax(logits, dim=-1)
             if targets is None:
                 reference = F.log_softmax(teacher_head(teacher[rows]), dim=-1)
                 probs = reference.exp()
-                total += (token_weight * probs * (reference - log_probs)).sum()
+                total += (token_weight * reference.sub_(log_probs).mul_(probs).sum(-1)).sum()
                 d_logits = log_probs.exp_().sub_(probs)
             else:
                 picked = targets[rows, None].clamp(min=0)
-                total -= (token_weight * log_probs.gather(-1, picked)).sum()
-                d_logits = log_probs.exp_().scatter_add_(-1, picked, -torch.ones_like(token_weight))
-            d_logits = d_logits.mul_(token_weight * head.scale)
+                total -= (token_weight * log_probs.gather(-1, picked)[:, 0]).sum()
+                d_logits = log_probs.exp_().scatter_add_(-1, picked, -torch.ones_like(picked, dtype=log_probs.dtype))
             if head.softcap is not None:
                 d_logits.mul_(1 - (logits / head.softcap).square())
+            # per token, so it goes to what is small instead
+            token_weight = (token_weight * head.scale)[:, None]
             if needs_hidden:
-                d_hidden[rows] = d_logits.to(hidden.dtype) @ weight.to(hidden.dtype)
+                d_hidden[rows] = token_weight * (d_logits.to(hidden.dtype) @ weight.to(hidden.dtype))
             if needs_weight:
-                d_weight += d_logits.T @ hidden[rows].float()
+                d_weight += d_logits.T @ (token_weight * hidden[rows].float())
             if needs_bias:
-                d_bias += d_logits.sum(0)
+                d_bias += (token_weight * d_logits).sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
