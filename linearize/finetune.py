@@ -41,6 +41,7 @@ def finetune(
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
     from safetensors.torch import save_file
 
@@ -66,6 +67,8 @@ def finetune(
     work = out.parent / f"{out.name}.training"
 
     dtype = compute_dtype(recipe.precision)
+    # the precision is the process's, and an earlier run in it may have had another
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
     main = accelerator.is_main_process
     if not main:
@@ -240,7 +243,13 @@ def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
 
 
 def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
-    """The parent's files with merged weights, shard by shard, each tensor in its own dtype. Returns file hashes."""
+    """The parent's files with merged weights, shard by shard, each tensor in its own dtype. Returns file hashes.
+
+    Args:
+        folder: of the output, where the adapter lies already.
+    """
+    import torch
+    from peft import PeftModel
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -248,8 +257,11 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
     from linearize.checkpoint.fingerprint import sha256
     from linearize.checkpoint.weights import INDEX, read_weights
     from linearize.modeling.export import PORTABLE_FILE
-    from linearize.modeling.loading import merged
+    from linearize.modeling.loading import ADAPTER, load_student, merged
 
+    if _is_narrower(adapted, parent):
+        # weights that were rounded for training are not what the adapter is added to
+        adapted = PeftModel.from_pretrained(load_student(parent, dtype=torch.float32), folder / ADAPTER)
     weights = merged(adapted).state_dict()
     for file in read_weights(parent).files:
         with safe_open(parent / file, framework="pt") as shard:
@@ -264,6 +276,23 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
             (folder / asset).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(parent / asset, folder / asset)
     return {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()}
+
+
+def _is_narrower(adapted, parent: Path) -> bool:
+    """Whether the model trained with fewer bits than its parent's checkpoint has."""
+    from safetensors import safe_open
+
+    from linearize.checkpoint.weights import read_weights
+    from linearize.training.model import MIXER, OWN_TEACHER
+
+    rebuilds = getattr(adapted.active_peft_config, "init_lora_weights", None) in OWN_TEACHER
+    if rebuilds or adapted.get_base_model().dtype.itemsize >= 4:
+        return False
+    for file in read_weights(parent).files:
+        with safe_open(parent / file, framework="pt") as shard:
+            if any(MIXER not in name and shard.get_slice(name).get_dtype() in ("F32", "F64") for name in shard.keys()):
+                return True
+    return False
 
 
 def _silent(message: str) -> None:

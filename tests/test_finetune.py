@@ -21,7 +21,7 @@ from linearize.recipe import Recipe, load_config, load_recipe
 from linearize.training.data import IGNORED, Batch, documents, packed_rows, with_copies
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
-SETTINGS = ["seq_len=48", "batch_size=2", "tokens=960", "checkpoint_every=2", "lora.rank=2", "optimizer.lr=0.01"]
+SETTINGS = ["seq_len=48", "batch_size=2", "tokens=960", "checkpoint_every=2", "lora.rank=2", "optimizer.lr=0.01", "precision=fp32"]
 
 
 def quiet(*_) -> None:
@@ -111,6 +111,20 @@ def test_finetuning_improves_and_writes_a_complete_checkpoint(converted, tmp_pat
     kinds = {name.split("self_attn.")[-1].removesuffix(".weight") for name in changed}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "mixer.log_mass"}
     assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_training_in_bf16_leaves_untrained_digits_alone(converted, tmp_path):
+    """Of a float32 checkpoint: its weights are not rounded to what they were trained in."""
+    run(converted, tmp_path / "tuned", recipe("precision=bf16", "lora.targets=['q_proj']"))
+    before, after = (load_student(folder, dtype=torch.float32) for folder in (converted, tmp_path / "tuned"))
+    changed = 0
+    for (name, old), new in zip(before.state_dict().items(), after.state_dict().values()):
+        if "q_proj" in name:
+            changed += 1
+            assert not torch.equal(old, new) and not torch.equal(new, new.bfloat16().float())
+        elif ".mixer." not in name:
+            assert torch.equal(old, new), name
+    assert changed == 3
 
 
 def test_no_merge_writes_the_adapter_and_loads(converted, tmp_path):

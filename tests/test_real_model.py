@@ -69,7 +69,7 @@ def test_starts_no_worse_than_window_and_sinks(converted, student):
     from linearize.samples import SAMPLES
 
     text = "".join(json.loads(line)["text"] for line in SAMPLES["sample-eval"].read_text().splitlines())
-    windows = load_tokenizer(converted)(text, return_tensors="pt").input_ids[0].split(1024)[:-1:16]
+    windows = load_tokenizer(converted)(text, return_tensors="pt").input_ids[0].split(2048)[:-1:10]
     assert len(windows) >= 3
     losses = {"base": 0.0, "window": 0.0, "untrained": 0.0}
     for window in windows:
@@ -131,7 +131,7 @@ def test_the_config_keeps_the_heads_that_recall_needs(converted):
                 head = readout_of(model)
                 right = [accuracy(h, head, row, task.counted) for h, row in zip(hidden, task.ids)]
                 recalled[name] = sum(right) / len(right)
-    assert recalled["base"] > 0.3 and recalled["none"] < 0.05
+    assert recalled["base"] > 0.2 and recalled["none"] < 0.05
     assert recalled["config"] > 0.8 * recalled["base"]
 
 

@@ -139,7 +139,7 @@ def test_variants_of_lora_start_at_the_conversion_and_merge(converted, tmp_path,
     # what is kept beside the merged weights is the adapter that they were merged from
     adapted = PeftModel.from_pretrained(load_student(converted, dtype=torch.float32), tmp_path / "out" / "adapter")
     with torch.no_grad():
-        torch.testing.assert_close(merged(row.input_ids).logits, adapted(row.input_ids).logits, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(merged(row.input_ids).logits, adapted(row.input_ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_muon_for_matrices(converted, tmp_path):
