@@ -86,6 +86,7 @@ def finetune(
                     text_field=recipe.text_field,
                     completion_only=leg.stage.loss.completion_only,
                     seed=recipe.seed + number,
+                    shortest_document=recipe.shortest_document,
                 ),
                 leg.stage.copy_share,
                 shortest=manifest["settings"]["window"],
@@ -114,7 +115,7 @@ def finetune(
     if teacher is None and recipe.lora.variant in OWN_TEACHER:
         teacher = manifest["base"]["reference"]
     teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
-    adapted = add_adapters(student, recipe.lora).to(accelerator.device)
+    adapted = add_adapters(student, recipe.lora, steps=legs[-1].total).to(accelerator.device)
     distiller = Distiller(adapted, teacher_model)
     trainable = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     progress(

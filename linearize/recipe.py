@@ -221,9 +221,10 @@ class Loss(Strict):
 
 class Lora(Strict):
     """Low-rank adapters (arXiv 2106.09685) on projections of every attention block, or one of PEFT's variants; `vera`
-    (arXiv 2310.11454) trains vectors alone, so that it wants a larger rank and rate, and has no alpha."""
+    (arXiv 2310.11454) trains vectors alone, so that it wants a larger rank and rate, and has no alpha; `adalora` (arXiv
+    2303.10512) starts at one and a half times `rank`, which is what the average is at the end."""
 
-    variant: Literal["lora", "dora", "rslora", "pissa", "olora", "vera"] = "lora"
+    variant: Literal["lora", "dora", "rslora", "pissa", "olora", "vera", "adalora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -276,12 +277,13 @@ class Recipe(Strict):
 
     `window_dropout` is the probability that a linear head's window is, for one step, a quarter as long (none at all in the
     mix `sum`), so that the recurrent branch has to do more. `copy_share` of the rows end with a copy of a span from outside
-    the window.
+    the window. Documents of fewer tokens than `shortest_document` are left out: within the window there is nothing to learn.
     """
 
     description: str = ""
     data: list[str] = Field(default=["sample"], min_length=1)
     text_field: str = "text"
+    shortest_document: int = Field(default=0, ge=0)
     tokens: int = Field(default=300_000, ge=1)
     seq_len: int = Field(default=1024, ge=2)
     batch_size: int = Field(default=1, ge=1)

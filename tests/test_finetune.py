@@ -1,5 +1,6 @@
 """Training: losses, data, exact resumption, equal loss over processes, and what is written."""
 
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,15 @@ from linearize.recipe import Recipe, load_config, load_recipe
 from linearize.training.data import IGNORED, Batch, documents, packed_rows, with_copies
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
-SETTINGS = ["seq_len=48", "batch_size=2", "tokens=960", "checkpoint_every=2", "lora.rank=2", "optimizer.lr=0.01", "precision=fp32"]
+SETTINGS = [
+    "seq_len=48",
+    "batch_size=2",
+    "tokens=960",
+    "checkpoint_every=2",
+    "lora.rank=2",
+    "optimizer.lr=0.01",
+    "precision=fp32",
+]
 
 
 def quiet(*_) -> None:
@@ -336,6 +345,19 @@ def test_data_formats(tmp_path, tokenizer_folder, kind, suffix):
     ids, counted = found[0]
     answer = tokenizer.decode([i for i, c in zip(ids, counted) if c])
     assert answer == ("one two three</s>" if kind == "text" else "four</s>")
+
+
+def test_short_documents_are_left_out(tmp_path, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["short", "long " * 100, "brief"] * 3))
+    options = {"seq_len": 64, "text_field": "text", "completion_only": False, "seed": 0}
+    short = tokenizer("short").input_ids
+    for row in itertools.islice(packed_rows([str(path)], tokenizer, shortest_document=50, **options), 12):
+        starts = (row.position_ids[0] == 0).nonzero().flatten().tolist()
+        assert all(row.input_ids[0, at : at + len(short)].tolist() != short for at in starts)
+    with pytest.raises(ConfigError, match="hold 0 tokens in documents of at least 9999, fewer than one sequence of 64"):
+        next(packed_rows([str(path)], tokenizer, shortest_document=9999, **options))
 
 
 def test_packing_respects_documents(tmp_path, tokenizer_folder):

@@ -15,7 +15,7 @@ from linearize.errors import ConfigError, Interrupted
 from linearize.finetune import finetune
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.loading import load_student
-from linearize.recipe import Recipe, load_config, load_recipe, packaged
+from linearize.recipe import Lora, Recipe, load_config, load_recipe, packaged
 from linearize.training.data import Batch, packed_rows
 from linearize.training.transfer import transfer_backward
 from linearize.training.window_dropout import window_dropout
@@ -116,6 +116,44 @@ def test_a_stopped_run_goes_on_to_the_same_weights(converted, tmp_path, stop):
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "broken")
 
 
+@pytest.mark.parametrize("stop", [4, 8])
+def test_adalora_shares_out_its_ranks_and_resumes(converted, tmp_path, stop):
+    """While ranks are still moving, and once they are settled. Every rank that the budget leaves out has no share in the
+    weights."""
+    import os
+    import signal
+
+    def interrupt(step):
+        if step.step == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = load_recipe("lora", {}, [*SETTINGS, "lora.variant=adalora"])
+    run(converted, tmp_path / "whole", recipe)
+    with pytest.raises(Interrupted, match=f"step {stop} of 10"):
+        run(converted, tmp_path / "broken", recipe, report=interrupt)
+    run(converted, tmp_path / "broken", recipe)
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "broken")
+    ranks = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_bytes())["rank_pattern"]
+    kept = [sum(row) for row in ranks.values()]
+    assert len(kept) == 4 * 3 and sum(kept) == 2 * len(kept) and all(len(row) == 3 for row in ranks.values())
+
+
+def test_orthogonality_is_the_gradient_of_the_papers_penalty(converted):
+    from linearize.training.adalora import ORTHOGONALITY, add_orthogonality
+    from linearize.training.model import add_adapters
+
+    model = add_adapters(load_student(converted, dtype=torch.float32), Lora(variant="adalora", rank=2), steps=10)
+    factors = {n: p for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n}
+    grams = [p @ p.T if ".lora_A." in n else p.T @ p for n, p in factors.items()]
+    penalty = ORTHOGONALITY * sum((g - torch.eye(3)).norm() for g in grams) / len(grams)
+    wanted = torch.autograd.grad(penalty, list(factors.values()))
+    for p in factors.values():
+        p.grad = torch.zeros_like(p)
+    add_orthogonality(model)
+    for p, gradient in zip(factors.values(), wanted):
+        torch.testing.assert_close(p.grad, gradient)
+
+
 def test_transfer_trains_the_added_parameters_alone(converted, tmp_path):
     out = tmp_path / "out"
     run(converted, out, staged(stages=[{"name": "transfer", "optimizer": {"mixer_lr": 0.05}}], tokens=3000))
@@ -126,7 +164,7 @@ def test_transfer_trains_the_added_parameters_alone(converted, tmp_path):
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
-@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa", "olora", "vera"])
+@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa", "olora", "vera", "adalora"])
 def test_variants_of_lora_start_at_the_conversion_and_merge(converted, tmp_path, variant):
     recipe = load_recipe("lora", {}, [*SETTINGS, f"lora.variant={variant}", "tokens=192"])
     result = run(converted, tmp_path / "out", recipe)

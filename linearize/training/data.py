@@ -136,11 +136,19 @@ def _chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
 
 
 def packed_rows(
-    datasets: list[str], tokenizer, *, seq_len: int, text_field: str, completion_only: bool, seed: int
+    datasets: list[str],
+    tokenizer,
+    *,
+    seq_len: int,
+    text_field: str,
+    completion_only: bool,
+    seed: int,
+    shortest_document: int = 0,
 ) -> Iterator[Batch]:
     """Endless single-row batches of exactly `seq_len` tokens, the data read again, reshuffled, when it ends.
 
-    A document cut at a row's end continues in the next row as a document of its own.
+    A document cut at a row's end continues in the next row as a document of its own. Documents of fewer tokens than
+    `shortest_document` are left out.
 
     Raises:
         ConfigError: the data hold less than one sequence.
@@ -153,6 +161,8 @@ def packed_rows(
         ]
         ids, positions, labels = [], [], []
         for document, counted in _round_robin(streams):
+            if len(document) < shortest_document:
+                continue
             # a label is the next token, so a document's last token predicts nothing
             targets = [*(t if c else IGNORED for t, c in zip(document[1:], counted[1:])), IGNORED]
             while document:
@@ -168,7 +178,9 @@ def packed_rows(
                     ids, positions, labels = [], [], []
         if not produced:
             raise ConfigError(
-                f"--data: {', '.join(datasets)} hold {len(ids)} tokens, fewer than one sequence of {seq_len} (--seq-len)"
+                f"--data: {', '.join(datasets)} hold {len(ids)} tokens"
+                + (f" in documents of at least {shortest_document}" if shortest_document else "")
+                + f", fewer than one sequence of {seq_len} (--seq-len)"
             )
 
 

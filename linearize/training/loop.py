@@ -103,7 +103,9 @@ def train(
             factor = _schedule(stage, step, leg.steps)
             for group, rate in zip(groups, base_rates):
                 group["lr"] = rate * factor
-            loss, grad_norm = _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable)
+            loss, grad_norm = _step(
+                wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable, leg.before + step
+            )
             if not math.isfinite(loss):
                 raise LinearizeError(
                     f"the loss became {loss} at step {leg.before + step}; the last good state is kept in {work}. Lower the rate "
@@ -129,7 +131,7 @@ def train(
                 report(progress)
             stopping = stop.requested
             if (stopping or step % recipe.checkpoint_every == 0 or step == leg.steps) and accelerator.is_main_process:
-                save_state(work, leg.before + step, distiller, optimizers, fingerprint, {})
+                save_state(work, leg.before + step, distiller, optimizers, fingerprint)
             if stopping and leg.before + step < leg.total:
                 raise Interrupted(
                     f"stopped at step {leg.before + step} of {leg.total}; the same command goes on from there"
@@ -137,8 +139,8 @@ def train(
     return losses
 
 
-def _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable) -> tuple[float, float]:
-    """One optimizer step: (loss, gradient norm)."""
+def _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable, number) -> tuple[float, float]:
+    """The optimizer step of that number: (loss, gradient norm)."""
     every = list(itertools.islice(rows, stage.batch_size))
     share = stage.batch_size // accelerator.num_processes
     mine = join(every[accelerator.process_index * share : (accelerator.process_index + 1) * share])
@@ -162,10 +164,13 @@ def _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, train
     if stage.loss.kind == "attention" and accelerator.num_processes > 1:
         for parameter in trainable:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    distiller.before_update()
     limit = stage.optimizer.clip_norm if stage.optimizer.clip_norm is not None else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
     for optimizer in optimizers:
         optimizer.step()
+    distiller.after_update(number)
+    for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return accelerator.reduce(total, "mean").item(), norm.item()
 

@@ -12,14 +12,18 @@ from linearize.errors import ConfigError, nearest
 from linearize.families.registry import find_family
 from linearize.modeling.readout import readout_of
 from linearize.recipe import Lora, Loss, Optimizer, Stage
+from linearize.training.adalora import adalora_config, add_orthogonality, allot, allotment, restore_allotment
 from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
 MIXER = ".mixer."
 
 
-def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
+def add_adapters(model: PreTrainedModel, lora: Lora, *, steps: int = 1) -> PeftModel:
     """Freezes the base weights, adds LoRA to the named projections and makes the mixer parameters trainable.
+
+    Args:
+        steps: of the whole run, over which AdaLoRA shares out its ranks.
 
     Raises:
         ConfigError: a target that names no projection of the family's attention blocks.
@@ -37,6 +41,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
         model,
         _adapter_config(
             lora,
+            steps,
             # a full match, so that nothing inside the mixers can be hit
             target_modules=rf".*\.{family.attention_attribute}\.({'|'.join(targets)})",
             modules_to_save=["mixer"] if adds_parameters else None,
@@ -55,7 +60,9 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
 OWN_TEACHER = ("pissa", "olora")
 
 
-def _adapter_config(lora: Lora, **common) -> LoraConfig | VeraConfig:
+def _adapter_config(lora: Lora, steps: int, **common) -> LoraConfig | VeraConfig:
+    if lora.variant == "adalora":
+        return adalora_config(lora, steps, **common)
     if lora.variant == "vera":
         return VeraConfig(r=lora.rank, vera_dropout=lora.dropout, **common)
     return LoraConfig(
@@ -148,6 +155,29 @@ class Distiller(nn.Module):
             likelihood = chunked_cross_entropy(hidden, head, labels, targets, self.loss.chunk_tokens)
             loss = (1 - self.loss.ce_share) * loss + self.loss.ce_share * likelihood
         return loss
+
+    @property
+    def allots_ranks(self) -> bool:
+        """Whether this stage trains AdaLoRA's adapters."""
+        return self.student.active_peft_config.peft_type == "ADALORA" and self.loss.kind != "attention"
+
+    def before_update(self) -> None:
+        """Once the gradients of a step are whole."""
+        if self.allots_ranks:
+            add_orthogonality(self.student)
+
+    def after_update(self, step: int) -> None:
+        """While they are still there."""
+        if self.allots_ranks:
+            allot(self.student, step)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What has to be saved beside parameters and optimizers, and `restore` takes back."""
+        return allotment(self.student) if self.allots_ranks else {}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        if self.allots_ranks:
+            restore_allotment(self.student, memory)
 
     def counted(self, batch: Batch) -> int:
         """How many positions of `batch` the loss counts."""

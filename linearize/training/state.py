@@ -1,8 +1,8 @@
 """Training state on disk: safetensors for tensors, JSON for the rest, nothing pickled.
 
 A state is a folder `step-00000100` in the work folder, written beside and renamed, so that a killed run leaves only
-whole ones. It holds trainable parameters, AdamW moments and the random state; the position in the data and in the
-schedule follow from the step.
+whole ones. It holds trainable parameters, AdamW moments, what AdaLoRA remembers and the random state; the position in the
+data and in the schedule follow from the step.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch import nn
 
 from linearize.checkpoint.writing import raise_if_full, write_json
 from linearize.errors import ConfigError
+from linearize.training.model import Distiller
 
 KEPT = 2
 
@@ -24,10 +25,9 @@ KEPT = 2
 def save_state(
     work: Path,
     step: int,
-    model: nn.Module,
+    model: Distiller,
     optimizers: list[torch.optim.Optimizer],
     fingerprint: dict[str, Any],
-    extra: dict,
 ) -> Path:
     """Writes the state after `step` optimizer steps and drops all but the newest two."""
     names = _names(model)
@@ -38,6 +38,7 @@ def save_state(
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 tensors[f"optimizer/{key}/{names[parameter]}"] = torch.as_tensor(value).detach().cpu()
+    tensors |= {f"memory/{name}": value.detach().cpu() for name, value in model.memory().items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -46,7 +47,7 @@ def save_state(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({name: value.contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
-        write_json(partial / "state.json", {"step": step, "fingerprint": fingerprint, **extra})
+        write_json(partial / "state.json", {"step": step, "fingerprint": fingerprint})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except OSError as error:
@@ -58,7 +59,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], device: torch.device, stage_start: int
+    folder: Path, model: Distiller, optimizers: list[torch.optim.Optimizer], device: torch.device, stage_start: int
 ) -> dict[str, Any]:
     """Puts a saved state into model, optimizers and random generators; returns its JSON.
 
@@ -85,6 +86,8 @@ def load_state(
                 where = torch.device("cpu") if entry == "step" else device
                 parameter = parameters[name]
                 owners[parameter].state[parameter][entry] = value.to(where)
+    memory = {key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")}
+    model.restore({name: value.to(device) for name, value in memory.items()})
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
