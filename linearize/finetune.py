@@ -11,12 +11,15 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, write_json, write_text
 from linearize.convert import OUTPUT_ROOT, versions
 from linearize.errors import ConfigError
-from linearize.recipe import Recipe
+from linearize.recipe import OWN_START, Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 METRICS = "metrics.jsonl"
 
@@ -43,10 +46,12 @@ def finetune(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
+    from peft import PeftModel
     from safetensors.torch import save_file
 
     from linearize.device import compute_dtype
     from linearize.modeling.loading import (
+        ADAPTER,
         UNTRAINED_FILE,
         load_student,
         load_tokenizer,
@@ -55,7 +60,7 @@ def finetune(
     )
     from linearize.training.data import packed_rows, with_copies
     from linearize.training.loop import legs_of, train
-    from linearize.training.model import OWN_TEACHER, Distiller, add_adapters, optimizers_of
+    from linearize.training.model import Distiller, add_adapters, optimizers_of
     from linearize.training.state import check_fingerprint, states
 
     manifest = read_manifest(model)
@@ -107,12 +112,12 @@ def finetune(
     accelerator.wait_for_everyone()
 
     set_seed(recipe.seed)
-    student = load_student(model, dtype=dtype)
+    student = load_student(model, dtype=dtype, quantization=recipe.quantization)
     student.config.use_cache = False
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
-    if teacher is None and recipe.lora.variant in OWN_TEACHER:
+    if teacher is None and recipe.lora.variant in OWN_START:
         teacher = manifest["base"]["reference"]
     teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
     adapted = add_adapters(student, recipe.lora, steps=legs[-1].total).to(accelerator.device)
@@ -161,9 +166,12 @@ def finetune(
         "versions": versions(),
     }
     with atomic_folder(out, overwrite=overwrite) as folder:
-        adapted.save_pretrained(folder / "adapter")
+        adapted.save_pretrained(folder / ADAPTER)
         shutil.copyfile(work / METRICS, folder / METRICS)
         if merge:
+            if _is_narrower(recipe, dtype, model):
+                # weights that were rounded for training are not what the adapter is added to
+                adapted = PeftModel.from_pretrained(load_student(model, dtype=torch.float32), folder / ADAPTER)
             manifest["sha256"] = _write_merged(folder, model, adapted)
             if (untrained := untrained_parameters(model, manifest)) is not None:
                 save_file(untrained, folder / UNTRAINED_FILE)
@@ -244,13 +252,7 @@ def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
 
 
 def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
-    """The parent's files with merged weights, shard by shard, each tensor in its own dtype. Returns file hashes.
-
-    Args:
-        folder: of the output, where the adapter lies already.
-    """
-    import torch
-    from peft import PeftModel
+    """The parent's files with merged weights, shard by shard, each tensor in its own dtype. Returns file hashes."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -258,11 +260,8 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
     from linearize.checkpoint.fingerprint import sha256
     from linearize.checkpoint.weights import INDEX, read_weights
     from linearize.modeling.export import PORTABLE_FILE
-    from linearize.modeling.loading import ADAPTER, load_student, merged
+    from linearize.modeling.loading import merged
 
-    if _is_narrower(adapted, parent):
-        # weights that were rounded for training are not what the adapter is added to
-        adapted = PeftModel.from_pretrained(load_student(parent, dtype=torch.float32), folder / ADAPTER)
     weights = merged(adapted).state_dict()
     for file in read_weights(parent).files:
         with safe_open(parent / file, framework="pt") as shard:
@@ -279,15 +278,16 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
     return {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()}
 
 
-def _is_narrower(adapted, parent: Path) -> bool:
+def _is_narrower(recipe: Recipe, trained: "torch.dtype", parent: Path) -> bool:
     """Whether the model trained with fewer bits than its parent's checkpoint has."""
     from safetensors import safe_open
 
     from linearize.checkpoint.weights import read_weights
-    from linearize.training.model import MIXER, OWN_TEACHER
+    from linearize.training.model import MIXER
 
-    rebuilds = getattr(adapted.active_peft_config, "init_lora_weights", None) in OWN_TEACHER
-    if rebuilds or adapted.get_base_model().dtype.itemsize >= 4:
+    if recipe.quantization:
+        return True
+    if recipe.lora.variant in OWN_START or trained.itemsize >= 4:
         return False
     for file in read_weights(parent).files:
         with safe_open(parent / file, framework="pt") as shard:

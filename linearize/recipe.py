@@ -219,6 +219,10 @@ class Loss(Strict):
     chunk_tokens: int = Field(default=256, ge=1)
 
 
+# variants that take their start out of the base weights, so that these alone are no longer the base model
+OWN_START = ("pissa", "olora")
+
+
 class Lora(Strict):
     """Low-rank adapters (arXiv 2106.09685) on projections of every attention block, or one of PEFT's variants; `vera`
     (arXiv 2310.11454) trains vectors alone, so that it wants a larger rank and rate, and has no alpha; `adalora` (arXiv
@@ -278,6 +282,8 @@ class Recipe(Strict):
     `window_dropout` is the probability that a linear head's window is, for one step, a quarter as long (none at all in the
     mix `sum`), so that the recurrent branch has to do more. `copy_share` of the rows end with a copy of a span from outside
     the window. Documents of fewer tokens than `shortest_document` are left out: within the window there is nothing to learn.
+    `quantization` holds the frozen weights in 8 or 4 bits while adapters train (QLoRA, arXiv 2305.14314); what is written
+    are the checkpoint's own weights with the adapters.
     """
 
     description: str = ""
@@ -290,6 +296,7 @@ class Recipe(Strict):
     gradient_accumulation: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    quantization: Literal["int8", "nf4"] | None = None
     checkpoint_every: int = Field(default=25, ge=1)
     seed: int = Field(default=0, ge=0)
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -324,6 +331,10 @@ class Recipe(Strict):
     def _stages_fit(self) -> "Recipe":
         if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
             raise ValueError(f"stages: shares add up to {sum(s.share for s in self.stages):g}, allowed is 1")
+        if self.quantization and self.lora.variant in OWN_START:
+            raise ValueError(
+                f"quantization: got {self.quantization}, but {self.lora.variant} starts from whole weights"
+            )
         seen = [stage.loss.kind for stage in self.plan()]
         if "attention" in seen[1:]:
             raise ValueError("stages: transfer matches the base's own hidden states, so allowed is only as the first")

@@ -180,6 +180,41 @@ def test_variants_of_lora_start_at_the_conversion_and_merge(converted, tmp_path,
         torch.testing.assert_close(merged(row.input_ids).logits, adapted(row.input_ids).logits, rtol=1e-3, atol=1e-3)
 
 
+GENTLE = [*SETTINGS, "optimizer.lr=0.001", "optimizer.mixer_lr=0.001"]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantised_weights_train_adapters_for_the_whole_ones(base_folder, tmp_path, quantization):
+    settings = load_config(None, {"mixer": "hedgehog", "mix": "joint", "window": 12, "sinks": 2})
+    # as wide as bitsandbytes' kernels ask for
+    base = base_folder(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
+    converted = tmp_path / "converted"
+    convert(str(base), settings, out=converted, verify=False, progress=quiet)
+    losses = {}
+    for kind in (quantization, None):
+        value = "null" if kind is None else kind
+        recipe = load_recipe("lora", {}, [*GENTLE, f"quantization={value}", "lora.targets=['v_proj']"])
+        losses[kind] = run(converted, tmp_path / str(kind), recipe)["finetune"]["last_loss"]
+    assert losses[quantization] != losses[None] and losses[quantization] == pytest.approx(losses[None], rel=0.2)
+    before, after = (load_student(folder, dtype=torch.float32) for folder in (converted, tmp_path / quantization))
+    adapted = PeftModel.from_pretrained(
+        load_student(converted, dtype=torch.float32), tmp_path / quantization / "adapter"
+    )
+    ids = torch.randint(300, (1, 60))
+    with torch.no_grad():
+        torch.testing.assert_close(after(ids).logits, adapted(ids).logits, rtol=1e-3, atol=1e-3)
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert any("v_proj" in name for name in changed)
+    assert all("v_proj" in name or ".mixer." in name for name in changed)
+
+
+def test_eight_bit_moments(converted, tmp_path):
+    eight = run(converted, tmp_path / "eight", load_recipe("lora", {}, [*GENTLE, "optimizer.name=adamw8bit"]))
+    plain = run(converted, tmp_path / "plain", load_recipe("lora", {}, GENTLE))
+    assert weights_of(tmp_path / "eight") != weights_of(tmp_path / "plain")
+    assert eight["finetune"]["last_loss"] == pytest.approx(plain["finetune"]["last_loss"], rel=0.05)
+
+
 def test_muon_for_matrices(converted, tmp_path):
     result = run(converted, tmp_path / "out", staged(optimizer={"name": "muon"}, stages=[{"name": "distill"}]))
     assert result["finetune"]["last_loss"] < result["finetune"]["first_loss"] * 1.5

@@ -1,6 +1,7 @@
 """Loading written checkpoints: the student, its base, and the base's weights under the student's plan."""
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearize.checkpoint.source import Source, open_source
@@ -50,15 +51,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_student(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A converted or finetuned checkpoint, every key accounted for. An adapter-only folder is merged in memory."""
+def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
+    """A converted or finetuned checkpoint, every key accounted for. An adapter-only folder is merged in memory.
+
+    Args:
+        quantization: "int8" or "nf4" for the projections, by bitsandbytes.
+    """
     manifest = read_manifest(folder)
     if (folder / "config.json").is_file():
-        return _load_exactly(folder, dtype=dtype)
+        options = {} if quantization is None else {"quantization_config": _quantized(quantization, dtype)}
+        return _load_exactly(folder, dtype=dtype, **options)
     from peft import PeftModel
 
     parent = load_student(Path(manifest["finetune"]["parent"]), dtype=dtype)
     return merged(PeftModel.from_pretrained(parent, folder / ADAPTER))
+
+
+def _quantized(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization: {kind} needs bitsandbytes (pip install bitsandbytes)")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def merged(adapted: Any) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from linearize.errors import ConfigError, nearest
 from linearize.families.registry import find_family
 from linearize.modeling.readout import readout_of
-from linearize.recipe import Lora, Loss, Optimizer, Stage
+from linearize.recipe import OWN_START, Lora, Loss, Optimizer, Stage
 from linearize.training.adalora import adalora_config, add_orthogonality, allot, allotment, restore_allotment
 from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
@@ -56,10 +56,6 @@ def add_adapters(model: PreTrainedModel, lora: Lora, *, steps: int = 1) -> PeftM
     return adapted
 
 
-# variants that take their start out of the base weights, so that these alone are no longer the base model
-OWN_TEACHER = ("pissa", "olora")
-
-
 def _adapter_config(lora: Lora, steps: int, **common) -> LoraConfig | VeraConfig:
     if lora.variant == "adalora":
         return adalora_config(lora, steps, **common)
@@ -71,7 +67,7 @@ def _adapter_config(lora: Lora, steps: int, **common) -> LoraConfig | VeraConfig
         lora_dropout=lora.dropout,
         use_dora=lora.variant == "dora",
         use_rslora=lora.variant == "rslora",
-        init_lora_weights=lora.variant if lora.variant in OWN_TEACHER else True,
+        init_lora_weights=lora.variant if lora.variant in OWN_START else True,
         **common,
     )
 
