@@ -4,8 +4,8 @@
     python scripts/compare_methods.py render      the README's table, from scripts/results/methods.json
 
 Every row is one `convert`, `finetune` and `eval`; stopped and started again, `run` goes on where it was. `--tokens 0` leaves the
-training out: such rows stand beside the trained ones. The windows of rows without a recurrent branch are as long as makes
-their cache at 32K as large as that of `ours`.
+training out: such rows stand beside the trained ones. The windows of rows with `beside` are as long as makes their cache as large
+as that of the conversion named there, at 32K tokens unless the row says otherwise.
 """
 
 import argparse
@@ -18,39 +18,50 @@ from pathlib import Path
 
 from commands import linearize
 
-from linearize.recipe import tokens_of
+from linearize.recipe import load_config, tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "methods.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- methods: scripts/compare_methods.py render -->\n", "<!-- end of methods -->\n"
 CONFIG = "smollm2-135m"
-CONTEXT = "32768"
+CONTEXT = 32768
 # no share of the output and no gradient: a window with sinks. Of this structure's cache only the state is left unused
 NO_BRANCH = ("--mixer", "hedgehog", "--mix", "outside", "--set", "mix_options.log_mass=-10000")
 
 
 @dataclass(frozen=True)
 class Method:
-    """Flags of `convert` and `finetune`; `equal_bytes` has its window chosen to cost what `ours` does."""
+    """Flags of `convert` and `finetune`, and of the conversion beside which its cache is to be as large at `context`."""
 
     label: str
     convert: tuple[str, ...]
     finetune: tuple[str, ...] = ("--recipe", "lora")
-    equal_bytes: bool = False
+    beside: tuple[str, ...] = ()
+    context: int = CONTEXT
+
+    @property
+    def idle_state(self) -> bool:
+        """Whether its recurrent state does nothing, and should not count."""
+        return self.convert[-len(NO_BRANCH) :] == NO_BRANCH
 
 
 OURS = ("--config", CONFIG)
+PURE = (*OURS, "--keep-softmax", "none")
+HEADS = ("--keep-softmax", str(load_config(CONFIG).keep_softmax))
 METHODS = {
     "control": Method("base with the same recipe", ("--keep-softmax", "all")),
     "ours": Method("ours, 12 of 90 heads", OURS),
-    "heads": Method("the same heads and a longer window, no recurrent branch", (*OURS, *NO_BRANCH), equal_bytes=True),
-    "ours-0": Method("ours, no head", (*OURS, "--keep-softmax", "none")),
-    "window": Method("window + sinks alone, longer", (*OURS, "--keep-softmax", "none", *NO_BRANCH), equal_bytes=True),
+    "heads": Method("the same heads and a longer window, no recurrent branch", (*OURS, *NO_BRANCH), beside=OURS),
+    "wide": Method("window + sinks alone, the bytes of ours at 8K", (*PURE, *NO_BRANCH), beside=OURS, context=8192),
+    "ours-0": Method("ours, no head", PURE),
+    "window": Method("window + sinks alone, longer", (*PURE, *NO_BRANCH), beside=PURE),
     "ours-6": Method("ours, 6% of heads", (*OURS, "--keep-softmax", "recall:6%")),
     "ours-25": Method("ours, 25% of heads", (*OURS, "--keep-softmax", "recall:25%")),
     "liger": Method("Liger", ("--config", "liger"), ("--recipe", "liger")),
+    "liger-heads": Method("Liger's layer, our heads and bytes", ("--config", "liger", *HEADS), ("--recipe", "liger"), OURS),
     "lolcats": Method("LoLCATs", ("--config", "lolcats"), ("--recipe", "lolcats")),
+    "lolcats-heads": Method("LoLCATs' layer, our heads and bytes", ("--config", "lolcats", *HEADS), ("--recipe", "lolcats"), OURS),
     "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
     "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "full")),
@@ -92,7 +103,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         return
     method, folder = METHODS[name], arguments.work / row_name
     flags = [*method.convert]
-    if method.equal_bytes:
+    if method.beside:
         flags += ["--window", equal_window(arguments.model, method)]
     converted = tuned = folder / "converted"
     if not (converted / "linearize.json").is_file():
@@ -114,7 +125,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         long = ["--data", arguments.book, "--lengths", "8192", "--max-tokens", "8192", "--only", "perplexity"]
         parts.append(linearize("eval", tuned, *long, "-o", folder / "long"))
     manifest = json.loads((tuned / "linearize.json").read_text())
-    sizes = manifest["cache_bytes"][CONTEXT]
+    sizes = manifest["cache_bytes"][str(CONTEXT)]
     row = {
         "method": name,
         "label": method.label,
@@ -123,7 +134,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         "seconds": manifest.get("finetune", {}).get("seconds", 0.0),
         "settings": manifest["settings"],
         "recipe": manifest.get("finetune", {}).get("recipe"),
-        "cache": {**sizes, "student": sizes["student"] - method.equal_bytes * manifest["state_bytes"]},
+        "cache": {**sizes, "student": sizes["student"] - method.idle_state * manifest["state_bytes"]},
         "state_bytes": manifest["state_bytes"],
         "metrics": {metric["name"]: metric for part in parts for metric in part["metrics"]},
         "data": [part["data"] for part in parts],
@@ -135,14 +146,19 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
 
 
 def equal_window(model: str, method: Method) -> int:
-    """The window with which `method`, its unused state left out, takes as many bytes as `ours` with as many heads."""
-    heads = [flag for flag in method.convert if flag not in NO_BRANCH]
-    wanted = linearize("plan", model, *heads)["cache_bytes"][CONTEXT]["student"]
+    """The window with which `method` takes as many bytes as what it stands beside."""
+    wanted = bytes_at(linearize("plan", model, *method.beside), method.context)
     sizes = []
     for window in (256, 512):
         plan = linearize("plan", model, *method.convert, "--window", window)
-        sizes.append(plan["cache_bytes"][CONTEXT]["student"] - plan["state_bytes"])
+        sizes.append(bytes_at(plan, method.context) - method.idle_state * plan["state_bytes"])
     return 256 + round((wanted - sizes[0]) * 256 / (sizes[1] - sizes[0]))
+
+
+def bytes_at(plan: dict, context: int) -> int:
+    """A student's cache at `context` tokens: beyond the windows it grows evenly."""
+    (short, low), (long, high) = ((int(n), plan["cache_bytes"][n]["student"]) for n in ("4096", "32768"))
+    return low + (high - low) * (context - short) // (long - short)
 
 
 def known_rows() -> dict[str, dict]:
