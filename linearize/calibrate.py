@@ -3,13 +3,14 @@
 1. Run the base model over rows of text and of random tokens copied from far back, every linear head observed beside the
    softmax attention that it replaces.
 2. In all rows but one of each kind, let the structure find its parameters (`Structure.fit`).
-3. On those two, give each query head the share of the recurrent branch that brings it nearest to softmax, none where
-   none helps: a head starts no worse than window + sinks.
+3. On those two, find for each query head the share of the recurrent branch that brings it nearest to softmax, none where
+   none helps, and give it half of that: a head starts no worse than window + sinks.
 
 One layer's activations are held at a time. Rows lie at different positions, so that what follows rotary is seen all over
 the model's positions.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # rows that nothing but the mix is fitted on: one of text, one of copying
 HELD = 2
 SEED = 777_002
+# every head's past at half of what serves it best alone: together they blur what is copied from far back (SmolLM2-135M: recall
+# at 1,024 tokens .89 of the base's undamped, .95 damped; perplexity at 2,048 no worse)
+DAMPING = math.log(2)
 # settings that say what `LinearHeads.fit_mix` would find
 FITTED_OPTIONS = {"log_mass", "branch_scale", "window_weight", "recurrent_weight"}
 
@@ -110,7 +114,8 @@ def calibrate(
         context = context_of(*(x[-HELD:] for x in (seen.k_rotary, seen.v, read)), sinks=branch.sinks)
         if FITTED_OPTIONS & plan.layers[seen.layer].mix_options.keys():
             return  # somebody decided
-        before, after = branch.fit_mix(seen.q[-HELD:], seen.q_rotary[-HELD:], context, seen.target[-HELD:], seen.scores)
+        held = (x[-HELD:] for x in (seen.q, seen.q_rotary))
+        before, after = branch.fit_mix(*held, context, seen.target[-HELD:], seen.scores, damping=DAMPING)
         errors[seen.layer] = (before.mean().item(), after.mean().item())
         progress(
             f"calibrating layer {seen.layer + 1} of {len(plan.layers)}: error {errors[seen.layer][0]:.4f} with window + sinks, "

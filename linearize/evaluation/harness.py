@@ -23,6 +23,8 @@ from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Fi
 
 # what the harness calls its per-item figures; the first that a task has leads
 FIGURES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "f1")
+# requests of like length that go through a model together
+BATCH = 4
 
 
 def load_tasks(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def _run(lab: Lab, model, name: str, task, limit: int | None) -> dict[str, dict[
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=lab.tokenizer, batch_size=1, backend="causal")
+    wrapped = HFLM(pretrained=model, tokenizer=lab.tokenizer, batch_size=BATCH, backend="causal")
     found = simple_evaluate(
         model=wrapped, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True, random_seed=lab.seed,
         numpy_random_seed=lab.seed, torch_random_seed=lab.seed, fewshot_random_seed=lab.seed,

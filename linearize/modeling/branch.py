@@ -171,12 +171,15 @@ class LinearHeads(nn.Module):
         return self._joined(windowed, mass * past[..., :-1]) / total.clamp(min=NORM_EPSILON)
 
     @torch.no_grad()
-    def fit_mix(self, q: Tensor, q_rotary: Tensor, context: Context, target: Tensor, scores: Scores) -> list[Tensor]:
+    def fit_mix(
+        self, q: Tensor, q_rotary: Tensor, context: Context, target: Tensor, scores: Scores, *, damping: float = 0.0
+    ) -> list[Tensor]:
         """Sets how much the recurrent branch counts, per query head, so that the output is nearest to `target` and in no
         row further from it than window + sinks.
 
         Args:
             target: [B, T, H, K], the base model's own; T beyond the window. Others as in `forward`.
+            damping: what the log mass stays below the best.
 
         Returns:
             Square errors [H] over the tokens beyond the window, relative to `target` row by row: of window + sinks, and as fitted.
@@ -201,8 +204,9 @@ class LinearHeads(nn.Module):
             worse = (torch.stack(errors) > alone).any(1)  # in some row
             worse[0] = False
             least = torch.stack(errors).mean(1).masked_fill(worse, float("inf")).min(dim=0)
-            self.log_mass.copy_(torch.tensor(LOG_MASSES, device=near.device)[least.indices])
-            return [alone.mean(0), least.values]
+            best = torch.tensor(LOG_MASSES, device=near.device)[least.indices]
+            self.log_mass.copy_(best - damping)
+            return [alone.mean(0), error(self._mixed(near, log_sum, past)).mean(0)]
         if self.branch_scale is not None:
             normed = _rms_norm(past)
             cross, power = ((x * normed).sum((0, 1, 3)) for x in (target - near, normed))
