@@ -25,6 +25,8 @@ RESULTS = ROOT / "scripts" / "results" / "methods.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- methods: scripts/compare_methods.py render -->\n", "<!-- end of methods -->\n"
 CONFIG = "smollm2-135m"
+# perplexity in other units, and what has no ratio to the base
+NOT_SHOWN = ("word_", "byte_", "bits_", "kl", "agreement")
 CONTEXT = 32768
 # no share of the output and no gradient: a window with sinks. Of this structure's cache only the state is left unused
 NO_BRANCH = ("--mixer", "hedgehog", "--mix", "outside", "--set", "mix_options.log_mass=-10000")
@@ -176,7 +178,7 @@ def render() -> None:
 
 def table(rows: list[dict]) -> str:
     """Ratios to the base; lower is better for perplexity, higher for the rest."""
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"] if not name.startswith("kl")))
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"] if not name.startswith(NOT_SHOWN)))
     lines = [
         "| method | tokens | cache at 32K | " + " | ".join(names) + " |",
         "|---|---|---|" + "---|" * len(names),
