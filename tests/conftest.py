@@ -154,6 +154,12 @@ def smollm2():
 
 
 @pytest.fixture
+def in_float32(monkeypatch):
+    """For figures that have to agree to more digits than bfloat16 has, where that would be the choice."""
+    monkeypatch.setattr("linearize.device.bf16_is_fast", lambda: False)
+
+
+@pytest.fixture
 def cli(capsys, tmp_path, monkeypatch):
     """Runs the command line in this process, in an empty folder: cli("convert", ...) -> (code, stdout, stderr)."""
     from linearize.cli.app import run

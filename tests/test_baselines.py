@@ -76,7 +76,7 @@ def test_heads_at_even_distances():
         assert sum(map(len, heads)) == count and max(map(len, heads)) - min(map(len, heads)) <= 1
 
 
-def test_the_uniform_layout_and_the_control_are_columns(student, tmp_path, cli):
+def test_the_uniform_layout_and_the_control_are_columns(in_float32, student, tmp_path, cli):
     base = tmp_path / "base"
     control = make(base, tmp_path / "linearized" / "control", "all")
     flags = ["--recipe", "lora", "--tokens", "64", "--seq-len", "32", "--set", "lora.rank=2", "--set", "lora.alpha=64"]

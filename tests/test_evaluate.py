@@ -38,7 +38,7 @@ def converted(base_folder, tmp_path):
     return out
 
 
-def test_figures_equal_a_plain_computation(converted):
+def test_figures_equal_a_plain_computation(converted, in_float32):
     results = evaluate(converted, SUITE, progress=quiet)
     tokenizer = AutoTokenizer.from_pretrained(converted)
     from linearize.samples import SAMPLES

@@ -69,6 +69,23 @@ def structure(row, J=2, G=2, K=8, dtype=torch.float64):
     return built.to(dtype)
 
 
+@pytest.mark.parametrize("row", ROWS)
+def test_first_values_do_not_depend_on_what_the_model_is_loaded_in(row):
+    """transformers makes the weights' dtype the default one while it builds a model."""
+    name, options = ROWS[row]
+    mix = "outside" if "outside" in MIXERS[name].mixes else "joint"
+    plan = LayerPlan((), mixer=name, mixer_options=options, window=8, sinks=2, mix=mix)
+    built = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            built.append(LinearHeads(plan, Site((0, 1), 2, 2, 8, 1, 4), 32).state_dict())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for key, value in built[0].items():
+        assert value.dtype == built[1][key].dtype == torch.float32 and torch.equal(value, built[1][key]), key
+
+
 def inputs(built, T, B=2, extra=1, key_scale=1.0, state=False, offset=False, dtype=torch.float64):
     site = built.site
     J, K = len(site.heads), site.head_dim

@@ -64,6 +64,7 @@ def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerp
         "data": data,
         "limit": limit,
         "seed": lab.seed,
+        "batch": BATCH,
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
 

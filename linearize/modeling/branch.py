@@ -17,6 +17,9 @@ s = 0, the layer starts as window + sinks.
 Shapes: B batch, T queries, S keys, H linear query heads, J linear key/value heads, K head dim, D hidden size.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +39,17 @@ UNFITTED = 6.0
 LOG_MASSES = (-20.0, -8.0, -6.0, -5.0, -4.0, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
 
+@contextlib.contextmanager
+def _float32() -> Iterator[None]:
+    """Inside, new tensors are float32, whatever the model is loaded in: first values are the same everywhere."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class LinearHeads(nn.Module):
     """Window, recurrent branch and their mix. Its parameters are all that a conversion adds to a layer.
 
@@ -43,6 +57,7 @@ class LinearHeads(nn.Module):
     recurrent branch. While `shares` is a list, every forward adds the recurrent part's share of the output's norm, [H].
     """
 
+    @_float32()
     def __init__(self, plan: LayerPlan, site: Site, hidden_size: int):
         super().__init__()
         self.window, self.sinks, self.mix = plan.window, plan.sinks, plan.mix
@@ -65,7 +80,7 @@ class LinearHeads(nn.Module):
             if plan.gate == "learned"
             else None,
         }.items():
-            parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32)) if shape else None
+            parameter = nn.Parameter(torch.empty(shape)) if shape else None
             self.register_parameter(name, parameter)
         self.reset_parameters()
 
@@ -79,6 +94,7 @@ class LinearHeads(nn.Module):
         """Whether a cache has to keep more of the window's tokens than softmax needs."""
         return self.delayed and (not self.structure.rotary or self.structure.arrival_bytes() > 0)
 
+    @_float32()
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.structure.reset_parameters()

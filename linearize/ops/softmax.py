@@ -22,11 +22,16 @@ def softmax_attention(
     Returns:
         output [N, J, R, K] in v's dtype, and [N, J, R, 1], float32 or float64.
     """
-    if softcap is None and q.device.type == "cpu" and q.dtype == k.dtype == v.dtype and k.shape == v.shape:
+    if fuses(q, softcap) and q.dtype == k.dtype == v.dtype and k.shape == v.shape:
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
         output, log_sum = _FusedAttention.apply(*(F.pad(x, (0, 1)) for x in (q, k, v)), bias, scale)
         return output[..., :-1], log_sum[..., None]
     return softmax_attention_naive(q, k, v, mask, scale=scale, softcap=softcap)
+
+
+def fuses(q: Tensor, softcap: float | None) -> bool:
+    """Whether a kernel computes this without keeping a score matrix."""
+    return softcap is None and q.device.type == "cpu"
 
 
 def softmax_attention_naive(

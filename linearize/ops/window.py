@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.ops.softmax import softmax_attention
+from linearize.ops.softmax import fuses, softmax_attention
 
 MIN_BLOCK = 64
 
@@ -107,7 +107,8 @@ def window_attention(
     """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
-    C = min(T, max(MIN_BLOCK, window // 2))
+    # fewer queries a block waste fewer scores on keys out of reach; where no scores are kept, larger ones pay
+    C = min(T, MIN_BLOCK if with_log_sum and not fuses(q, softcap) else max(MIN_BLOCK, window // 2))
     blocks = -(-T // C)
     span = C + window - 1
     # Keys are laid out so that block i sees slots [i C, i C + span): front slots that do not exist are masked.
