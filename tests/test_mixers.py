@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops import LENGTHS, assert_same_with_gradients
 
+from linearize.errors import ConfigError
 from linearize.mixers.registry import MIXERS, mixer_class
 from linearize.mixers.structure import Site
 from linearize.modeling.branch import LinearHeads
@@ -84,6 +85,16 @@ def test_first_values_do_not_depend_on_what_the_model_is_loaded_in(row):
             torch.set_default_dtype(torch.float32)
     for key, value in built[0].items():
         assert value.dtype == built[1][key].dtype == torch.float32 and torch.equal(value, built[1][key]), key
+
+
+def test_what_a_cache_keeps_of_an_assignment_is_all_of_it():
+    built = structure("vq")
+    assigned = built.arrive(torch.randn(3, 5, 2, 8, dtype=torch.float64))
+    packed = built.pack(assigned)
+    assert packed.dtype == torch.uint8 and packed.shape[-1] == built.arrival_bytes() == 3
+    torch.testing.assert_close(built.unpack(packed, torch.float64), assigned, rtol=0, atol=1e-15)
+    with pytest.raises(ConfigError, match="codes: got 7, which is odd"):
+        mixer_class("vq")(Site((0,), 1, 1, 8, 0, 1), codes=7)
 
 
 def inputs(built, T, B=2, extra=1, key_scale=1.0, state=False, offset=False, dtype=torch.float64):

@@ -253,6 +253,8 @@ def test_a_share_of_cross_entropy(converted, tmp_path):
         ({"stages": [{"name": "distill", "share": 0.5}]}, "shares add up to 0.5"),
         ({"stages": [{"name": "distill", "share": 0.5}, {"name": "transfer", "share": 0.5}]}, "only as the first"),
         ({"tokens": "many"}, "tokens: got 'many'"),
+        ({"quantization": "nf4", "lora": {"variant": "pissa"}}, "pissa starts from whole weights"),
+        ({"quantization": "int4"}, "'int8' or 'nf4'"),
     ],
 )
 def test_bad_stages(tmp_path, sets, message):
