@@ -23,6 +23,7 @@ from linearize.checkpoint.source import Source
 from linearize.device import compute_dtype, pick_device
 from linearize.evaluation.recall import SPAN, recall_task
 from linearize.modeling.attention import Observation
+from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import context_of
 from linearize.modeling.loading import load_unconverted
 from linearize.modeling.plan import Plan
@@ -106,8 +107,10 @@ def calibrate(
     errors: dict[int, tuple[float, float]] = {}
 
     def fit(seen: Observation) -> None:
-        branch, structure = seen.branch, seen.branch.structure
-        structure.fit(
+        branch = seen.branch
+        if not isinstance(branch, LinearHeads):
+            return  # window and sinks alone
+        branch.structure.fit(
             *(x[:-HELD, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scores.scale
         )
         read = branch.recurrent_keys(seen.k, seen.k_rotary, seen.hidden_states)

@@ -38,7 +38,7 @@ from linearize.recipe import ConversionConfig, layer_numbers
 
 if TYPE_CHECKING:
     from linearize.calibrate import Calibration
-    from linearize.modeling.branch import LinearHeads
+    from linearize.modeling.branch import WindowHeads
 
 OUTPUT_ROOT = Path("linearized")
 PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
@@ -76,7 +76,7 @@ class Inspection:
     def state_bytes(self) -> int:
         """Bytes of one sequence's recurrent states, all layers."""
         branches = _branches(self.config, self.plan, device="meta")
-        return sum(4 * len(b.structure.site.heads) * _product(b.state_shape()) for b in branches.values())
+        return sum(4 * len(b.site.heads) * _product(b.state_shape()) for b in branches.values())
 
     @property
     def key_value_heads(self) -> int:
@@ -306,16 +306,10 @@ def cache_sizes(config: dict[str, Any], plan: Plan, width: int) -> dict[int, dic
     return sizes
 
 
-def _linear_head_bytes(branch: "LinearHeads", head_dim: int, width: int, length: int) -> int:
+def _linear_head_bytes(branch: "WindowHeads", head_dim: int, width: int, length: int) -> int:
     """Window keys and values, what the recurrent branch waits for, sinks, state."""
     slots = min(branch.window, length)
-    waiting = 0
-    if branch.structure.rotary:
-        waiting = branch.structure.arrival_bytes() * slots * branch.delayed
-    elif branch.keeps_raw_keys and branch.gate_projection is None:
-        waiting = head_dim * width * slots
-    elif branch.keeps_raw_keys:  # key and gate logits in float32
-        waiting = 4 * (head_dim + branch.structure.gate_width()) * slots
+    waiting = branch.noted_bytes(width) * slots
     return 2 * (slots + branch.sinks) * head_dim * width + waiting + 4 * _product(branch.state_shape())
 
 
@@ -338,12 +332,12 @@ def _added_tensors(config: dict[str, Any], plan: Plan, device: str) -> dict[str,
     }
 
 
-def _branches(config: dict[str, Any], plan: Plan, device: str) -> dict[int, "LinearHeads"]:
+def _branches(config: dict[str, Any], plan: Plan, device: str) -> dict[int, "WindowHeads"]:
     """The linear heads of every layer that has some, with their parameters at their first values."""
     import torch
 
     from linearize.mixers.structure import Site
-    from linearize.modeling.branch import LinearHeads
+    from linearize.modeling.branch import linear_heads
 
     heads, layers = config["num_key_value_heads"], len(plan.layers)
     group = config["num_attention_heads"] // heads
@@ -352,7 +346,7 @@ def _branches(config: dict[str, Any], plan: Plan, device: str) -> dict[int, "Lin
         for i, layer in enumerate(plan.layers):
             if linear := layer.linear_heads(heads):
                 site = Site(linear, heads, group, config["head_dim"], i, layers)
-                branches[i] = LinearHeads(layer, site, config["hidden_size"])
+                branches[i] = linear_heads(layer, site, config["hidden_size"])
     return branches
 
 

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from linearize.errors import ConfigError, nearest
-from linearize.mixers.registry import MIXERS
-from linearize.modeling.plan import MIX_OPTIONS
+from linearize.mixers.registry import CHOICES
+from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH
 
 ABOVE_ZERO = {"gate_logit_normalizer"}
 Options = dict[str, float | int | bool | str]
@@ -56,7 +56,7 @@ class LayerSettings(Strict):
     gate: Literal["key", "learned"] | None = None
     window: int | None = Field(default=None, ge=1)
     sinks: int | None = Field(default=None, ge=0)
-    mix: Literal["sum", "outside", "joint"] | None = None
+    mix: Literal["sum", "outside", "joint", "none"] | None = None
     mix_options: Options | None = None
 
 
@@ -69,7 +69,7 @@ class ConversionConfig(Strict):
     gate: Literal["key", "learned"] = "key"
     window: int = Field(default=512, ge=1)
     sinks: int = Field(default=4, ge=0)
-    mix: Literal["sum", "outside", "joint"] = "outside"
+    mix: Literal["sum", "outside", "joint", "none"] = "outside"
     mix_options: Options = {}
     # layers that differ: "0-3,7" -> settings
     layers: dict[str, LayerSettings] = {}
@@ -87,7 +87,9 @@ class ConversionConfig(Strict):
         if not isinstance(data, dict):
             return data
         mix = data.get("mix")
-        mixer = data.get("mixer") or ("vq" if mix in (None, *MIXERS["vq"].mixes[:1]) else "gla")
+        mixer = data.get("mixer") or (
+            mix if mix == NO_BRANCH else "vq" if mix in (None, *CHOICES["vq"].mixes[:1]) else "gla"
+        )
         return {**data, "mixer": mixer, "mix": mix or _default_mix(mixer)}
 
     @field_validator("keep_softmax", "convert_layers", mode="before")
@@ -131,8 +133,8 @@ class ConversionConfig(Strict):
                 settings[f"{kind}_options"] = {}
         if (
             "mix" not in changes
-            and changes.get("mixer") in MIXERS
-            and settings["mix"] not in MIXERS[changes["mixer"]].mixes
+            and changes.get("mixer") in CHOICES
+            and settings["mix"] not in CHOICES[changes["mixer"]].mixes
         ):
             settings["mix"], settings["mix_options"] = _default_mix(changes["mixer"]), {}
         for name, value in changes.items():
@@ -141,7 +143,7 @@ class ConversionConfig(Strict):
 
 
 def _default_mix(mixer: Any) -> str:
-    return MIXERS[mixer].mixes[0] if mixer in MIXERS else "outside"
+    return CHOICES[mixer].mixes[0] if mixer in CHOICES else "outside"
 
 
 def layer_numbers(spec: str) -> list[int]:
@@ -158,15 +160,13 @@ def layer_numbers(spec: str) -> list[int]:
 def _problems(settings: dict[str, Any], prefix: str) -> list[str]:
     """What is wrong with one layer's settings, beyond their types."""
     name, mix = settings["mixer"], settings["mix"]
-    if name not in MIXERS:
-        return [f"{prefix}mixer: got '{name}'; allowed are {', '.join(MIXERS)}{nearest(name, MIXERS)}"]
-    entry = MIXERS[name]
+    if name not in CHOICES:
+        return [f"{prefix}mixer: got '{name}'; allowed are {', '.join(CHOICES)}{nearest(name, CHOICES)}"]
+    entry = CHOICES[name]
     problems = _check_options(f"{prefix}mixer_options", settings["mixer_options"], entry.options)
     problems += _check_options(f"{prefix}mix_options", settings["mix_options"], MIX_OPTIONS[mix])
     if mix not in entry.mixes:
-        problems.append(
-            f"{prefix}mix: got '{mix}'; {name} counts in softmax's own unit, allowed are {', '.join(entry.mixes)}"
-        )
+        problems.append(f"{prefix}mix: got '{mix}', allowed with {name} is {' or '.join(entry.mixes)}")
     if problems:
         return problems
     if mix == "joint" and not entry.shares_normaliser(settings["mixer_options"]):

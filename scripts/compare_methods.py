@@ -28,8 +28,7 @@ CONFIG = "smollm2-135m"
 # perplexity in other units, and what has no ratio to the base
 NOT_SHOWN = ("word_", "byte_", "bits_", "kl", "agreement")
 CONTEXT = 32768
-# no share of the output and no gradient: a window with sinks. Of this structure's cache only the state is left unused
-NO_BRANCH = ("--mixer", "hedgehog", "--mix", "outside", "--set", "mix_options.log_mass=-10000")
+NO_BRANCH = ("--mixer", "none")
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Method:
     finetune: tuple[str, ...] = ("--recipe", "lora")
     beside: tuple[str, ...] = ()
     context: int = CONTEXT
-
-    @property
-    def idle_state(self) -> bool:
-        """Whether its recurrent state does nothing, and should not count."""
-        return self.convert[-len(NO_BRANCH) :] == NO_BRANCH
 
 
 OURS = ("--config", CONFIG)
@@ -127,7 +121,6 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         long = ["--data", arguments.book, "--lengths", "8192", "--max-tokens", "8192", "--only", "perplexity"]
         parts.append(linearize("eval", tuned, *long, "-o", folder / "long"))
     manifest = json.loads((tuned / "linearize.json").read_text())
-    sizes = manifest["cache_bytes"][str(CONTEXT)]
     row = {
         "method": name,
         "label": method.label,
@@ -136,7 +129,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         "seconds": manifest.get("finetune", {}).get("seconds", 0.0),
         "settings": manifest["settings"],
         "recipe": manifest.get("finetune", {}).get("recipe"),
-        "cache": {**sizes, "student": sizes["student"] - method.idle_state * manifest["state_bytes"]},
+        "cache": manifest["cache_bytes"][str(CONTEXT)],
         "state_bytes": manifest["state_bytes"],
         "metrics": {metric["name"]: metric for part in parts for metric in part["metrics"]},
         "data": [part["data"] for part in parts],
@@ -150,10 +143,9 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
 def equal_window(model: str, method: Method) -> int:
     """The window with which `method` takes as many bytes as what it stands beside."""
     wanted = bytes_at(linearize("plan", model, *method.beside), method.context)
-    sizes = []
-    for window in (256, 512):
-        plan = linearize("plan", model, *method.convert, "--window", window)
-        sizes.append(bytes_at(plan, method.context) - method.idle_state * plan["state_bytes"])
+    sizes = [
+        bytes_at(linearize("plan", model, *method.convert, "--window", window), method.context) for window in (256, 512)
+    ]
     return 256 + round((wanted - sizes[0]) * 256 / (sizes[1] - sizes[0]))
 
 

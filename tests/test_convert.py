@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from linearize.checkpoint.weights import read_weights
 from linearize.convert import convert
 from linearize.errors import CheckpointError, ConfigError
+from linearize.modeling.loading import load_student, read_manifest
 from linearize.placement import softmax_heads
 from linearize.recipe import load_config
 
@@ -307,3 +308,33 @@ def test_settings_per_layer(base_folder, tmp_path, cli):
     for name in ("class Hedgehog", "class MixtureOfMemories", "class KimiDeltaAttention", "class GatedSlotAttention"):
         assert name in portable
     assert "class RWKV7" not in portable
+
+
+def test_window_and_sinks_alone(base_folder, tmp_path, cli):
+    """`--mixer none` is what the recurrent branch of any other is switched off to, and adds nothing to the weights."""
+    for mixer in ("none", "gla"):
+        code, _, err = cli(
+            "convert", base_folder(), "-o", tmp_path / mixer, "--mixer", mixer, "--window", 8, "--sinks", 2
+        )
+        assert code == 0, err
+    manifest = read_manifest(tmp_path / "none")
+    assert manifest["parameters_added"] == manifest["state_bytes"] == 0 and manifest["settings"]["mix"] == "none"
+    assert not list((tmp_path / "none").glob("*00002*"))
+    ids = torch.randint(2, 300, (2, 60), generator=torch.Generator().manual_seed(0))
+    alone, branched = (load_student(tmp_path / mixer, dtype=torch.float32) for mixer in ("none", "gla"))
+    with torch.no_grad(), branched.recurrent_branch_off():
+        assert torch.equal(alone(ids).logits, branched(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--mixer", "none", "--mix", "joint"], "mix: got 'joint', allowed with none is none"),
+        (["--mixer", "gla", "--mix", "none"], "mix: got 'none', allowed with gla is outside or sum or joint"),
+        (["--mixer", "none", "--set", "gate=learned"], "gate: none has no gate to learn"),
+        (["--mixer", "none", "--set", "mix_options.log_mass=1"], "mix_options.log_mass: unknown key"),
+    ],
+)
+def test_settings_that_a_window_alone_cannot_have(base_folder, cli, flags, wanted):
+    code, _, err = cli("plan", base_folder(), *flags)
+    assert code == 2 and wanted in err

@@ -310,6 +310,23 @@ def test_a_fixed_sum_has_nothing_to_train_but_lora(base_folder, tmp_path):
     assert (tmp_path / "tuned" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("layers", ["0-2", "1"])
+def test_layers_of_a_window_alone_train_their_lora(base_folder, tmp_path, layers):
+    """Everywhere, and beside layers with a recurrent branch, which trains too; `transfer` passes them by."""
+    settings = load_config(None, {"mixer": "gla", "window": 12, "sinks": 2}, [f"layers={{'{layers}': {{mixer: none}}}}"])
+    convert(str(base_folder()), settings, out=tmp_path / "c", verify=False, progress=quiet)
+    sets = ["tokens=960"]
+    if layers == "1":
+        sets += ["stages=[{name: transfer, share: 0.5, seq_len: 48}, {name: distill, share: 0.5, seq_len: 48}]"]
+    run(tmp_path / "c", tmp_path / "tuned", recipe(*sets))
+    before, tuned = (load_student(tmp_path / name, dtype=torch.float32) for name in ("c", "tuned"))
+    first = before.state_dict()
+    moved = {name: not torch.equal(value, first[name]) for name, value in tuned.state_dict().items()}
+    branches = [moved[name] for name in moved if ".mixer." in name]
+    assert branches == ([] if layers == "0-2" else [True] * 2) and any(moved.values())
+    assert tuned(torch.randint(2, 300, (1, 40))).logits.isfinite().all()
+
+
 def test_finetuning_a_finetuned_student_keeps_the_first_base_as_teacher(converted, tmp_path):
     run(converted, tmp_path / "once")
     result = run(tmp_path / "once", tmp_path / "twice")

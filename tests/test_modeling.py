@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from linearize.mixers.registry import MIXERS
-from linearize.modeling.plan import LayerPlan, Plan
+from linearize.modeling.plan import NO_BRANCH, LayerPlan, Plan
 
 LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
 
@@ -18,16 +18,17 @@ LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in
 def plan_for(mix: str, key_value_heads: int, window: int = 8, sinks: int = 2) -> Plan:
     """Three layers: all heads linear, one head kept (where there are several), all kept."""
     options = LOUD if mix == "outside" else {}
+    mixer = NO_BRANCH if mix == NO_BRANCH else "gla"
     every = tuple(range(key_value_heads))
     layers = (
-        LayerPlan((), window=window, sinks=sinks, mix=mix, mix_options=options),
-        LayerPlan(every[1:2], window=window - 3, sinks=sinks + 1, mix=mix, mix_options=options),
+        LayerPlan((), mixer, window=window, sinks=sinks, mix=mix, mix_options=options),
+        LayerPlan(every[1:2], mixer, window=window - 3, sinks=sinks + 1, mix=mix, mix_options=options),
         LayerPlan(every),
     )
     return Plan("llama", layers)
 
 
-@pytest.fixture(params=["outside", "sum"])
+@pytest.fixture(params=["outside", "sum", NO_BRANCH])
 def mix(request):
     return request.param
 
@@ -278,7 +279,7 @@ def test_cache_of_linear_heads_does_not_grow():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plan", ["outside", "sum", *MIXERS])
+@pytest.mark.parametrize("plan", ["outside", "sum", NO_BRANCH, *MIXERS])
 def test_planned_cache_bytes_are_the_real_ones(plan):
     from linearize import convert
 

@@ -13,7 +13,7 @@ ATTENTION, OUTPUT, SOURCE = "Attention", "Output", "Source"
 Model = Annotated[str, typer.Argument(help="Hub id, folder of safetensors, or .gguf file.", show_default=False)]
 Config = Annotated[str | None, typer.Option("--config", help="Named config or YAML file.", rich_help_panel=ATTENTION)]
 Mixer = Annotated[
-    str | None, typer.Option("--mixer", help="Recurrent structure (default: vq).", rich_help_panel=ATTENTION)
+    str | None, typer.Option("--mixer", help="Recurrent structure, or none (default: vq).", rich_help_panel=ATTENTION)
 ]
 Window = Annotated[
     int | None,
@@ -233,7 +233,8 @@ def _print_plan(model: str, settings: Any, json_: bool, **source_options: Any) -
             continue
         kept, linear = ((",".join(map(str, layer[key])) or "-") for key in ("softmax_heads", "linear_heads"))
         gate = " with learned gate" if layer["gate"] == "learned" else ""
-        what = f"{layer['mixer']}{gate} {layer['mix']}, window {layer['window']} + {layer['sinks']} sinks"
+        branch = "" if layer["mixer"] == "none" else f"{layer['mixer']}{gate} {layer['mix']}, "
+        what = f"{branch}window {layer['window']} + {layer['sinks']} sinks"
         scores = "  scores " + " ".join(f"{score:.3f}" for score in layer["scores"]) if layer["scores"] else ""
         emit(f"{layer['layer']:5}  {kept:13}  {linear:13} {what if layer['linear_heads'] else 'unchanged'}{scores}")
     emit(f"parameters: {shown['parameters_base']:,} and {shown['parameters_added']:,} added")

@@ -44,18 +44,18 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.", show_defaul
 
 def _rows(kind: Kind) -> list[dict[str, Any]]:
     if kind is Kind.mixers:
-        from linearize.mixers.registry import MIXERS
+        from linearize.mixers.registry import CHOICES
 
         return [
             {
                 "name": name,
                 "summary": entry.summary,
-                "mixes": "sum, outside" + (", joint" if entry.shares_normaliser({}) else ""),
+                "mixes": ", ".join(mix for mix in entry.mixes if mix != "joint" or entry.shares_normaliser({})),
                 "gates": "key, learned" if entry.has_gates({}) else "none",
                 "options": entry.defaults(),
                 "source": entry.source,
             }
-            for name, entry in MIXERS.items()
+            for name, entry in CHOICES.items()
         ]
     if kind is Kind.families:
         from linearize.families.refused import REFUSED

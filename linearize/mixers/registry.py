@@ -4,6 +4,8 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from linearize.modeling.plan import NO_BRANCH
+
 
 @dataclass(frozen=True)
 class MixerEntry:
@@ -88,6 +90,16 @@ MIXERS = {
     "rwkv7": _entry("rwkv7:RWKV7", "generalised delta rule, decay and write strength per channel", "RWKV-7 2503.14456"),
     "mom": _entry("mom:MixtureOfMemories", "several memories of any other structure, routed", "MoM 2502.13685", options={"inner": MEMORY_STRUCTURES, "memories": 4, "top": 2}, gated={"inner": GATED_STRUCTURES}, positive={"inner": POSITIVE_STRUCTURES}),
 }  # fmt: skip
+
+WINDOW_ALONE = MixerEntry(
+    path="",
+    summary="no recurrent branch, window and sinks alone",
+    source="StreamingLLM 2309.17453; DuoAttention 2410.10819",
+    gated=False,
+    mixes=(NO_BRANCH,),
+)
+# what `mixer` can be
+CHOICES = {**MIXERS, NO_BRANCH: WINDOW_ALONE}
 
 
 def mixer_class(name: str) -> type:

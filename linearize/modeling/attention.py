@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.families.family import Family
 from linearize.mixers.structure import Site
-from linearize.modeling.branch import LinearHeads
+from linearize.modeling.branch import WindowHeads, linear_heads
 from linearize.modeling.cache import adopt_layer, context_of
 from linearize.modeling.plan import LayerPlan
 from linearize.ops.window import Scores
@@ -64,7 +64,7 @@ class Observation:
     """
 
     layer: int
-    branch: LinearHeads
+    branch: WindowHeads
     q: Tensor
     q_rotary: Tensor
     k: Tensor
@@ -109,7 +109,7 @@ class LinearizedAttention:
         self.call_names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
         self.cache_name = next(name for name in CACHE_ARGUMENTS if name in self.call_names)
         self.handed_on: dict[str, Tensor | None] = {}
-        self.mixer = LinearHeads(plan, site, config.hidden_size) if site.heads else None
+        self.mixer = linear_heads(plan, site, config.hidden_size) if site.heads else None
         order = [*self.softmax_heads, *self.linear_heads]
         self.restore = None if order == sorted(order) else [order.index(head) for head in range(site.total_heads)]
         self.set_linear(True)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from linearize.mixers.registry import mixer_class
 from linearize.mixers.structure import Site
 from linearize.modeling.cache import Context
-from linearize.modeling.plan import MIX_OPTIONS, LayerPlan
+from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH, LayerPlan
 from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, window_attention
 
@@ -50,7 +50,89 @@ def _float32() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class LinearHeads(nn.Module):
+def linear_heads(plan: LayerPlan, site: Site, hidden_size: int) -> "WindowHeads":
+    """The linear heads that a layer's plan asks for."""
+    return WindowHeads(plan, site) if plan.mixer == NO_BRANCH else LinearHeads(plan, site, hidden_size)
+
+
+class WindowHeads(nn.Module):
+    """Softmax over a window and the sinks, and nothing else: linear heads without a recurrent branch. No parameters."""
+
+    keeps_raw_keys = False
+    shares: list[Tensor] | None = None
+
+    def __init__(self, plan: LayerPlan, site: Site):
+        super().__init__()
+        self.site, self.window, self.sinks = site, plan.window, plan.sinks
+
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of one key/value head's recurrent state."""
+        return (0,)
+
+    def noted_bytes(self, width: int) -> int:
+        """Bytes per key/value head that a cache of `width` bytes a number keeps of each token in the window for the
+        recurrent branch."""
+        return 0
+
+    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor, *, cached: bool = False) -> Tensor:
+        """What the recurrent branch reads of each token besides its value, where there is one."""
+        return k_rotary
+
+    def forward(
+        self, q: Tensor, q_rotary: Tensor, context: Context, *, scores: Scores, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from the last T tokens of `context`.
+
+        Args:
+            q, q_rotary: [B, T, H, K] before and after rotary.
+            context: the keys and values in reach (modeling/cache.py).
+            scores: how the window's scores are made.
+            state: the recurrent state before the first of these tokens, or None.
+
+        Returns:
+            output [B, T, H, K] in q's dtype, the recurrent state after the last token.
+        """
+        T, cached = q.shape[1], context.length - q.shape[1]
+        if T <= SEGMENT or torch.is_grad_enabled():
+            return self._attend(q, q_rotary, context, scores, state)
+        outputs = []
+        for start in range(0, T, SEGMENT):
+            end = min(start + SEGMENT, T)
+            part = context.part(max(0, cached + start - self.window), cached + end)
+            output, state = self._attend(q[:, start:end], q_rotary[:, start:end], part, scores, state)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), state
+
+    def _attend(
+        self, q: Tensor, q_rotary: Tensor, context: Context, scores: Scores, state: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._window(q_rotary, context, scores)[0], state
+
+    def _window(
+        self, q: Tensor, context: Context, scores: Scores, with_log_sum: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The softmax window's output [B, T, H, K] and, if asked for, log sum_j exp(score_j), [B, T, H, 1]."""
+        sinks = {}
+        if context.sink_keys is not None and context.length + context.first_slot > self.window:
+            sinks = {
+                "sink_keys": context.sink_keys,
+                "sink_values": context.sink_values,
+                "sink_mask": context.sink_mask(q.shape[1], self.window),
+            }
+        return window_attention(
+            q,
+            context.keys,
+            context.values,
+            window=self.window,
+            key_mask=context.key_mask,
+            segments=context.segments,
+            with_log_sum=with_log_sum,
+            **vars(scores),
+            **sinks,
+        )
+
+
+class LinearHeads(WindowHeads):
     """Window, recurrent branch and their mix. Its parameters are all that a conversion adds to a layer.
 
     `recurrent_enabled = False` leaves window + sinks alone, the training-free baseline; `window_enabled = False` the
@@ -59,8 +141,8 @@ class LinearHeads(nn.Module):
 
     @_float32()
     def __init__(self, plan: LayerPlan, site: Site, hidden_size: int):
-        super().__init__()
-        self.window, self.sinks, self.mix = plan.window, plan.sinks, plan.mix
+        super().__init__(plan, site)
+        self.mix = plan.mix
         self.mix_options = {**MIX_OPTIONS[plan.mix], **plan.mix_options}
         self.structure = mixer_class(plan.mixer)(site, **plan.mixer_options)
         self.recurrent_enabled = self.window_enabled = True
@@ -68,7 +150,6 @@ class LinearHeads(nn.Module):
         self.unfitted_penalty = (
             UNFITTED if self.structure.arrival_bytes() and "log_mass" not in plan.mix_options else 0.0
         )
-        self.shares: list[Tensor] | None = None
         query_heads = len(site.heads) * site.group
         # one normaliser for window and past, which a column of ones counts
         self.shared = self.delayed and self.structure.positive and self.structure.normalization != "rms"
@@ -110,9 +191,15 @@ class LinearHeads(nn.Module):
             self.gate_projection.zero_()
 
     def state_shape(self) -> tuple[int, ...]:
-        """Shape of one key/value head's recurrent state."""
         ones = self.shared or self.structure.normalization == "sum"
-        return self.structure.state_shape(self.structure.site.head_dim + ones)
+        return self.structure.state_shape(self.site.head_dim + ones)
+
+    def noted_bytes(self, width: int) -> int:
+        if self.structure.rotary or not self.keeps_raw_keys:
+            return self.structure.arrival_bytes() * self.delayed
+        if self.gate_projection is None:
+            return width * self.site.head_dim
+        return 4 * (self.site.head_dim + self.structure.gate_width())  # key and gate logits in float32
 
     def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor, *, cached: bool = False) -> Tensor:
         """What the recurrent branch reads of each token besides its value: [B, T, J, K], or with a learned gate
@@ -130,36 +217,11 @@ class LinearHeads(nn.Module):
         offset = F.linear(hidden.to(dtype), self.gate_projection.to(dtype)).unflatten(-1, (k.shape[2], -1))
         return torch.cat([k.to(dtype), offset], dim=-1)
 
-    def forward(
-        self, q: Tensor, q_rotary: Tensor, context: Context, *, scores: Scores, state: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attends from the last T tokens of `context`.
-
-        Args:
-            q, q_rotary: [B, T, H, K] before and after rotary.
-            context: the keys and values in reach (modeling/cache.py).
-            scores: how the window's scores are made.
-            state: the recurrent state before the first of these tokens, or None.
-
-        Returns:
-            output [B, T, H, K] in q's dtype, the recurrent state after the last token.
-        """
-        T, cached = q.shape[1], context.length - q.shape[1]
-        if T <= SEGMENT or torch.is_grad_enabled():
-            return self._attend(q, q_rotary, context, scores, state)
-        outputs = []
-        for start in range(0, T, SEGMENT):
-            end = min(start + SEGMENT, T)
-            part = context.part(max(0, cached + start - self.window), cached + end)
-            output, state = self._attend(q[:, start:end], q_rotary[:, start:end], part, scores, state)
-            outputs.append(output)
-        return torch.cat(outputs, dim=1), state
-
     def _attend(
         self, q: Tensor, q_rotary: Tensor, context: Context, scores: Scores, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if not self.recurrent_enabled:
-            return self._window(q_rotary, context, scores)[0], state
+            return super()._attend(q, q_rotary, context, scores, state)
         windowed, log_sum = self._window(q_rotary, context, scores, with_log_sum=self.mix == "joint")
         queries = q_rotary if self.structure.rotary else q
         if self.mix == "sum":
@@ -243,29 +305,6 @@ class LinearHeads(nn.Module):
             parts = [part.float().norm(dim=-1).mean((0, 1)) for part in (window, recurrent)]
             self.shares.append(parts[1] / (parts[0] + parts[1]).clamp(min=NORM_EPSILON))
         return window + recurrent if self.window_enabled else recurrent
-
-    def _window(
-        self, q: Tensor, context: Context, scores: Scores, with_log_sum: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The softmax window's output [B, T, H, K] and, if asked for, log sum_j exp(score_j), [B, T, H, 1]."""
-        sinks = {}
-        if context.sink_keys is not None and context.length + context.first_slot > self.window:
-            sinks = {
-                "sink_keys": context.sink_keys,
-                "sink_values": context.sink_values,
-                "sink_mask": context.sink_mask(q.shape[1], self.window),
-            }
-        return window_attention(
-            q,
-            context.keys,
-            context.values,
-            window=self.window,
-            key_mask=context.key_mask,
-            segments=context.segments,
-            with_log_sum=with_log_sum,
-            **vars(scores),
-            **sinks,
-        )
 
     def _recurrent(
         self, q: Tensor, context: Context, state: Tensor | None, *, start: int, delay: int

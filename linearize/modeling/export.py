@@ -10,7 +10,7 @@ import importlib.resources
 from pathlib import Path
 
 from linearize.families.registry import find_family
-from linearize.mixers.registry import MIXERS
+from linearize.mixers.registry import CHOICES, MIXERS
 from linearize.modeling.plan import Plan
 
 PORTABLE_FILE = "modeling_linearized.py"
@@ -105,9 +105,8 @@ def _structures(plan: Plan) -> list[str]:
     """The plan's structures and those that they are built around."""
     names: dict[str, None] = {}
     for layer in plan.layers:
-        options = {**MIXERS[layer.mixer].defaults(), **layer.mixer_options}
-        names.update(dict.fromkeys(value for value in options.values() if value in MIXERS))
-        names[layer.mixer] = None
+        options = {**CHOICES[layer.mixer].defaults(), **layer.mixer_options}
+        names.update(dict.fromkeys(value for value in (*options.values(), layer.mixer) if value in MIXERS))
     return list(names)
 
 

@@ -10,11 +10,14 @@ from typing import Any
 FORMAT_VERSION = 1
 # of the model type that a base becomes
 PREFIX = "linearized_"
+# the mixer of layers whose linear heads have window and sinks alone
+NO_BRANCH = "none"
 # the ways to mix window and recurrent branch, and the settings each has (modeling/branch.py)
 MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
     "outside": {"log_mass": -6.0, "branch_scale": 0.0},
     "joint": {"log_mass": 0.0},
     "sum": {"window_weight": 0.5, "recurrent_weight": 0.5, "learned": False},
+    NO_BRANCH: {},
 }
 
 
@@ -24,10 +27,10 @@ class LayerPlan:
 
     Attributes:
         softmax_heads: key/value heads that keep full softmax attention, ascending.
-        mixer: name of the gated structure of the other heads (`linearize list mixers`).
+        mixer: name of the gated structure of the other heads (`linearize list mixers`), or "none".
         window: keys the other heads see through softmax, the query's own included.
         sinks: first tokens of a document that stay visible after they left the window.
-        mix: how window and recurrent branch become one output: "sum", "outside" or "joint" (modeling/branch.py).
+        mix: how window and recurrent branch become one output: "sum", "outside" or "joint" (modeling/branch.py), or "none".
         gate: where gate logits come from: "key", the key projection alone, or "learned", corrected by a projection of
             the hidden states that starts at zero.
         mixer_options, mix_options: settings of the two; what is absent has its default.

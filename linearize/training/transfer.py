@@ -26,7 +26,8 @@ def transfer_backward(model: PreTrainedModel, batch: Batch, share: float) -> Ten
             target = seen.target.detach().float()
             error = (seen.run().float() - target).square().sum() / target.square().sum().clamp(min=EPSILON)
             loss = share * error / layers
-            loss.backward()
+            if loss.requires_grad:  # a window alone has nothing to train
+                loss.backward()
         losses.append(loss.detach())
 
     layers = sum(1 for _, attention in model.linear_attentions() if attention.linear_heads)
