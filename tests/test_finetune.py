@@ -313,7 +313,9 @@ def test_a_fixed_sum_has_nothing_to_train_but_lora(base_folder, tmp_path):
 @pytest.mark.parametrize("layers", ["0-2", "1"])
 def test_layers_of_a_window_alone_train_their_lora(base_folder, tmp_path, layers):
     """Everywhere, and beside layers with a recurrent branch, which trains too; `transfer` passes them by."""
-    settings = load_config(None, {"mixer": "gla", "window": 12, "sinks": 2}, [f"layers={{'{layers}': {{mixer: none}}}}"])
+    settings = load_config(
+        None, {"mixer": "gla", "window": 12, "sinks": 2}, [f"layers={{'{layers}': {{mixer: none}}}}"]
+    )
     convert(str(base_folder()), settings, out=tmp_path / "c", verify=False, progress=quiet)
     sets = ["tokens=960"]
     if layers == "1":

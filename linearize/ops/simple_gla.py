@@ -42,7 +42,8 @@ def simple_gla_chunked(
     state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if T == 0:
         return v.new_zeros(B, 0, q.shape[2], V), state
-    q_ = chunks(grouped(q, k).to(dtype) * scale, SIMPLE_CHUNK)
+    q_ = grouped(q, k).to(dtype)
+    q_ = chunks(q_ if scale == 1.0 else q_ * scale, SIMPLE_CHUNK)
     k_, v_ = (chunks(x.to(dtype), SIMPLE_CHUNK) for x in (k, v))
     b = None if log_decay is None else chunks(log_decay.to(dtype), SIMPLE_CHUNK).cumsum(-1)
     output, final = _ChunkedSimpleGLA.apply(q_, k_, v_, b, state, segment_chunks(segments, SIMPLE_CHUNK))
@@ -85,14 +86,14 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
     def forward(ctx, q, k, v, b, state, segments):
         inside, reads, writes, carry = _decays(q, b, segments)
         scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside)
-        increments = (k * writes).transpose(-1, -2) @ v
+        increments = _times(k, writes).transpose(-1, -2) @ v
         states = []
         for n in range(q.shape[2]):
             states.append(state)
-            state = increments[:, :, n] + carry[:, :, n] * state
+            state = increments[:, :, n] + _times(state, carry, n)
         states = torch.stack(states, dim=2)
         output = scores.flatten(3, 4) @ v
-        output += (q * reads).flatten(3, 4) @ states
+        output += _times(q, reads).flatten(3, 4) @ states
         ctx.save_for_backward(q, k, v, b, states, segments, scores)
         return output.unflatten(3, q.shape[3:5]), state
 
@@ -101,20 +102,20 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         q, k, v, b, states, segments, scores = ctx.saved_tensors
         inside, reads, writes, carry = _decays(q, b, segments)
         d_output = d_output.flatten(3, 4)
-        d_reads = (q * reads).flatten(3, 4).transpose(-1, -2) @ d_output
+        d_reads = _times(q, reads).flatten(3, 4).transpose(-1, -2) @ d_output
         d_next = []
         for n in reversed(range(q.shape[2])):
             d_next.append(d_state)
-            d_state = d_reads[:, :, n] + carry[:, :, n] * d_state
+            d_state = d_reads[:, :, n] + _times(d_state, carry, n)
         d_next = torch.stack(d_next[::-1], dim=2)
 
         dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
-        dv += (k * writes) @ d_next
-        dk_out = (v @ d_next.transpose(-1, -2)).mul_(writes)
+        dv += _times(k, writes) @ d_next
+        dk_out = _times(v @ d_next.transpose(-1, -2), writes)
         d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside).flatten(3, 4)
         dq = (d_scores @ k).unflatten(3, q.shape[3:5])
         dk = d_scores.transpose(-1, -2) @ q.flatten(3, 4)
-        dq += (d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(reads)
+        dq += _times((d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]), reads)
         dk += dk_out
         if b is None:
             return dq, dk, dv, None, d_state, None
@@ -124,15 +125,24 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         return dq, dk, dv, db, d_state, None
 
 
+def _times(x: Tensor, factor: Tensor | None, chunk: int | None = None) -> Tensor:
+    """x by a factor, or by its part for one chunk; None is 1."""
+    if factor is None:
+        return x
+    return x * (factor if chunk is None else factor[:, :, chunk])
+
+
 def _decays(q: Tensor, b: Tensor | None, segments: Tensor | None):
     """Factors, every one at most 1: between tokens of a chunk, from its entering state to each token, from each token
-    to its leaving state, and across it."""
+    to its leaving state, and across it. The last three are None where nothing is forgotten."""
     C = q.shape[3]
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    if b is None and segments is None:
+        return causal.to(q.dtype)[:, None, :], None, None, None
     keep_in, keep_out, keep, same = segment_masks(segments, q.dtype)
     if b is None:
-        one = q.new_ones(1, 1, 1, 1)
-        inside, reads, writes, carry = causal.to(q.dtype), one, one, one[0].expand(1, 1, q.shape[2])
+        inside = causal.to(q.dtype)
+        reads, writes, carry = q.new_ones(()), q.new_ones(()), q.new_ones(())
     else:
         inside = (b[..., :, None] - b[..., None, :]).masked_fill_(~causal, float("-inf")).exp_()
         reads, writes, carry = b.exp(), (b[..., -1:] - b).exp(), b[..., -1].exp()

@@ -172,8 +172,23 @@ def window_attention(
 
 def _windows(x: Tensor, span: int, step: int) -> Tensor:
     """Overlapping stretches of dimension 1: [B, L, ...] -> [B, blocks, span, ...] (a view)."""
-    x = x.unfold(1, span, step)
-    return x.movedim(-1, 2)
+    return _Windows.apply(x, span, step)
+
+
+class _Windows(torch.autograd.Function):
+    """Gradients add up stretch by stretch, several times as fast as those of `unfold`."""
+
+    @staticmethod
+    def forward(ctx, x, span, step):
+        ctx.shape, ctx.span, ctx.step = x.shape, span, step
+        return x.unfold(1, span, step).movedim(-1, 2)
+
+    @staticmethod
+    def backward(ctx, d_windows):
+        dx = d_windows.new_zeros(ctx.shape)
+        for i, d_window in enumerate(d_windows.unbind(1)):
+            dx[:, i * ctx.step : i * ctx.step + ctx.span] += d_window
+        return dx, None, None
 
 
 def _band(T: int, S: int, width: int, device) -> Tensor:
