@@ -357,7 +357,8 @@ def checked_model_type(source: Source) -> dict[str, Any]:
     if "linearize" in raw or str(model_type).startswith("linearized_"):
         raise UnsupportedModelError(f"{source.name}: is already linearized; convert its base model instead")
     if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        quantization = raw["quantization_config"]
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{source.name}: is quantised ({method}); convert the original floating-point checkpoint (or a GGUF file, "
             "which is dequantised) and quantise the result"
@@ -449,8 +450,14 @@ def _expected_tensors(config: dict, family_name: str) -> tuple[dict[str, tuple[i
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception as error:  # of every kind: the values are anybody's
+        raise CheckpointError(
+            f"config.json: transformers cannot build {family_name} from it: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}"
+        ) from None
     weights = model.state_dict()
     tied = model.all_tied_weights_keys if config.get("tie_word_embeddings") else {}
     # checkpoints have names of their own: those of mixtures hold every expert apart, GPT-NeoX's head is embed_out
@@ -537,6 +544,8 @@ def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Ca
     """Step 4; None where the settings or the machine say no."""
     settings = inspection.settings.calibration
     if settings.when == "never" or not inspection.added:
+        if settings.when == "always":
+            progress("not calibrated: this conversion adds no parameters")
         return None
     if settings.when == "auto" and not base_runs(inspection.weights):
         progress("not calibrated: the base is too large to be run here (--calibrate insists)")

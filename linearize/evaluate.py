@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import json
 import math
 import shlex
 import shutil
@@ -22,9 +23,9 @@ from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.source import Source
-from linearize.checkpoint.writing import write_json, write_text
+from linearize.checkpoint.writing import check_writable, write_json, write_text
 from linearize.convert import versions
-from linearize.errors import ConfigError
+from linearize.errors import ConfigError, Interrupted
 from linearize.evaluation.suite import Suite, within_positions
 from linearize.modeling.plan import Plan
 from linearize.report.card import add_evaluation
@@ -75,6 +76,8 @@ def evaluate(
         beyond = [length for length in suite.lengths if length > manifest["settings"]["window"]]
         expressions += [f"perplexity@{length}.recovery>={min_recovery}" for length in beyond]
     check_gates(expressions, suite.metric_names(), open_ended=bool(suite.tasks))
+    if out is not None:
+        check_writable(out)
     older = read_older(compare) if compare else None
     for path in suite.choice:
         read_items(Path(path), suite.task_limit)
@@ -84,6 +87,8 @@ def evaluate(
     kept = None if out is None else out / UNFINISHED
     with open_base(manifest, base) as source, _work_folder(kept) as work:
         suite, notes = within_positions(suite, source.read_config())
+        if not any(layer.has_branch for layer in Plan.from_dict(manifest["plan"]).layers):
+            suite = replace(suite, branch=False)
         _require_same_tokenizer(source, tokenizer)
         text = _text_ids(suite, tokenizer)
         loaders, folders = _weights(model, manifest, source, suite, dtype)
@@ -98,10 +103,14 @@ def evaluate(
         identity |= {"base": source.fingerprint(), "dtype": str(dtype), "suite": asdict(suite)}
         identity |= {"data": data_fingerprint([*suite.data, *suite.choice])}
         with torch.no_grad():
-            findings = [
-                _kept(kept, name, identity, run, lab, progress)
-                for name, run in _stages(suite, tasks, source.fingerprint())
-            ]
+            try:
+                findings = [
+                    _kept(kept, name, identity, run, lab, progress)
+                    for name, run in _stages(suite, tasks, source.fingerprint())
+                ]
+            except KeyboardInterrupt:
+                done = "; the parts that are finished are kept, and the same command goes on" if out else ""
+                raise Interrupted(f"interrupted{done}") from None
         base_name = source.name
     metrics = tuple(metric for found in findings for metric in found.metrics)
     results = Results(
@@ -128,8 +137,9 @@ def evaluate(
         results = replace(results, gates=(*results.gates, *regressions), notes=(*results.notes, *remarks))
     if out is not None:
         write_results(results, out)
-        if out.resolve() == (model / "eval").resolve():
-            add_evaluation(model / "README.md", results)
+        card = model / "README.md"  # an adapter alone has none
+        if out.resolve() == (model / "eval").resolve() and card.is_file():
+            add_evaluation(card, results)
     return results
 
 
@@ -305,15 +315,14 @@ def _kept(folder: Path | None, name: str, identity: dict, run: Callable, lab, pr
 
     if folder is None:
         return run(lab)
-    adapter = TypeAdapter(Findings)
     path = folder / f"{fingerprint_of({**identity, 'stage': name})}.json"
     if path.is_file():
         progress(f"{name}: kept from an interrupted run")
-        return adapter.validate_json(path.read_bytes())
+        return TypeAdapter(Findings).validate_python(json.loads(path.read_bytes()))
     found = run(lab)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, adapter.dump_json(found).decode())
+        write_text(path, json.dumps(asdict(found)))  # errors can be NaN, which pydantic would write as null
     except PermissionError:
         raise ConfigError(f"--out: no permission to write in {folder.parent}") from None
     return found

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.checkpoint.writing import atomic_folder, check_space, check_target, write_json, write_text
+from linearize.checkpoint.writing import atomic_folder, check_space, check_target, make_folder, write_json, write_text
 from linearize.convert import OUTPUT_ROOT, versions
 from linearize.errors import ConfigError
+from linearize.modeling.plan import NO_BRANCH
 from linearize.recipe import OWN_START, Recipe
 
 if TYPE_CHECKING:
@@ -108,7 +109,6 @@ def finetune(
             saved = json.loads((states(work)[-1] / "state.json").read_bytes())
             check_fingerprint(saved["fingerprint"], fingerprint, work)
             progress(f"resuming {work.name} after step {saved['step']}")
-        work.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
 
     set_seed(recipe.seed)
@@ -130,15 +130,22 @@ def finetune(
         )
         + f" tokens), {str(dtype).removeprefix('torch.')} on {accelerator.device}"
     )
+    if main:
+        make_folder(work)
+    accelerator.wait_for_everyone()
     started = time.monotonic()
     trained = 0
-    for leg, leg_rows in zip(legs, rows):
-        distiller.start(leg.stage)
-        optimizers = optimizers_of(distiller, leg.stage.optimizer)
-        losses = train(
-            distiller, optimizers, leg_rows, recipe, leg, accelerator, work, fingerprint=fingerprint, report=report
-        )
-        trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
+    try:
+        for leg, leg_rows in zip(legs, rows):
+            distiller.start(leg.stage)
+            optimizers = optimizers_of(distiller, leg.stage.optimizer)
+            losses = train(
+                distiller, optimizers, leg_rows, recipe, leg, accelerator, work, fingerprint=fingerprint, report=report
+            )
+            trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
+    finally:
+        if main and not states(work):  # nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
     seconds = time.monotonic() - started
     if not main:
         accelerator.wait_for_everyone()
@@ -227,7 +234,7 @@ def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
     shortest, longest = (pick(stage.seq_len for stage in recipe.plan()) for pick in (min, max))
     if positions and longest > positions:
         raise ConfigError(f"seq_len: got {longest}, the model has {positions} positions")
-    if settings["mix"] != "sum" and shortest <= settings["window"] + settings["sinks"]:
+    if settings["mix"] not in ("sum", NO_BRANCH) and shortest <= settings["window"] + settings["sinks"]:
         raise ConfigError(
             f"seq_len: got {shortest}, which never leaves the window of {settings['window']} keys and "
             f"{settings['sinks']} sinks, so the recurrent branch would not train; use more"

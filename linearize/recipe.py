@@ -7,7 +7,7 @@ Unknown keys and wrong values are collected at every depth and reported together
 import importlib.resources
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,12 +16,14 @@ from linearize.errors import ConfigError, nearest
 from linearize.mixers.registry import CHOICES
 from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH
 
+# tokens that a window can be asked for
+LONGEST = 2**31 - 1
 ABOVE_ZERO = {"gate_logit_normalizer"}
 Options = dict[str, float | int | bool | str]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Scoring(Strict):
@@ -54,7 +56,7 @@ class LayerSettings(Strict):
     mixer: str | None = None
     mixer_options: Options | None = None
     gate: Literal["key", "learned"] | None = None
-    window: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1, le=LONGEST)
     sinks: int | None = Field(default=None, ge=0)
     mix: Literal["sum", "outside", "joint", "none"] | None = None
     mix_options: Options | None = None
@@ -67,7 +69,7 @@ class ConversionConfig(Strict):
     mixer: str = "vq"
     mixer_options: Options = {}
     gate: Literal["key", "learned"] = "key"
-    window: int = Field(default=512, ge=1)
+    window: int = Field(default=512, ge=1, le=LONGEST)
     sinks: int = Field(default=4, ge=0)
     mix: Literal["sum", "outside", "joint", "none"] = "outside"
     mix_options: Options = {}
@@ -143,7 +145,7 @@ class ConversionConfig(Strict):
 
 
 def _default_mix(mixer: Any) -> str:
-    return CHOICES[mixer].mixes[0] if mixer in CHOICES else "outside"
+    return CHOICES[mixer].mixes[0] if isinstance(mixer, str) and mixer in CHOICES else "outside"
 
 
 def layer_numbers(spec: str) -> list[int]:
@@ -244,7 +246,7 @@ class Optimizer(Strict):
     lr: float = Field(default=5e-4, gt=0)
     mixer_lr: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     schedule: Literal["cosine", "constant"] = "cosine"
     final_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -320,8 +322,9 @@ class Recipe(Strict):
         filled = []
         for stage in data["stages"]:
             if isinstance(stage, dict):
-                loss = {**data.get("loss", {}), **STAGE_LOSSES.get(stage.get("name"), {}), **stage.get("loss", {})}
-                optimizer = {**data.get("optimizer", {}), **stage.get("optimizer", {})}
+                kind = STAGE_LOSSES.get(str(stage.get("name")), {})
+                loss = _over(data.get("loss", {}), kind, stage.get("loss", {}))
+                optimizer = _over(data.get("optimizer", {}), stage.get("optimizer", {}))
                 around = {key: data[key] for key in shared if key in data}
                 stage = {**around, **stage, "loss": loss, "optimizer": optimizer}
             filled.append(stage)
@@ -349,13 +352,19 @@ class Recipe(Strict):
         return [Stage.model_validate({"name": name, **around})]
 
 
+def _over(*groups: Any) -> Any:
+    """Groups of keys laid over one another; what is no group is left for the schema to refuse."""
+    wrong = [group for group in groups if not isinstance(group, dict)]
+    return wrong[-1] if wrong else {key: value for group in groups for key, value in group.items()}
+
+
 def tokens_of(text: str) -> int | str:
     """A number of tokens as people write it: 300K, 1.5M, 20_000. What is none of them comes back unchanged."""
     units = {"K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
     number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
     try:
         return round(float(number.replace("_", "")) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         return text
 
 
@@ -395,12 +404,38 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set: got '{item}', allowed is key=value, for example --set window=128")
-        _assign(data, key, _scalar(text))
-    try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        lines = [line for item in error.errors() for line in _explain(item, schema).splitlines()]
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+        try:
+            _assign(data, key, _scalar(text))
+        except yaml.YAMLError:
+            raise ConfigError(f"--set: got '{item}', whose value is not valid YAML") from None
+    lines: dict[str, None] = {}
+    while True:
+        try:
+            settings = schema.model_validate(data)
+            break
+        except ValidationError as error:
+            found = error.errors()
+            lines |= dict.fromkeys(line for item in found for line in _explain(item, schema).splitlines())
+            # what is checked last is only checked where all before it holds, so the wrong keys go and it is looked at again
+            if not any([_removed(data, item["loc"]) for item in found]):
+                break
+    if lines:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines))
+    return settings
+
+
+def _removed(data: Any, location: tuple) -> bool:
+    """Takes the value at `location` out of nested dicts and lists; whether there was one."""
+    *parents, last = location or (None,)
+    for key in parents:
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    if isinstance(data, dict) and last in data:
+        del data[last]
+        return True
+    return False
 
 
 def _find(kind: str, name: str) -> Path:
@@ -416,9 +451,20 @@ def _find(kind: str, name: str) -> Path:
     return known[name]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A key that stands twice is a mistake, of which YAML would keep the second half."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (at, _) in zip(keys, node.value):
+            if isinstance(key, str) and keys.count(key) > 1:
+                raise yaml.YAMLError(f"key '{key}' stands twice{at.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:

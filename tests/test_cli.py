@@ -145,3 +145,63 @@ def test_of_mixer_and_mix_each_follows_from_the_other(given, mixer, mix):
 
     config = load_config(None, given)
     assert (config.mixer, config.mix) == (mixer, mix)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "words"),
+    [
+        ("plan", ["--set", "layers={"], ["layers={", "not valid YAML"]),
+        ("plan", ["--set", "mixer=[a]"], ["mixer", "['a']"]),
+        ("plan", ["--window", str(10**20)], ["window"]),
+        ("plan", ["--set", "windo=3", "--set", "mix_options.lg=2", "--set", "scoring.rws=1"],
+         ["did you mean 'window'", "mix_options.lg", "scoring.rws"]),
+        ("finetune", ["--set", "stages=[{name: distill, loss: 3}]"], ["stages.0.loss", "got 3"]),
+        ("finetune", ["--set", "loss=kl", "--set", "stages=[{name: distill}]"], ["loss", "'kl'"]),
+        ("finetune", ["--set", "stages=[{name: [a]}]"], ["stages.0.name"]),
+        ("finetune", ["--tokens", "1e999"], ["tokens", "1e999"]),
+        ("finetune", ["--set", "optimizer.betas=[2, 3]"], ["optimizer.betas", "less than 1"]),
+        ("finetune", ["--lr", "inf"], ["optimizer.lr", "finite"]),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(base_folder, cli, command, flags, words):
+    code, out, err = cli(command, base_folder(), *flags)
+    assert code == 2 and out == "" and "Traceback" not in err, err
+    for word in words:
+        assert word in err
+
+
+def test_every_mistake_of_a_config_is_named_at_once(base_folder, cli, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("windo: 3\nsinks: many\nmix_options: {foo: 1}\nlayers: {'1': {windo: 3, mixer_options: {a: 1}}}\n")
+    code, _, err = cli("plan", base_folder(), "--config", path)
+    assert code == 2
+    for word in ("windo:", "sinks:", "mix_options.foo", "layers.1.windo", "layers.1.mixer_options.a"):
+        assert word in err
+    path.write_text("window: 3\nsinks: 2\nwindow: 5\n")
+    code, _, err = cli("plan", base_folder(), "--config", path)
+    assert code == 2 and "'window' stands twice" in err
+
+
+def test_an_interruption_is_one_document_too(cli, monkeypatch):
+    from linearize import doctor
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for name in [
+        name for name, value in vars(doctor).items() if callable(value) and value.__module__ == doctor.__name__
+    ]:
+        monkeypatch.setattr(doctor, name, stop)
+    code, out, _ = cli("doctor", "--json")
+    assert code == 130 and json.loads(out) == {"error": "interrupted", "exit_code": 130}
+
+
+def test_no_permission_and_no_folder_above(base_folder, cli, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    code, _, err = cli("convert", base_folder(), "-o", tmp_path / "file" / "out")
+    assert code == 2 and "Not a directory" in err
+    monkeypatch.setattr("os.access", lambda *_: False)
+    code, _, err = cli("plan", base_folder())
+    assert code == 0, err
+    code, _, err = cli("convert", base_folder(), "-o", tmp_path / "out", "--dry-run")
+    assert code == 2 and "no permission" in err

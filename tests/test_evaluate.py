@@ -303,3 +303,32 @@ def test_figures_without_a_spread(converted):
     assert [gate.passed for gate in regression_gates(older, results)[0]] == [True]
     older["metrics"]["recall@8"]["value"]["mean"] = 0.51
     assert [gate.passed for gate in regression_gates(older, results)[0]] == [False]
+
+
+def test_a_kept_part_reads_back_as_it_was(converted, tmp_path, cli, monkeypatch):
+    """An error of NaN included, which one window has; and an interruption says that parts are kept, in JSON too."""
+    from linearize.evaluation import recall
+
+    flags = ["--lengths", 64, "--max-tokens", 64, "--recall", 32, "--recall-rows", 1, "--only", "perplexity,recall"]
+    with monkeypatch.context() as patch:
+
+        def stop(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        patch.setitem(recall.KINDS, "recall", (stop, recall.accuracy))
+        code, out, err = cli("eval", converted, *flags, "-o", tmp_path / "eval", "--json")
+    assert code == 130 and "are kept" in json.loads(out)["error"], err
+    code, out, err = cli("eval", converted, *flags, "-o", tmp_path / "eval", "--json")
+    assert code == 0 and "kept from an interrupted run" in err
+    assert [metric["name"] for metric in json.loads(out)["metrics"]][-1] == "recall@32"
+
+
+def test_a_window_alone_has_no_column_with_the_window_off(base_folder, tmp_path, cli):
+    code, _, err = cli(
+        "convert", base_folder(), "-o", tmp_path / "none", "--mixer", "none", "--window", 12, "--no-verify"
+    )
+    assert code == 0, err
+    code, out, err = cli("eval", tmp_path / "none", "--suite", "quick", "--lengths", 64, "--max-tokens", 128, "--json",
+                         "--only", "perplexity,branch")  # fmt: skip
+    values = json.loads(out)["metrics"][0]["values"]
+    assert code == 0 and "window_off" not in values and values["branch_off"] == values["student"], err

@@ -405,6 +405,32 @@ BAD_DATA = {
 }
 
 
+def test_what_fails_before_training_leaves_nothing(converted, tmp_path, cli):
+    sets = [part for item in SETTINGS for part in ("--set", item)]
+    for flags in (["--teacher", tmp_path / "gone"], ["--set", "gradient_accumulation=3"]):
+        code, _, err = cli("finetune", converted, "-o", tmp_path / "out", *sets, *flags)
+        assert code == 2, err
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+def test_a_run_without_a_state_starts_afresh(converted, tmp_path):
+    """What a run that died before its first state had logged is not taken for this one's."""
+    work = tmp_path / "out.training"
+    work.mkdir()
+    (work / "metrics.jsonl").write_text('{"step": 1, "loss": 77.0, "lr": Infinity}\n')
+    result = run(converted, tmp_path / "out")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and result["finetune"]["first_loss"] < 77
+
+
+def test_an_adapter_alone_can_be_evaluated(converted, tmp_path, cli):
+    run(converted, tmp_path / "out", merge=False)
+    flags = ["--lengths", 64, "--max-tokens", 128, "--only", "perplexity"]
+    code, out, err = cli("eval", tmp_path / "out", *flags, "--json")
+    assert code == 0 and json.loads(out)["metrics"], err
+    assert (tmp_path / "out" / "eval" / "results.json").is_file()
+
+
 @pytest.mark.parametrize("case", list(BAD_DATA))
 def test_bad_data(converted, tmp_path, cli, case):
     name, content, message = BAD_DATA[case]

@@ -120,8 +120,10 @@ def open_source(
             _merge(source, adapter, Path(folder))
             yield Source(str(adapter), "adapter", Path(folder), adapter.name)
     elif path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"--revision: got '{revision}', but {model} is a folder; allowed is a hub id")
         folder = path.resolve()
-        yield Source(str(folder), "folder", folder, _folder_name(folder), revision)
+        yield Source(str(folder), "folder", folder, _folder_name(folder))
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"MODEL: no file '{model}'")

@@ -112,7 +112,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         infos = {name: _tensor_info(path.name, 8 + length, entry) for name, entry in header.items()}
         spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged header ({error})") from None
     end = 0
     for (start, stop), name in spans:

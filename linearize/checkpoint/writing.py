@@ -27,16 +27,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_target(out, overwrite=overwrite)
     partial = out.parent / f".{out.name}.partial"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-    except PermissionError:
-        raise ConfigError(f"--out: no permission to write in {out.parent}") from None
-    except OSError as error:
-        raise_if_full(error, out.parent)
-        raise ConfigError(f"--out: cannot write in {out.parent}: {error.strerror}") from None
+    make_folder(partial, empty=True)
     try:
         yield partial
         _sync(partial)
@@ -55,8 +46,24 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def make_folder(folder: Path, *, empty: bool = False) -> None:
+    """Makes a folder of an output and those above it; with `empty`, what was in it goes."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if empty and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+    except PermissionError:
+        raise ConfigError(f"--out: no permission to write in {folder.parent}") from None
+    except OSError as error:
+        raise_if_full(error, folder.parent)
+        raise ConfigError(f"--out: cannot write in {folder.parent}: {error.strerror}") from None
+
+
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Refuses an existing OUT unless it may be overwritten and looks like something of ours."""
+    """Refuses an existing OUT unless it may be overwritten and looks like something of ours; and a place that nothing can
+    be written to."""
+    check_writable(out)
     if not out.exists():
         return
     if not out.is_dir():
@@ -67,6 +74,17 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--out: {out} exists; choose another, or pass --overwrite to replace it")
     if not (out / "linearize.json").is_file():
         raise ConfigError(f"--out: {out} was not written by linearize (no linearize.json), so it is not overwritten")
+
+
+def check_writable(out: Path) -> None:
+    """Refuses an OUT in a folder without permission, or below something that is not a folder."""
+    above = out.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise ConfigError(f"--out: cannot write in {above}: Not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: no permission to write in {above}")
 
 
 def raise_if_full(error: OSError, where: Path) -> None:

@@ -42,6 +42,8 @@ def run(arguments: list[str]) -> int:
     gc.set_threshold(100_000)  # importing torch and transformers makes a million objects that all stay
     try:
         result = typer.main.get_command(app).main(args=arguments, prog_name="linearize", standalone_mode=False)
+        if result == Interrupted.exit_code:  # typer has swallowed the interruption
+            return _fail("interrupted", Interrupted.exit_code, wants_json)
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return stop.exit_code

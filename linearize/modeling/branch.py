@@ -18,6 +18,7 @@ Shapes: B batch, T queries, S keys, H linear query heads, J linear key/value hea
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -298,6 +299,19 @@ class LinearHeads(WindowHeads):
             self.branch_weights.copy_(torch.linalg.lstsq(parts, wanted).solution[..., 0].T)
         weights = self._branch_weights(near)
         return [alone.mean(0), error(weights[0] * near + weights[1] * past).mean(0)]
+
+    @property
+    def scalable(self) -> bool:
+        """Whether one factor makes the recurrent branch count less."""
+        return self.log_mass is not None or self.branch_scale is not None
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiplies how much the recurrent branch counts."""
+        if self.log_mass is not None:
+            self.log_mass += math.log(factor)
+        if self.branch_scale is not None:
+            self.branch_scale *= factor
 
     def _joined(self, window: Tensor, recurrent: Tensor) -> Tensor:
         """The sum of the two parts [B, T, H, K]."""

@@ -47,6 +47,11 @@ class LayerPlan:
     mix_options: dict[str, Any] = field(default_factory=dict)
     native: bool = False
 
+    @property
+    def has_branch(self) -> bool:
+        """Whether heads that are not softmax have more than window and sinks."""
+        return self.mixer != NO_BRANCH
+
     def linear_heads(self, key_value_heads: int) -> tuple[int, ...]:
         """The key/value heads that become linear, ascending."""
         return tuple(head for head in range(key_value_heads) if head not in self.softmax_heads)

@@ -91,6 +91,7 @@ def train(
         return []
     if saved:
         load_state(saved[-1], distiller, optimizers, accelerator.device, leg.before)
+    if accelerator.is_main_process:
         _truncate_metrics(work / "metrics.jsonl", done)
     done = max(done - leg.before, 0)
     # what matches attentions goes backward layer by layer, which a wrapper would not expect
@@ -107,9 +108,10 @@ def train(
                 wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable, leg.before + step
             )
             if not math.isfinite(loss):
+                kept = f"the last good state is kept in {work}" if states(work) else "no state had been saved yet"
                 raise LinearizeError(
-                    f"the loss became {loss} at step {leg.before + step}; the last good state is kept in {work}. Lower the rate "
-                    "(--lr) or clip (--set optimizer.clip_norm=1.0)"
+                    f"the loss became {loss} at step {leg.before + step}; {kept}. Lower the rate (--lr) or clip "
+                    "(--set optimizer.clip_norm=1.0)"
                 )
             losses.append(loss)
             elapsed = time.monotonic() - started
