@@ -14,6 +14,7 @@ import yaml
 from test_evaluate import FLAGS, SUITE, converted, quiet  # noqa: F401  (a fixture)
 
 from linearize import evaluate as evaluation
+from linearize.errors import Interrupted
 from linearize.evaluate import evaluate
 from linearize.evaluation import recall
 from linearize.evaluation.generation import health
@@ -123,7 +124,7 @@ def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):  #
         return real(lab, **settings)
 
     monkeypatch.setattr(recall, "measure_recall", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="are kept"):
         evaluate(converted, suite, out=out, progress=quiet)
     assert not (out / "results.json").exists() and len(list((out / evaluation.UNFINISHED).iterdir())) == 4
     monkeypatch.setattr(recall, "measure_recall", lambda lab, **s: calls.append(s["distance"]) or real(lab, **s))
