@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_base, tiny_student
 
+from linearize.calibrate import PARTS, _choose_part
 from linearize.convert import convert
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import context_of
@@ -93,6 +94,36 @@ def test_clusters_of_keys_stand_for_the_keys_in_them():
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     torch.testing.assert_close(output, wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mixer", "options"), [("gla", {"log_mass": 1.0}), ("gated_deltanet", {"branch_scale": 2.0})])
+def test_the_whole_model_has_the_last_word(mixer, options):
+    """Of the parts tried, what stays is the one nearest to the base; its divergence is what the model then has."""
+    student = student_of(tiny_base(), mixer=mixer, mix_options=options)
+    branches = [attention.mixer for _, attention in student.linear_attentions()]
+    before = [branch.state_dict() for branch in branches]
+    before = [{name: value.clone() for name, value in state.items()} for state in before]
+    ids = torch.randint(2, 300, (1, 60), generator=torch.Generator().manual_seed(1))
+
+    def divergence() -> float:
+        with student.softmax_attention():
+            target = student(ids).logits[0, 8:].log_softmax(-1)
+        return (target.exp() * (target - student(ids).logits[0, 8:].log_softmax(-1))).sum(-1).mean().item()
+
+    found = {}
+    for part in PARTS:
+        for branch, state in zip(branches, before):
+            branch.load_state_dict(state)
+            branch.scale(part)
+        found[part] = divergence()
+    for branch, state in zip(branches, before):
+        branch.load_state_dict(state)
+    with student.recurrent_branch_off():
+        window = divergence()
+    part, alone, chosen = _choose_part(student, branches, ids, 8)
+    assert part == min(found, key=found.get) and chosen == pytest.approx(found[part], rel=1e-3)
+    assert alone == pytest.approx(window, rel=1e-3) and divergence() == pytest.approx(chosen, rel=1e-3)
 
 
 def test_convert_calibrates_and_says_so(base_folder, tmp_path):
