@@ -298,11 +298,25 @@ def test_softmax_with_its_normaliser_equals_naive(softcap):
     q, k, v = (torch.randn(2, 3, rows, 8, dtype=torch.float64, requires_grad=True) for rows in (12, 20, 20))
     mask = torch.rand(2, 1, 12, 20) < 0.5
     mask[..., 3] = True
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     assert_same_with_gradients(
-        lambda: softmax_attention(q, k, v, mask, scale=0.4, softcap=softcap),
-        lambda: softmax_attention_naive(q, k, v, mask, scale=0.4, softcap=softcap),
+        lambda: softmax_attention(q, k, v, bias, scale=0.4, softcap=softcap),
+        lambda: softmax_attention_naive(q, k, v, bias, scale=0.4, softcap=softcap),
         [q, k, v],
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_normaliser_has_its_gradient_where_the_output_has_none(dtype):
+    q, k, v = (torch.randn(1, 1, rows, 8).to(dtype).requires_grad_() for rows in (3, 5, 5))
+    bias = torch.zeros(1, 1, 3, 5, dtype=dtype)
+    wanted, got = (
+        torch.autograd.grad(function(q, k, v, bias, scale=0.4)[1].sum(), [q, k])
+        for function in (softmax_attention_naive, softmax_attention)
+    )
+    for one, other in zip(wanted, got):
+        assert one.abs().max() > 0.1
+        torch.testing.assert_close(other, one, rtol=0.0, atol=1e-2 * (1 if dtype == torch.bfloat16 else 1e-12))
 
 
 def test_window_as_long_as_the_text_is_causal_attention():

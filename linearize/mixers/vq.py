@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from linearize.errors import ConfigError
 from linearize.mixers.structure import Structure, hold, outer
@@ -104,16 +105,32 @@ class VectorQuantized(Structure):
 
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
         (s,) = hold(write_mask, *self.gate_logits(k, offset))
-        q, one = q * self.log_scale.to(q.dtype).exp()[:, None], torch.ones_like(k[..., :1])
-        keys = counts = values = None
-        if initial_state is not None:
-            keys, counts, values = initial_state.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
-            keys, counts = keys.transpose(-1, -2), counts.transpose(-1, -2)
-        scores, keys = simple_gla(q, k, s, initial_state=keys, segments=segments)
-        seen, counts = simple_gla(one, one, s, initial_state=counts, segments=segments)
+        q = q * self.log_scale.to(q.dtype).exp()[:, None]
+        if initial_state is None:
+            initial_state = k.new_zeros(k.shape[0], k.shape[2], s.shape[-1], k.shape[-1] + 1 + v.shape[-1])
+        keys, counts, values = initial_state.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
+        scores, keys = simple_gla(q, k, s, initial_state=keys.transpose(-1, -2), segments=segments)
+        seen, counts = _running_counts(s, counts.squeeze(-1), segments)
         weights = _weights(scores, seen.repeat_interleave(self.site.group, 2))
         output, values = simple_gla(weights, s, v, initial_state=values, segments=segments)
-        return output, torch.cat([keys.transpose(-1, -2), counts.transpose(-1, -2), values], dim=-1)
+        return output, torch.cat([keys.transpose(-1, -2), counts[..., None], values], dim=-1)
+
+
+def _running_counts(s: Tensor, before: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of s, [B, T, J, codes], over each token's document up to the token, and the last of them, [B, J, codes]; the
+    first document goes on from `before`, [B, J, codes]."""
+    # a difference of long sums: float64, where there is one
+    sums = torch.cat([before[:, None], s], dim=1).to(s.dtype if s.device.type == "mps" else torch.float64).cumsum(1)
+    if segments is None:
+        counts = sums[:, 1:]
+    else:
+        slots = torch.arange(1, segments.shape[1], device=s.device)
+        starts = torch.where(segments[:, 1:] != segments[:, :-1], slots, 0).cummax(-1).values
+        starts = F.pad(starts, (1, 0))  # slot of each token's document's first token
+        earlier = sums.gather(1, starts[:, :, None, None].expand_as(s))
+        counts = sums[:, 1:] - earlier * (starts > 0)[:, :, None, None]
+    counts = counts.to(s.dtype)
+    return counts, counts[:, -1] if counts.shape[1] else before
 
 
 def _weights(scores: Tensor, counts: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class LinearizedAttention:
         self.handed_on: dict[str, Tensor | None] = {}
         self.mixer = linear_heads(plan, site, config.hidden_size) if site.heads else None
         order = [*self.softmax_heads, *self.linear_heads]
-        self.restore = None if order == sorted(order) else [order.index(head) for head in range(site.total_heads)]
+        self.places = [order.index(head) for head in range(site.total_heads)]
         self.set_linear(True)
 
     def set_linear(self, linear: bool) -> None:
@@ -179,10 +179,8 @@ class LinearizedAttention:
             layer.length += q.shape[2]
         if len(outputs) == 1:
             return outputs[0]
-        joined = torch.cat(outputs, dim=2)
-        if self.restore is None:
-            return joined
-        return joined.unflatten(2, (-1, self.query_group))[:, :, self.restore].flatten(2, 3)
+        groups = [group for output in outputs for group in output.split(self.query_group, dim=2)]
+        return torch.cat([groups[place] for place in self.places], dim=2)
 
     def _observed(
         self, q, q_rotary, k, k_rotary, v, attention_mask, call, s_aux, *, scaling, softcap, **kwargs
@@ -252,5 +250,5 @@ class LinearizedAttention:
         """The given key/value heads of x, [B, heads, T, K], or for queries their groups."""
         if len(key_value_heads) == len(self.softmax_heads) + len(self.linear_heads):
             return x
-        group = x.shape[1] // (len(self.softmax_heads) + len(self.linear_heads))
-        return x.unflatten(1, (-1, group))[:, list(key_value_heads)].flatten(1, 2)
+        groups = x.split(x.shape[1] // (len(self.softmax_heads) + len(self.linear_heads)), dim=1)
+        return torch.cat([groups[head] for head in key_value_heads], dim=1)

@@ -234,9 +234,10 @@ class LinearHeads(WindowHeads):
         if start >= q.shape[1]:
             return windowed if self.window_enabled else torch.zeros_like(windowed), state
         past, state = self._recurrent(queries, context, state, start=start, delay=self.window)
-        mixed = self._mixed(windowed[:, start:], None if log_sum is None else log_sum[:, start:], past)
-        before = windowed[:, :start] if self.window_enabled else torch.zeros_like(windowed[:, :start])
-        return torch.cat([before, mixed.to(q.dtype)], dim=1), state
+        early, late = windowed.split([start, q.shape[1] - start], dim=1)
+        mixed = self._mixed(late, None if log_sum is None else log_sum[:, start:], past)
+        early = early if self.window_enabled else torch.zeros_like(early)
+        return torch.cat([early, mixed.to(q.dtype)], dim=1), state
 
     def _mixed(self, windowed: Tensor, log_sum: Tensor | None, past: Tensor) -> Tensor:
         """Window [B, T, H, K] and delayed recurrence [B, T, H, V] as one output [B, T, H, K]."""
@@ -246,8 +247,9 @@ class LinearHeads(WindowHeads):
         if log_sum is not None:
             log_mass = (log_mass - log_sum).clamp(max=80.0)
         mass = log_mass.exp()
-        total = self.window_enabled + mass * past[..., -1:]
-        return self._joined(windowed, mass * past[..., :-1]) / total.clamp(min=NORM_EPSILON)
+        values, count = past.split([past.shape[-1] - 1, 1], dim=-1)
+        of_window = 1.0 / (self.window_enabled + mass * count).clamp(min=NORM_EPSILON)
+        return self._joined(of_window * windowed, (mass * of_window) * values)
 
     @torch.no_grad()
     def fit_mix(

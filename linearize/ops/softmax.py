@@ -11,37 +11,56 @@ from linearize.ops.chunks import state_dtype
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention and log sum_j exp(score_j), by PyTorch's fused kernel where it hands the latter out.
 
     Args:
-        q: [N, J, R, K]. k, v: [N, J, S, K]. mask: [N, 1, R, S] bool; every row sees a key.
+        q: [N, J, R, K]. k, v: [N, J, S, K].
+        bias: [N, 1, R, S] in q's dtype, 0 or -inf, or None; every row sees a key.
         scale, softcap: see `Scores` (ops/window.py).
+        causal: whether row r sees no key behind the r-th; R = S.
 
     Returns:
         output [N, J, R, K] in v's dtype, and [N, J, R, 1], float32 or float64.
     """
     if fuses(q, softcap) and q.dtype == k.dtype == v.dtype and k.shape == v.shape:
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        output, log_sum = _FusedAttention.apply(*(F.pad(x, (0, 1)) for x in (q, k, v)), bias, scale)
-        return output[..., :-1], log_sum[..., None]
-    return softmax_attention_naive(q, k, v, mask, scale=scale, softcap=softcap)
+        output, log_sum = _FusedAttention.apply(q, k, v, bias, scale, causal)
+        return output, log_sum[..., None]
+    return softmax_attention_naive(q, k, v, bias, scale=scale, softcap=softcap, causal=causal)
 
 
 def fuses(q: Tensor, softcap: float | None) -> bool:
     """Whether a kernel computes this without keeping a score matrix."""
-    return softcap is None and q.device.type == "cpu"
+    # float16 has no room for what `_with_normaliser` divides by
+    return softcap is None and q.device.type == "cpu" and q.dtype != torch.float16
 
 
 def softmax_attention_naive(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same with a full score matrix. Arguments as `softmax_attention`."""
     scores = (q @ k.transpose(-1, -2) * scale).to(state_dtype(q))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, float("-inf"))
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
     log_sum = scores.logsumexp(-1, keepdim=True)
     return (scores - log_sum).exp().to(v.dtype) @ v, log_sum
 
@@ -49,23 +68,41 @@ def softmax_attention_naive(
 class _FusedAttention(torch.autograd.Function):
     """Gradients reach the scores from the output and from the normaliser: ds_j = p_j (do.v_j - do.o + dlog_sum).
 
-    The kernel's backward knows the output's alone, and subtracts do.o as it finds it. So q, k and v come with a last
-    column of zeros, and going back that column holds 1 in do and -dlog_sum in o.
+    The kernel's backward knows the output's alone, and subtracts do.o as it finds it. So it gets, in place of o, the
+    nearest vector whose product with do is do.o - dlog_sum.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, scale):
+    def forward(ctx, q, k, v, bias, scale, causal):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output, log_sum = kernel(q, k, v, attn_mask=bias, scale=scale)
+        output, log_sum = kernel(q, k, v, is_causal=causal, attn_mask=bias, scale=scale)
         ctx.save_for_backward(q, k, v, bias, output, log_sum)
-        ctx.scale = scale
+        ctx.scale, ctx.causal = scale, causal
+        ctx.set_materialize_grads(False)
         return output, log_sum
 
     @staticmethod
     def backward(ctx, d_output, d_log_sum):
         q, k, v, bias, output, log_sum = ctx.saved_tensors
-        d_output, output = d_output.clone(), output.clone()
-        d_output[..., -1], output[..., -1] = 1.0, -d_log_sum
+        shifted = output
+        if d_output is None:
+            d_output = torch.zeros_like(output)
+        if d_log_sum is not None and d_log_sum.any():
+            d_output, shifted = _with_normaliser(output, d_output, d_log_sum)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        gradients = kernel(d_output, q, k, v, output, log_sum, 0.0, False, attn_mask=bias, scale=ctx.scale)
-        return (*gradients, None, None)
+        gradients = kernel(d_output, q, k, v, shifted, log_sum, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale)
+        return (*gradients, None, None, None)
+
+
+def _with_normaliser(output: Tensor, d_output: Tensor, d_log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """do and o - (dlog_sum / do.do) do. A do too small for that becomes a vector that adds nothing to any gradient."""
+    wide = d_output.to(d_log_sum.dtype)
+    energy = wide.square().sum(-1)
+    tiny = torch.finfo(energy.dtype).tiny ** 0.4
+    lost = energy < tiny**2
+    if lost.any():
+        stand_in = F.one_hot(torch.zeros((), dtype=torch.long), wide.shape[-1]).to(wide) * tiny
+        wide = torch.where(lost[..., None], stand_in, wide)
+        energy = torch.where(lost, tiny**2, energy)
+    shifted = output - (d_log_sum / energy)[..., None] * wide
+    return wide.to(d_output.dtype), shifted.to(output.dtype)

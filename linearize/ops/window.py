@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from linearize.ops.softmax import fuses, softmax_attention
 
 MIN_BLOCK = 64
+# kernels work on rows of scores in whole vectors; what lacks to that is masked
+VECTOR = 32
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,31 @@ def window_attention(
     """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
+    whole = T == S > window and key_mask is None and learned_sinks is None
+    if whole and fuses(q, softcap) and (sink_mask is None or not sink_mask[:, :window].any()):
+        first, rest = q.split([window, T - window], dim=1)
+        documents = None if segments is None else segments[:, :window]
+        early = _causal_attention(first, k[:, :window], v[:, :window], scale, documents)
+        late = window_attention(
+            rest,
+            k,
+            v,
+            window=window,
+            scale=scale,
+            segments=segments,
+            sink_keys=sink_keys,
+            sink_values=sink_values,
+            sink_mask=None if sink_mask is None else sink_mask[:, window:],
+            with_log_sum=with_log_sum,
+        )
+        output, log_sum = (None if y is None else torch.cat([x, y], dim=1) for x, y in zip(early, late))
+        return output, log_sum
     # fewer queries a block waste fewer scores on keys out of reach; where no scores are kept, larger ones pay
     C = min(T, MIN_BLOCK if with_log_sum and not fuses(q, softcap) else max(MIN_BLOCK, window // 2))
     blocks = -(-T // C)
     span = C + window - 1
     # Keys are laid out so that block i sees slots [i C, i C + span): front slots that do not exist are masked.
-    front, back = window - 1 - (S - T), blocks * C - T
+    front, behind = window - 1 - (S - T), blocks * C - T
     if front < 0:
         k, v = k[:, -front:], v[:, -front:]
         key_mask = None if key_mask is None else key_mask[:, -front:]
@@ -121,8 +142,11 @@ def window_attention(
     # a single block needs no slots before the first key
     skip = front if blocks == 1 else 0
     front, span = front - skip, span - skip
+    N = 0 if sink_keys is None else sink_keys.shape[1]
+    spare = -(span + N) % VECTOR if blocks > 1 else 0
+    span, back = span + spare, behind + spare
 
-    key_blocks, value_blocks = (_windows(F.pad(x, (0, 0, 0, 0, front, back)), span, C) for x in (k, v))
+    key_blocks, value_blocks = (_windows(_padded(x, front, back), span, C) for x in (k, v))
     row = torch.arange(C, device=q.device)[:, None]
     slot = torch.arange(span, device=q.device)[None, :] + skip
     band = (slot >= row) & (slot < row + window)
@@ -130,44 +154,65 @@ def window_attention(
     start = (torch.arange(blocks, device=q.device) * C)[:, None, None]
     mask = (band & (start + slot - skip >= front))[None]
     if key_mask is not None:
-        mask = mask & _windows(F.pad(key_mask, (front, back), value=False), span, C)[:, :, None, :]
+        mask = mask & _windows(_padded(key_mask, front, back), span, C)[:, :, None, :]
     if segments is not None:
-        key_segments = F.pad(segments, (front, back), value=-1)
-        query_segments = key_segments[:, front + segments.shape[1] - T :].unflatten(1, (blocks, C))
+        key_segments = _padded(segments, front, back, -1)
+        query_segments = key_segments[:, front + segments.shape[1] - T :][:, : blocks * C].unflatten(1, (blocks, C))
         mask = mask & (_windows(key_segments, span, C)[:, :, None, :] == query_segments[..., None])
     mask = mask | itself
-    if sink_keys is not None and sink_keys.shape[1] > 0:
-        N = sink_keys.shape[1]
+    if N:
         key_blocks, value_blocks = (
             torch.cat([sink[:, None].expand(-1, blocks, -1, -1, -1), x], dim=2)
             for sink, x in ((sink_keys, key_blocks), (sink_values, value_blocks))
         )
-        sinks = F.pad(sink_mask, (0, 0, 0, back), value=False).unflatten(1, (blocks, C))
+        sinks = _padded(sink_mask, 0, behind).unflatten(1, (blocks, C))
         batch = max(mask.shape[0], sinks.shape[0])
         mask = torch.cat([sinks.expand(batch, -1, -1, N), mask.expand(batch, -1, -1, -1)], dim=-1)
 
     # the query group is folded into the rows, so that grouped heads share one copy of the keys
     group = H // J
-    rows = F.pad(q, (0, 0, 0, 0, 0, back)).unflatten(1, (blocks, C)).unflatten(3, (J, group))
+    rows = _padded(q, 0, behind).unflatten(1, (blocks, C)).unflatten(3, (J, group))
     rows = rows.permute(0, 1, 3, 4, 2, 5).reshape(B * blocks, J, group * C, -1)
-    mask = mask.expand(B, -1, -1, -1).flatten(0, 1)[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
+    bias = _bias(mask, q.dtype).expand(B, -1, -1, -1).flatten(0, 1)
+    bias = bias[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
     key_rows, value_rows = (x.flatten(0, 1).transpose(1, 2) for x in (key_blocks, value_blocks))
     log_sum = None
     # scaled_dot_product_attention keeps the normaliser to itself and knows no softcap
     if with_log_sum or softcap is not None or learned_sinks is not None:
-        output, log_sum = softmax_attention(rows, key_rows, value_rows, mask, scale=scale, softcap=softcap)
+        output, log_sum = softmax_attention(rows, key_rows, value_rows, bias, scale=scale, softcap=softcap)
         if learned_sinks is not None:
             column = learned_sinks.to(log_sum.dtype).view(J, group, 1).expand(-1, -1, C).reshape(J, group * C, 1)
             without, log_sum = log_sum, torch.logaddexp(log_sum, column)
             output = output * (without - log_sum).exp().to(output.dtype)
     else:
-        output = F.scaled_dot_product_attention(rows, key_rows, value_rows, attn_mask=mask, scale=scale)
+        output = F.scaled_dot_product_attention(rows, key_rows, value_rows, attn_mask=bias, scale=scale)
 
     def unblocked(x: Tensor) -> Tensor:
         x = x.unflatten(0, (B, blocks)).unflatten(3, (group, C)).permute(0, 1, 4, 2, 3, 5)
         return x.reshape(B, blocks * C, H, -1)[:, :T]
 
     return unblocked(output), None if log_sum is None else unblocked(log_sum)
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to scores: 0 where True, -inf elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Queries before the window is full: each sees every key up to its own, and no sink has left its window."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    bias = None
+    if segments is not None:
+        bias = _bias(segments[:, None, :, None] == segments[:, None, None, :], q.dtype)
+    output, log_sum = softmax_attention(q, k, v, bias, scale=scale, causal=True)
+    return output.transpose(1, 2), log_sum.transpose(1, 2)
+
+
+def _padded(x: Tensor, front: int, behind: int, value: float = 0) -> Tensor:
+    """More tokens, dimension 1, on both sides; x itself where there are none to add."""
+    return F.pad(x, (*(0, 0) * (x.dim() - 2), front, behind), value=value) if front or behind else x
 
 
 def _windows(x: Tensor, span: int, step: int) -> Tensor:
