@@ -172,6 +172,9 @@ def test_extreme_gates(row, key_scale):
     assert output.isfinite().all()
     wanted, _ = built.naive(*sequence)
     torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)
+    built, sequence = structure(row, dtype=torch.float32), [x.float() for x in sequence]
+    (read, _), (decoded, _) = built(*sequence), built.naive(*sequence)
+    assert (decoded - read).abs().max() <= 1e-4 * read.abs().max()
 
 
 @pytest.mark.parametrize("outlier", [2000.0, 5000.0])

@@ -32,7 +32,7 @@ class GatedSlotAttention(Structure):
         return (self.site.head_dim, self.site.head_dim + value_dim)
 
     def update(self, state, k, v, logits):
-        decay = logits.sigmoid() ** (1 / self.gate_logit_normalizer)
+        decay = (F.logsigmoid(logits) / self.gate_logit_normalizer).exp()
         return decay.unsqueeze(-1) * state + outer(1 - decay, torch.cat([k, v], dim=-1))
 
     def read(self, before, after, q, k, v):

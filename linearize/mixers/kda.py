@@ -28,7 +28,7 @@ class KimiDeltaAttention(Structure):
 
     def update(self, state, k, v, decay_logits, beta_logits):
         k = F.normalize(k, dim=-1)
-        state = (decay_logits.sigmoid() ** (1 / self.gate_logit_normalizer)).unsqueeze(-1) * state
+        state = (F.logsigmoid(decay_logits) / self.gate_logit_normalizer).exp().unsqueeze(-1) * state
         held = (k.unsqueeze(-2) @ state).squeeze(-2)
         return state + outer(beta_logits.sigmoid() * k, v - held)
 

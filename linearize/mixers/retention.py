@@ -25,7 +25,7 @@ class GatedRetention(Structure):
         self.gate_logit_normalizer = gate_logit_normalizer
 
     def update(self, state, k, v, logits):
-        decay = logits.sigmoid() ** (1 / self.gate_logit_normalizer)
+        decay = (F.logsigmoid(logits) / self.gate_logit_normalizer).exp()
         return decay.unsqueeze(-1) * state + outer(k, v)
 
     def read(self, before, after, q, k, v):
