@@ -127,13 +127,13 @@ def test_chunked_equals_token_by_token(row, T):
     compare(built, *inputs(built, T, B=1 if T == 500 else 2, state=T != 64))
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_documents_and_masked_tokens(row):
+@pytest.mark.parametrize(("row", "key_scale"), [*((row, 1.0) for row in ROWS), *((row, 30.0) for row in GATED)])
+def test_documents_and_masked_tokens(row, key_scale):
     built = structure(row)
-    sequence, keywords = inputs(built, 90, state=True)
+    sequence, keywords = inputs(built, 90, state=True, key_scale=key_scale)
     keywords["segments"] = (torch.rand(2, 90) < 0.06).cumsum(-1)
     keywords["write_mask"] = torch.rand(2, 90) < 0.7
-    compare(built, sequence, keywords)
+    compare(built, sequence, keywords, 1e-8 if key_scale == 1 else 1e-5)
 
 
 @pytest.mark.parametrize("row", ROWS)

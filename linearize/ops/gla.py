@@ -18,6 +18,8 @@ from linearize.ops.dispatch import run_kernel
 
 CHUNK = 32
 SUBCHUNK = 4
+# the largest exponent that is safe in float32 with room for sums of products
+MILD = 30.0
 
 
 def gla_naive(
@@ -67,8 +69,9 @@ def gla_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The same function as `gla_naive`, in chunks of 32 tokens (arXiv 2312.06635, section 4).
 
-    Every exponent is a difference of cumulative log-decays taken towards the past, hence at most zero: no gate,
-    however strong, overflows.
+    No gate, however strong, overflows: where decays across a chunk are mild, queries and keys are scaled from its middle,
+    by exponents of at most `MILD`; elsewhere every exponent is a difference of cumulative log-decays taken towards the
+    past, hence at most zero.
     """
     dtype = state_dtype(q)
     T, (B, _, J, K), V = q.shape[1], k.shape, v.shape[-1]
@@ -117,12 +120,12 @@ class _ChunkedGLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, state, segments):
-        b, b_end = _cumulative(g)
+        b, b_end = cumulative(g)
         keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
-        scores = _intra_scores(q, k, b)
+        scores = intra_scores(q, k, b)
         if same is not None:
             scores = scores * same[..., None, :]
-        q_in, k_out, decay = q * b.exp()[..., None, :], k * (b_end - b).exp(), _decay_of_chunk(b_end, carry)
+        q_in, k_out, decay = q * b.exp()[..., None, :], k * (b_end - b).exp(), decay_of_chunk(b_end, carry)
         if segments is not None:
             q_in, k_out = q_in * keep_in[..., None, None], k_out * keep_out[..., None]
         writes = k_out.transpose(-1, -2) @ v
@@ -139,9 +142,9 @@ class _ChunkedGLA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_output, d_state):
         q, k, v, g, states, segments, scores = ctx.saved_tensors
-        b, b_end = _cumulative(g)
+        b, b_end = cumulative(g)
         keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
-        in_decay, out_decay, decay = b.exp(), (b_end - b).exp(), _decay_of_chunk(b_end, carry)
+        in_decay, out_decay, decay = b.exp(), (b_end - b).exp(), decay_of_chunk(b_end, carry)
         if segments is not None:
             in_decay, out_decay = in_decay * keep_in[..., None], out_decay * keep_out[..., None]
         in_decay = in_decay[..., None, :]
@@ -161,7 +164,7 @@ class _ChunkedGLA(torch.autograd.Function):
         d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5])
         if same is not None:
             d_scores *= same[..., None, :]
-        dq, dk = _intra_backward(q, k, b, d_scores)
+        dq, dk = intra_backward(q, k, b, d_scores)
         dq += (d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]) * in_decay
         dk += dk_out
 
@@ -181,21 +184,25 @@ class DecayedScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, b):
         ctx.save_for_backward(q, k, b)
-        return _intra_scores(q, k, b)
+        return intra_scores(q, k, b)
 
     @staticmethod
     def backward(ctx, d_scores):
         q, k, b = ctx.saved_tensors
-        dq, dk = _intra_backward(q, k, b, d_scores)
+        dq, dk = intra_backward(q, k, b, d_scores)
         return dq, dk, (q * dq).sum(4) - k * dk
 
 
-def _intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+def intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     """A_ij = sum_K q_i k_j exp(b_i - b_j) for j <= i inside a chunk: [B, J, N, C, G, C].
 
     Rows are taken a sub-chunk at a time. Earlier sub-chunks meet it through the decay at its first token; inside
     it the differences are formed directly.
     """
+    if (scales := _mild_scales(b)) is not None:
+        grown = (q * scales[0][..., None, :]).flatten(3, 4)
+        scores = grown @ (k * scales[1]).transpose(-1, -2)
+        return scores.unflatten(3, q.shape[3:5]).mul_(_causal(b))
     scores = q.new_zeros(*q.shape[:-1], CHUNK)
     flat = scores.flatten(3, 4)
     G = q.shape[4]
@@ -212,8 +219,13 @@ def _intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     return scores
 
 
-def _intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `_intra_scores` with respect to q and k (b follows from them)."""
+def intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `intra_scores` with respect to q and k (b follows from them)."""
+    if (scales := _mild_scales(b)) is not None:
+        grow, shrink = scales[0][..., None, :], scales[1]
+        d_scores = (d_scores * _causal(b)).flatten(3, 4)
+        dk = (d_scores.transpose(-1, -2) @ (q * grow).flatten(3, 4)) * shrink
+        return (d_scores @ (k * shrink)).unflatten(3, q.shape[3:5]) * grow, dk
     dq, dk = torch.empty_like(q), torch.zeros_like(k)
     for start in range(0, CHUNK, SUBCHUNK):
         rows, past = slice(start, start + SUBCHUNK), slice(0, start)
@@ -231,6 +243,38 @@ def _intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[
     return dq, dk
 
 
+def intra_read(scores: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    """sum_j A_ij k_j exp(b_i - b_j) over j <= i inside a chunk: scores [B, J, N, C, G, C], k and b [B, J, N, C, K] ->
+    [B, J, N, C, G, K]."""
+    if (scales := _mild_scales(b)) is not None:
+        read = (scores * _causal(b)).flatten(3, 4) @ (k * scales[1])
+        return read.unflatten(3, scores.shape[3:5]) * scales[0][..., None, :]
+    output = scores.new_empty(*scores.shape[:-1], k.shape[-1])
+    for start in range(0, CHUNK, SUBCHUNK):
+        rows, past = slice(start, start + SUBCHUNK), slice(0, start)
+        read = scores[..., rows, :, rows] @ (_decay_inside(b, rows) * k[..., None, rows, :])
+        if start:
+            row_decay, past_decay = _decay_between(b, rows, past)
+            far = scores[..., rows, :, past].flatten(3, 4) @ (k[..., past, :] * past_decay)
+            read += far.unflatten(3, read.shape[3:5]) * row_decay
+        output[..., rows, :, :] = read
+    return output
+
+
+def _mild_scales(b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """exp(b - r) and exp(r - b), with r half way between a chunk's first and last b, unless some decay is too strong."""
+    first, last = b[..., :1, :], b[..., -1:, :]
+    if b.numel() == 0 or not (first - last).max() < 2 * MILD:
+        return None
+    grow = (b - 0.5 * (first + last)).exp_()
+    return grow, 1.0 / grow
+
+
+def _causal(b: Tensor) -> Tensor:
+    """[C, 1, C]: 1 where row i sees column j <= i."""
+    return torch.ones(CHUNK, CHUNK, dtype=b.dtype, device=b.device).tril()[:, None, :]
+
+
 def _decay_between(b: Tensor, rows: slice, past: slice) -> tuple[Tensor, Tensor]:
     """Decay from the last token before `rows` to each row, and from each past token to it; both at most one."""
     reference = b[..., rows.start - 1 : rows.start, :]
@@ -244,12 +288,12 @@ def _decay_inside(b: Tensor, rows: slice) -> Tensor:
     return difference.masked_fill_(later[..., None], float("-inf")).exp_()
 
 
-def _decay_of_chunk(b_end: Tensor, carry: Tensor | None) -> Tensor:
+def decay_of_chunk(b_end: Tensor, carry: Tensor | None) -> Tensor:
     """What a whole chunk leaves of the entering state: [B, J, N, K, 1]."""
     decay = b_end.squeeze(-2).exp().unsqueeze(-1)
     return decay if carry is None else decay * carry[..., None, None]
 
 
-def _cumulative(g: Tensor) -> tuple[Tensor, Tensor]:
+def cumulative(g: Tensor) -> tuple[Tensor, Tensor]:
     b = g.cumsum(-2)
     return b, b[..., -1:, :]

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
 from linearize.ops.dispatch import run_kernel
-from linearize.ops.gla import gla
-
-SLOT_CHUNK, SLOT_SUBCHUNK = 32, 8
+from linearize.ops.gla import CHUNK, cumulative, decay_of_chunk, gla, intra_backward, intra_read, intra_scores
 
 
 def gsa(
@@ -101,41 +99,73 @@ def slot_scores(
         state = q.new_zeros(B, J, M, K, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         if T == 0:
             return s.new_zeros(B, 0, q.shape[2], M), state
-        q_ = chunks(grouped(q, k).to(dtype) * scale, SLOT_CHUNK)
-        k_, s_, g_ = (chunks(x.to(dtype), SLOT_CHUNK) for x in (k, s, log_decay))
-        output, final = _slot_chunks(q_, k_, s_, g_.cumsum(-2), state, segment_chunks(segments, SLOT_CHUNK))
+        q_ = chunks(grouped(q, k).to(dtype) * scale, CHUNK)
+        k_, s_, g_ = (chunks(x.to(dtype), CHUNK) for x in (k, s, log_decay))
+        output, final = _ChunkedSlots.apply(q_, k_, s_, g_, state, segment_chunks(segments, CHUNK))
         return unchunked(output, T).to(s.dtype), final
 
 
-def _slot_chunks(q, k, s, b, state, segments) -> tuple[Tensor, Tensor]:
-    keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
-    G = q.shape[4]
-    products = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5])
-    if same is not None:
-        products = products * same[..., None, :]
-    from_state, to_state, across = b.exp(), (b[..., -1:, :] - b).exp(), b[..., -1, :].exp().unsqueeze(-1)
+class _ChunkedSlots(torch.autograd.Function):
+    """Forward and backward over chunks: q is [B, J, N, C, G, K], k [B, J, N, C, K], s and g [B, J, N, C, M].
+
+    Inside a chunk this is gated linear attention turned round: what is there the gradient of the scores is here the
+    scores, and the other way about.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, s, g, state, segments):
+        b, b_end = cumulative(g)
+        from_state, to_state, across, same = _slot_decays(b, b_end, segments, q.dtype)
+        products = _masked((q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]), same)
+        increments = (s * to_state).transpose(-1, -2) @ k
+        states = []
+        for n in range(q.shape[2]):
+            states.append(state)
+            state = torch.addcmul(increments[:, :, n], across[:, :, n], state)
+        states = torch.stack(states, dim=2)
+        read = (q.flatten(3, 4) @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5])
+        output = intra_read(products, s, b).addcmul_(read, from_state)
+        ctx.save_for_backward(q, k, s, g, states, segments, products, output)
+        return output, state
+
+    @staticmethod
+    def backward(ctx, d_output, d_state):
+        q, k, s, g, states, segments, products, output = ctx.saved_tensors
+        b, b_end = cumulative(g)
+        from_state, to_state, across, same = _slot_decays(b, b_end, segments, q.dtype)
+        d_read = (d_output * from_state).flatten(3, 4)
+        d_queries = d_read.transpose(-1, -2) @ q.flatten(3, 4)
+        d_next = []
+        for n in reversed(range(q.shape[2])):
+            d_next.append(d_state)
+            d_state = torch.addcmul(d_queries[:, :, n], across[:, :, n], d_state)
+        d_next = torch.stack(d_next[::-1], dim=2)
+
+        d_products = _masked(intra_scores(d_output, s, b), same).flatten(3, 4)
+        dq = d_products @ k
+        dq += d_read @ states
+        dk = d_products.transpose(-1, -2) @ q.flatten(3, 4)
+        dk += (s * to_state) @ d_next
+        ds_out = (k @ d_next.transpose(-1, -2)) * to_state
+        _, ds = intra_backward(d_output, s, b, products)
+        ds += ds_out
+        # b enters every term as +b with the output and as -b with s; see ops/gla.py
+        db = (d_output * output).sum(4) - s * ds
+        db_end = (s * ds_out).sum(-2) + (across * states * d_next).sum(-1)
+        dg = db.flip(-2).cumsum(-2).flip(-2) + db_end.unsqueeze(-2)
+        return dq.unflatten(3, q.shape[3:5]), dk, ds, dg, d_state, None
+
+
+def _slot_decays(b: Tensor, b_end: Tensor, segments: Tensor | None, dtype: torch.dtype):
+    """Factors at most 1: from a chunk's entering state to each token [..., C, 1, M], from each token to the leaving state
+    [..., C, M], across the chunk [..., M, 1]; and which tokens share a document [..., C, 1, C] or None."""
+    keep_in, keep_out, carry, same = segment_masks(segments, dtype)
+    from_state, to_state = b.exp(), (b_end - b).exp()
     if segments is not None:
         from_state, to_state = from_state * keep_in[..., None], to_state * keep_out[..., None]
-        across = across * carry[..., None, None]
+        same = same[..., None, :]
+    return from_state.unsqueeze(-2), to_state, decay_of_chunk(b_end, carry), same
 
-    later = torch.ones(SLOT_SUBCHUNK, SLOT_SUBCHUNK, dtype=torch.bool, device=q.device).triu(1)
-    inside = []
-    for start in range(0, SLOT_CHUNK, SLOT_SUBCHUNK):
-        rows = slice(start, start + SLOT_SUBCHUNK)
-        difference = b[..., rows, None, :] - b[..., None, rows, :]
-        near = difference.masked_fill(later[..., None], float("-inf")).exp() * s[..., None, rows, :]
-        scores = products[..., rows, :, rows] @ near
-        if start:
-            reference = b[..., start - 1 : start, :]
-            far = s[..., :start, :] * (reference - b[..., :start, :]).exp()
-            past = (products[..., rows, :, :start].flatten(3, 4) @ far).unflatten(3, (-1, G))
-            scores = scores + past * (b[..., rows, :] - reference).exp().unsqueeze(-2)
-        inside.append(scores)
 
-    increments = (s * to_state).transpose(-1, -2) @ k
-    states = []
-    for increment, kept in zip(increments.unbind(2), across.unbind(2)):
-        states.append(state)
-        state = increment + kept * state
-    read = (q.flatten(3, 4) @ torch.stack(states, dim=2).transpose(-1, -2)).unflatten(3, q.shape[3:5])
-    return torch.cat(inside, dim=3) + read * from_state.unsqueeze(-2), state
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
