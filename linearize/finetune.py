@@ -6,6 +6,7 @@
 4. Write the adapter and the merged checkpoint, which loads like a converted one.
 """
 
+import contextlib
 import json
 import shutil
 import time
@@ -13,7 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.checkpoint.writing import atomic_folder, check_space, check_target, make_folder, write_json, write_text
+from linearize.checkpoint.writing import (
+    alone_in,
+    atomic_folder,
+    check_free,
+    check_space,
+    check_target,
+    make_folder,
+    write_json,
+    write_text,
+)
 from linearize.convert import OUTPUT_ROOT, versions
 from linearize.errors import ConfigError
 from linearize.modeling.plan import NO_BRANCH
@@ -103,6 +113,7 @@ def finetune(
     ]
     fingerprint = run_fingerprint(manifest, recipe, teacher, accelerator.num_processes)
     if main:
+        check_free(work, out)
         if restart:
             shutil.rmtree(work, ignore_errors=True)
         if states(work):
@@ -136,13 +147,22 @@ def finetune(
     started = time.monotonic()
     trained = 0
     try:
-        for leg, leg_rows in zip(legs, rows):
-            distiller.start(leg.stage)
-            optimizers = optimizers_of(distiller, leg.stage.optimizer)
-            losses = train(
-                distiller, optimizers, leg_rows, recipe, leg, accelerator, work, fingerprint=fingerprint, report=report
-            )
-            trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
+        with alone_in(work, out) if main else contextlib.nullcontext():
+            for leg, leg_rows in zip(legs, rows):
+                distiller.start(leg.stage)
+                optimizers = optimizers_of(distiller, leg.stage.optimizer)
+                losses = train(
+                    distiller,
+                    optimizers,
+                    leg_rows,
+                    recipe,
+                    leg,
+                    accelerator,
+                    work,
+                    fingerprint=fingerprint,
+                    report=report,
+                )
+                trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
     finally:
         if main and not states(work):  # nothing to go on from
             shutil.rmtree(work, ignore_errors=True)

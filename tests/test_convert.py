@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.checkpoint.weights import read_weights
+from linearize.checkpoint.writing import alone_in
 from linearize.convert import convert
 from linearize.errors import CheckpointError, ConfigError
 from linearize.modeling.loading import load_student, read_manifest
@@ -196,6 +197,19 @@ def test_an_interrupted_conversion_leaves_nothing(base_folder, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         convert(str(base_folder()), settings(), out=tmp_path / "out", progress=quiet)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_two_processes_do_not_write_one_output(base_folder, cli, tmp_path):
+    base, out = base_folder(), tmp_path / "out"
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "half").touch()
+    with alone_in(partial, out):
+        code, _, err = cli("convert", base, "-o", out)
+        assert code == 2 and "another process is writing" in err and str(out) in err
+        assert (partial / "half").exists()
+    code, _, err = cli("convert", base, "-o", out, "--no-verify")
+    assert code == 0, err
 
 
 def test_dry_run_and_plan_write_nothing(base_folder, cli, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from linearize.checkpoint.writing import alone_in
 from linearize.convert import convert
 from linearize.errors import ConfigError
 from linearize.finetune import finetune
@@ -421,6 +422,14 @@ def test_a_run_without_a_state_starts_afresh(converted, tmp_path):
     result = run(converted, tmp_path / "out")
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and result["finetune"]["first_loss"] < 77
+
+
+def test_two_processes_do_not_train_one_output(converted, tmp_path, cli):
+    work = tmp_path / "out.training"
+    work.mkdir()
+    with alone_in(work, tmp_path / "out"):
+        code, _, err = cli("finetune", converted, "-o", tmp_path / "out", "--restart", "--recipe", "ci")
+    assert code == 2 and "another process is writing" in err and work.exists()
 
 
 def test_an_adapter_alone_can_be_evaluated(converted, tmp_path, cli):

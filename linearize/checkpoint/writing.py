@@ -27,9 +27,11 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_target(out, overwrite=overwrite)
     partial = out.parent / f".{out.name}.partial"
+    check_free(partial, out)
     make_folder(partial, empty=True)
     try:
-        yield partial
+        with alone_in(partial, out):
+            yield partial
         _sync(partial)
         if out.exists():
             replaced = out.parent / f".{out.name}.replaced"
@@ -44,6 +46,31 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise_if_full(error, out.parent)
         raise
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, out: Path) -> Iterator[None]:
+    """While the block runs, or until the process dies, no other of our processes writes in `folder`, which leads to `out`;
+    refuses when one does already."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"--out: another process is writing {out}; wait for it, or choose another") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_free(folder: Path, out: Path) -> None:
+    """Refuses a folder in which another process is at work; see `alone_in`."""
+    if folder.is_dir():
+        with alone_in(folder, out):
+            pass
 
 
 def make_folder(folder: Path, *, empty: bool = False) -> None:
