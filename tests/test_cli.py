@@ -205,3 +205,11 @@ def test_no_permission_and_no_folder_above(base_folder, cli, tmp_path, monkeypat
     assert code == 0, err
     code, _, err = cli("convert", base_folder(), "-o", tmp_path / "out", "--dry-run")
     assert code == 2 and "no permission" in err
+
+
+def test_a_reader_that_went_away_is_no_failure():
+    command = [sys.executable, "-m", "linearize", "list", "mixers", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -15,14 +15,17 @@ def note(message: str) -> None:
 
 
 def emit(text: str) -> None:
+    """Prints a result. Where nobody reads on (`| head`), the exit code still says how it went."""
     clear_progress()
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def emit_json(value: Any) -> None:
     """The command's one JSON document."""
-    clear_progress()
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    emit(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 _open_line = False
