@@ -29,7 +29,14 @@ from linearize.errors import ConfigError, Interrupted
 from linearize.evaluation.suite import Suite, within_positions
 from linearize.modeling.plan import Plan
 from linearize.report.card import add_evaluation
-from linearize.report.gates import check_gates, evaluate_gates, expand_gates, read_older, regression_gates
+from linearize.report.gates import (
+    check_comparable,
+    check_gates,
+    evaluate_gates,
+    expand_gates,
+    read_older,
+    regression_gates,
+)
 from linearize.report.markdown import render_markdown
 from linearize.report.results import CONTROL, SCHEMA_VERSION, STUDENT, UNIFORM, Findings, Results
 
@@ -91,6 +98,9 @@ def evaluate(
             suite = replace(suite, branch=False)
         _require_same_tokenizer(source, tokenizer)
         text = _text_ids(suite, tokenizer)
+        data = _data_record(suite, text, dtype, device)
+        if older is not None:
+            check_comparable(older, data)
         loaders, folders = _weights(model, manifest, source, suite, dtype)
         together = hold == "together" or (hold == "auto" and _fit(folders, dtype, device))
         if not together:
@@ -120,7 +130,7 @@ def evaluate(
         settings=manifest["settings"],
         coverage=manifest["coverage"],
         cache_bytes=manifest["cache_bytes"],
-        data=_data_record(suite, text, dtype, device),
+        data=data,
         metrics=metrics,
         positions={name: rows for found in findings for name, rows in found.positions.items()},
         tables={name: rows for found in findings for name, rows in found.tables.items()},

@@ -20,7 +20,7 @@ from linearize.recipe import load_config
 from linearize.report.gates import evaluate_gates, parse_gate, regression_gates
 from linearize.report.markdown import render_markdown, summary_table
 from linearize.report.plots import plots_of, svg
-from linearize.report.results import BASE, STUDENT, WINDOW, make_metric, mean_and_error
+from linearize.report.results import BASE, SCHEMA_VERSION, STUDENT, WINDOW, make_metric, mean_and_error
 
 SUITE = Suite(lengths=(32, 64), recall=(8, 40), max_tokens=256, recall_rows=3)
 FLAGS = ["--lengths", "32,64", "--recall", "8,40", "--max-tokens", "256"]
@@ -298,11 +298,36 @@ def test_figures_without_a_spread(converted):
     assert "4.482 ± –" in summary_table(results)
     for plot in plots_of(results):
         assert svg(plot).startswith("<svg")
-    older = {"metrics": {"recall@8": {"better": "higher", "value": {"mean": 0.5, "error": 0.0}, "data": ""}}}
+    figure = {"better": "higher", "value": {"mean": 0.5, "error": 0.0}, "base": None, "difference": None, "data": ""}
+    older = {"metrics": {"recall@8": figure}}
     older |= {"data": results.data, "version": 3, "path": "older.json"}
     assert [gate.passed for gate in regression_gates(older, results)[0]] == [True]
     older["metrics"]["recall@8"]["value"]["mean"] = 0.51
     assert [gate.passed for gate in regression_gates(older, results)[0]] == [False]
+
+
+def test_a_regression_is_counted_from_the_base(converted):
+    """Two students of one base on one text: what they share with it is no noise between them."""
+    losses = torch.linspace(1.0, 4.0, 12).tolist()  # texts differ far more than students do
+
+    def report(behind):
+        student = [loss + behind + 0.001 * (i % 3) for i, loss in enumerate(losses)]
+        return make_metric("perplexity@8", "lower", {BASE: losses, STUDENT: student, WINDOW: losses}, exponentiate=True)
+
+    results = evaluate(converted, replace(SUITE, lengths=(32,), recall=(), max_tokens=32), progress=quiet)
+    documents = {behind: replace(results, metrics=(report(behind),)) for behind in (0.01, 0.05)}
+    for old, new, passed in ((0.01, 0.01, True), (0.05, 0.01, True), (0.01, 0.05, False)):
+        document = json.loads(json.dumps(documents[old].to_dict(), allow_nan=False))
+        older = {"data": results.data, "version": SCHEMA_VERSION, "path": "older.json", "metrics": {}}
+        for item in document["metrics"]:
+            values = {"value": item["values"][STUDENT], "base": item["values"][BASE]}
+            older["metrics"][item["name"]] = {**values, "difference": item["difference"], "data": ""}
+        (gate,) = regression_gates(older, documents[new])[0]
+        assert gate.passed is passed and "further behind the base" in gate.expression
+        error = documents[new].metrics[0].values[STUDENT].error
+        assert error > abs(
+            documents[0.05].metrics[0].values[STUDENT].mean - documents[0.01].metrics[0].values[STUDENT].mean
+        )
 
 
 def test_a_kept_part_reads_back_as_it_was(converted, tmp_path, cli, monkeypatch):

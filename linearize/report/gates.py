@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from linearize.errors import ConfigError, nearest
-from linearize.report.results import MODELS, SCHEMA_VERSION, STUDENT, Gate, Metric, Results
+from linearize.report.results import BASE, MODELS, SCHEMA_VERSION, STUDENT, Gate, Metric, Results
 
 PATTERN = re.compile(r"^\s*([\w@]+?)(?:\.([a-z_]+))?\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*$")
 COMPARE = {"<=": float.__le__, ">=": float.__ge__, "<": float.__lt__, ">": float.__gt__}
@@ -72,6 +72,8 @@ def read_older(path: Path) -> dict:
             item["name"]: {
                 "better": item["better"],
                 "value": item["values"].get(STUDENT),
+                "base": item["values"].get(BASE),
+                "difference": item.get("difference") if version == SCHEMA_VERSION else None,
                 "data": item.get("data", ""),  # since version 3; before, and for most, the whole run's
             }
             for item in older["metrics"]
@@ -87,19 +89,23 @@ def read_older(path: Path) -> dict:
     return {"metrics": metrics, "data": older["data"], "version": version, "path": str(path)}
 
 
+def check_comparable(older: dict, data: dict) -> None:
+    """Refuses an older report that was measured on other text than a run whose `Results.data` is this."""
+    for key in ("text fingerprint", "tokens per length"):
+        if older["data"].get(key) != data.get(key):
+            raise ConfigError(
+                f"--compare: {older['path']} was measured on other data ({key} {older['data'].get(key)}, here {data.get(key)})"
+            )
+
+
 def regression_gates(older: dict, results: Results) -> tuple[tuple[Gate, ...], tuple[str, ...]]:
-    """One gate for every metric that both runs have: the student is not worse than before by more than the noise. And
-    notes on metrics that cannot be held against those of an older schema.
+    """One gate for every metric that both runs have: the student is not worse than before by more than the noise, counted
+    from the base where that is the same. And notes on metrics that cannot be held against those of an older schema.
 
     Raises:
         ConfigError: the two were not measured on the same data, or have no metric in common.
     """
-    for key in ("text fingerprint", "tokens per length"):
-        if older["data"].get(key) != results.data.get(key):
-            raise ConfigError(
-                f"--compare: {older['path']} was measured on other data ({key} {older['data'].get(key)}, here "
-                f"{results.data.get(key)})"
-            )
+    check_comparable(older, results.data)
     changed = {name for version, names in REDEFINED.items() if version > older["version"] for name in names}
     gates, left_out = [], []
     for metric in results.metrics:
@@ -114,17 +120,31 @@ def regression_gates(older: dict, results: Results) -> tuple[tuple[Gate, ...], t
             raise ConfigError(
                 f"--compare: {metric.name} of {older['path']} was measured on other data ({data}, here {metric.data})"
             )
+        words, floor = "worse than before", ROUNDING * abs(was["mean"])
+        if _same_base(before, metric):
+            # what both runs say of the base's own figure cancels, and with it most of the noise
+            now, was = metric.difference, before["difference"]
+            words, floor = "further behind the base than before", ROUNDING
         loss = (now.mean - was["mean"]) * (1 if metric.better == "lower" else -1)
         errors = [error for error in (now.error, was["error"]) if error is not None and math.isfinite(error)]
-        noise = max(NOISE_ERRORS * math.hypot(*errors), ROUNDING * abs(was["mean"]))
-        expression = f"{metric.name} worse than before by <= {noise:.4g}"
-        gates.append(Gate(expression, loss, math.isfinite(loss) and loss <= noise))
+        noise = max(NOISE_ERRORS * math.hypot(*errors), floor)
+        gates.append(Gate(f"{metric.name} {words} by <= {noise:.4g}", loss, math.isfinite(loss) and loss <= noise))
     if not gates:
         raise ConfigError(f"--compare: {older['path']} and this run have no metric in common")
     notes = ()
     if left_out:
         notes = (f"not compared, as schema version {older['version']} has them otherwise: {', '.join(left_out)}",)
     return tuple(gates), notes
+
+
+def _same_base(before: dict, metric: Metric) -> bool:
+    """Whether both runs paired their student with a base of the same figure, and know how far apart the two are."""
+    pairs = [(before["base"], metric.values.get(BASE)), (before["difference"], metric.difference)]
+    if any(theirs is None or theirs["mean"] is None or ours is None for theirs, ours in pairs):
+        return False
+    (was, now), (behind, difference) = pairs
+    known = behind["error"] is not None and difference.error is not None and math.isfinite(difference.error)
+    return known and math.isclose(was["mean"], now.mean, rel_tol=ROUNDING)
 
 
 def check_gates(expressions: list[str], names: list[str], *, open_ended: bool = False) -> None:
