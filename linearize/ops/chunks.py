@@ -51,3 +51,10 @@ def segment_masks(segments: Tensor | None, dtype: torch.dtype):
     carry = (before == last).squeeze(-1).to(dtype)
     same = (segments[..., :, None] == segments[..., None, :]).to(dtype)
     return keep_in, keep_out, carry, same
+
+
+def times(x: Tensor, factor: Tensor | None, chunk: int | None = None) -> Tensor:
+    """x by a factor, or by its part for one chunk; None is 1."""
+    if factor is None:
+        return x
+    return x * (factor if chunk is None else factor[:, :, chunk])

@@ -13,11 +13,12 @@ serves the whole query group, so grouped-query models pay for J states, not H.
 import torch
 from torch import Tensor
 
-from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
+from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
 from linearize.ops.dispatch import run_kernel
 
 CHUNK = 32
 SUBCHUNK = 4
+MILD_CHUNK = 64
 # the largest exponent that is safe in float32 with room for sums of products
 MILD = 30.0
 
@@ -78,11 +79,15 @@ def gla_chunked(
     if T == 0:
         state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
         return v.new_zeros(B, 0, q.shape[2], V), state
+    state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    q_ = grouped(q, k).to(dtype)
+    q_ = q_ if scale == 1.0 else q_ * scale
     # [B, J, N, C, (G,) ·]: chunks are a batch dimension
-    q_ = chunks(grouped(q, k).to(dtype) * scale, CHUNK)
-    k_, v_, g_ = (chunks(x.to(dtype), CHUNK) for x in (k, v, log_decay))
-    state = q_.new_zeros(B, J, K, V) if initial_state is None else initial_state.to(dtype)
-    output, final = _ChunkedGLA.apply(q_, k_, v_, g_, state, segment_chunks(segments, CHUNK))
+    gates, function, size = chunks(log_decay.to(dtype), MILD_CHUNK), _MildGLA, MILD_CHUNK
+    if not _is_mild(gates.cumsum(-2)):
+        gates, function, size = chunks(log_decay.to(dtype), CHUNK), _ChunkedGLA, CHUNK
+    q_, k_, v_ = (chunks(x.to(dtype), size) for x in (q_, k, v))
+    output, final = function.apply(q_, k_, v_, gates, state, segment_chunks(segments, size))
     return unchunked(output, T).to(v.dtype), final
 
 
@@ -109,6 +114,62 @@ def gla(
             operator = gla_naive if q.shape[1] == 1 else gla_chunked
             return operator(q, k, v, log_decay, **keywords)
         return ran[0].to(v.dtype), ran[1]
+
+
+class _MildGLA(torch.autograd.Function):
+    """Chunks across which no decay is strong: linear attention between q exp(b - r) and k exp(r - b), with r half way.
+
+    Shapes as in `_ChunkedGLA`. r is a constant of each chunk that cancels everywhere.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, state, segments):
+        b, b_end = cumulative(g)
+        middle = 0.5 * (b[..., :1, :] + b_end)
+        grow, shrink = _mild_scales(b, middle)
+        # [..., K, 1]: from the entering state to the middle, from there to the leaving state, across
+        enter, leave = (x.exp().transpose(-1, -2) for x in (middle, b_end - middle))
+        keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
+        decay, mask = decay_of_chunk(b_end, carry), _causal(b)
+        if segments is not None:
+            keep_in, keep_out, mask = keep_in[..., None, None], keep_out[..., None], mask * same[..., None, :]
+        q, k = q * grow.unsqueeze(-2), k * shrink
+        scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(mask)
+        writes = (times(k, keep_out).transpose(-1, -2) @ v) * leave
+        states = [state]
+        for n in range(q.shape[2]):
+            states.append(torch.addcmul(writes[:, :, n], decay[:, :, n], states[-1]))
+        final, states = states[-1], torch.stack(states, dim=2)
+        output = scores.flatten(3, 4) @ v
+        output += times(q, keep_in).flatten(3, 4) @ (enter * states[:, :, :-1])
+        ctx.save_for_backward(q, k, v, grow, shrink, enter, leave, decay, states, scores, mask, keep_in, keep_out)
+        return output.unflatten(3, q.shape[3:5]), final
+
+    @staticmethod
+    def backward(ctx, d_output, d_state):
+        q, k, v, grow, shrink, enter, leave, decay, states, scores, mask, keep_in, keep_out = ctx.saved_tensors
+        d_output = d_output.flatten(3, 4)
+        d_reads = (times(q, keep_in).flatten(3, 4).transpose(-1, -2) @ d_output) * enter
+        d_next = []
+        for n in reversed(range(q.shape[2])):
+            d_next.append(d_state)
+            d_state = torch.addcmul(d_reads[:, :, n], decay[:, :, n], d_state)
+        d_next = torch.stack(d_next[::-1], dim=2)
+        d_writes = leave * d_next
+
+        dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
+        dv += times(k, keep_out) @ d_writes
+        d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(mask).flatten(3, 4)
+        dq = (d_scores @ k).unflatten(3, q.shape[3:5])
+        dk = d_scores.transpose(-1, -2) @ q.flatten(3, 4)
+        read = d_output @ (enter * states[:, :, :-1]).transpose(-1, -2)
+        dq += times(read.unflatten(3, q.shape[3:5]), keep_in)
+        dk += times(v @ d_writes.transpose(-1, -2), keep_out)
+
+        # b enters as +b with q and as -b with k; its last value as +b with the leaving state
+        db = (q * dq).sum(4) - k * dk
+        dg = db.flip(-2).cumsum(-2).flip(-2) + (states[:, :, 1:] * d_next).sum(-1).unsqueeze(-2)
+        return dq.mul_(grow.unsqueeze(-2)), dk.mul_(shrink), dv, dg, d_state, None
 
 
 class _ChunkedGLA(torch.autograd.Function):
@@ -199,7 +260,7 @@ def intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     Rows are taken a sub-chunk at a time. Earlier sub-chunks meet it through the decay at its first token; inside
     it the differences are formed directly.
     """
-    if (scales := _mild_scales(b)) is not None:
+    if (scales := _scales_where_mild(b)) is not None:
         grown = (q * scales[0][..., None, :]).flatten(3, 4)
         scores = grown @ (k * scales[1]).transpose(-1, -2)
         return scores.unflatten(3, q.shape[3:5]).mul_(_causal(b))
@@ -221,7 +282,7 @@ def intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
 
 def intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `intra_scores` with respect to q and k (b follows from them)."""
-    if (scales := _mild_scales(b)) is not None:
+    if (scales := _scales_where_mild(b)) is not None:
         grow, shrink = scales[0][..., None, :], scales[1]
         d_scores = (d_scores * _causal(b)).flatten(3, 4)
         dk = (d_scores.transpose(-1, -2) @ (q * grow).flatten(3, 4)) * shrink
@@ -246,7 +307,7 @@ def intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[T
 def intra_read(scores: Tensor, k: Tensor, b: Tensor) -> Tensor:
     """sum_j A_ij k_j exp(b_i - b_j) over j <= i inside a chunk: scores [B, J, N, C, G, C], k and b [B, J, N, C, K] ->
     [B, J, N, C, G, K]."""
-    if (scales := _mild_scales(b)) is not None:
+    if (scales := _scales_where_mild(b)) is not None:
         read = (scores * _causal(b)).flatten(3, 4) @ (k * scales[1])
         return read.unflatten(3, scores.shape[3:5]) * scales[0][..., None, :]
     output = scores.new_empty(*scores.shape[:-1], k.shape[-1])
@@ -261,18 +322,24 @@ def intra_read(scores: Tensor, k: Tensor, b: Tensor) -> Tensor:
     return output
 
 
-def _mild_scales(b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """exp(b - r) and exp(r - b), with r half way between a chunk's first and last b, unless some decay is too strong."""
-    first, last = b[..., :1, :], b[..., -1:, :]
-    if b.numel() == 0 or not (first - last).max() < 2 * MILD:
-        return None
-    grow = (b - 0.5 * (first + last)).exp_()
+def _is_mild(b: Tensor) -> bool:
+    """Whether every decay across every chunk can be undone from its middle by exponents of at most `MILD`."""
+    return b.numel() > 0 and bool((b[..., 0, :] - b[..., -1, :]).max() < 2 * MILD)
+
+
+def _mild_scales(b: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(b - middle) and exp(middle - b)."""
+    grow = (b - middle).exp_()
     return grow, 1.0 / grow
 
 
+def _scales_where_mild(b: Tensor) -> tuple[Tensor, Tensor] | None:
+    return _mild_scales(b, 0.5 * (b[..., :1, :] + b[..., -1:, :])) if _is_mild(b) else None
+
+
 def _causal(b: Tensor) -> Tensor:
-    """[C, 1, C]: 1 where row i sees column j <= i."""
-    return torch.ones(CHUNK, CHUNK, dtype=b.dtype, device=b.device).tril()[:, None, :]
+    """[C, 1, C]: 1 where row i of a chunk sees column j <= i."""
+    return torch.ones(b.shape[-2], b.shape[-2], dtype=b.dtype, device=b.device).tril()[:, None, :]
 
 
 def _decay_between(b: Tensor, rows: slice, past: slice) -> tuple[Tensor, Tensor]:

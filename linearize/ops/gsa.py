@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G), K key d
 import torch
 from torch import Tensor
 
-from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
+from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
 from linearize.ops.dispatch import run_kernel
 from linearize.ops.gla import CHUNK, cumulative, decay_of_chunk, gla, intra_backward, intra_read, intra_scores
 
@@ -116,7 +116,7 @@ class _ChunkedSlots(torch.autograd.Function):
     def forward(ctx, q, k, s, g, state, segments):
         b, b_end = cumulative(g)
         from_state, to_state, across, same = _slot_decays(b, b_end, segments, q.dtype)
-        products = _masked((q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]), same)
+        products = times((q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]), same)
         increments = (s * to_state).transpose(-1, -2) @ k
         states = []
         for n in range(q.shape[2]):
@@ -141,7 +141,7 @@ class _ChunkedSlots(torch.autograd.Function):
             d_state = torch.addcmul(d_queries[:, :, n], across[:, :, n], d_state)
         d_next = torch.stack(d_next[::-1], dim=2)
 
-        d_products = _masked(intra_scores(d_output, s, b), same).flatten(3, 4)
+        d_products = times(intra_scores(d_output, s, b), same).flatten(3, 4)
         dq = d_products @ k
         dq += d_read @ states
         dk = d_products.transpose(-1, -2) @ q.flatten(3, 4)
@@ -165,7 +165,3 @@ def _slot_decays(b: Tensor, b_end: Tensor, segments: Tensor | None, dtype: torch
         from_state, to_state = from_state * keep_in[..., None], to_state * keep_out[..., None]
         same = same[..., None, :]
     return from_state.unsqueeze(-2), to_state, decay_of_chunk(b_end, carry), same
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask

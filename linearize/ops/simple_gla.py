@@ -11,7 +11,7 @@ spread over the channels. `simple_gla_chunked` is the fast version; `simple_gla`
 import torch
 from torch import Tensor
 
-from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, unchunked
+from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
 from linearize.ops.dispatch import run_kernel
 
 SIMPLE_CHUNK = 64
@@ -86,14 +86,14 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
     def forward(ctx, q, k, v, b, state, segments):
         inside, reads, writes, carry = _decays(q, b, segments)
         scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside)
-        increments = _times(k, writes).transpose(-1, -2) @ v
+        increments = times(k, writes).transpose(-1, -2) @ v
         states = []
         for n in range(q.shape[2]):
             states.append(state)
-            state = increments[:, :, n] + _times(state, carry, n)
+            state = increments[:, :, n] + times(state, carry, n)
         states = torch.stack(states, dim=2)
         output = scores.flatten(3, 4) @ v
-        output += _times(q, reads).flatten(3, 4) @ states
+        output += times(q, reads).flatten(3, 4) @ states
         ctx.save_for_backward(q, k, v, b, states, segments, scores)
         return output.unflatten(3, q.shape[3:5]), state
 
@@ -102,20 +102,20 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         q, k, v, b, states, segments, scores = ctx.saved_tensors
         inside, reads, writes, carry = _decays(q, b, segments)
         d_output = d_output.flatten(3, 4)
-        d_reads = _times(q, reads).flatten(3, 4).transpose(-1, -2) @ d_output
+        d_reads = times(q, reads).flatten(3, 4).transpose(-1, -2) @ d_output
         d_next = []
         for n in reversed(range(q.shape[2])):
             d_next.append(d_state)
-            d_state = d_reads[:, :, n] + _times(d_state, carry, n)
+            d_state = d_reads[:, :, n] + times(d_state, carry, n)
         d_next = torch.stack(d_next[::-1], dim=2)
 
         dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
-        dv += _times(k, writes) @ d_next
-        dk_out = _times(v @ d_next.transpose(-1, -2), writes)
+        dv += times(k, writes) @ d_next
+        dk_out = times(v @ d_next.transpose(-1, -2), writes)
         d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside).flatten(3, 4)
         dq = (d_scores @ k).unflatten(3, q.shape[3:5])
         dk = d_scores.transpose(-1, -2) @ q.flatten(3, 4)
-        dq += _times((d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]), reads)
+        dq += times((d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]), reads)
         dk += dk_out
         if b is None:
             return dq, dk, dv, None, d_state, None
@@ -123,13 +123,6 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         db = (q * dq).sum((4, 5)) - (k * dk).sum(-1)
         db[..., -1] += (k * dk_out).sum((-1, -2)) + (carry * states * d_next).sum((-1, -2))
         return dq, dk, dv, db, d_state, None
-
-
-def _times(x: Tensor, factor: Tensor | None, chunk: int | None = None) -> Tensor:
-    """x by a factor, or by its part for one chunk; None is 1."""
-    if factor is None:
-        return x
-    return x * (factor if chunk is None else factor[:, :, chunk])
 
 
 def _decays(q: Tensor, b: Tensor | None, segments: Tensor | None):
