@@ -390,7 +390,7 @@ def load_recipe(name: str, flags: dict[str, Any] | None = None, sets: list[str] 
 
 def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: list[str] | None):
     data: dict[str, Any] = {}
-    origin = "command line"
+    origin, given = "command line", []
     if name is not None:
         path = _find(kind, name)
         origin = str(path)
@@ -400,12 +400,14 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
             if value != data.get(key):
                 data.pop(f"{key}_options", None)  # another mixer or mix has other options
             _assign(data, key, value)
+            given.append(key)
     for item in sets or []:
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set: got '{item}', allowed is key=value, for example --set window=128")
         try:
             _assign(data, key, _scalar(text))
+            given.append(key)
         except yaml.YAMLError:
             raise ConfigError(f"--set: got '{item}', whose value is not valid YAML") from None
     lines: dict[str, None] = {}
@@ -420,7 +422,9 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
             if not any([_removed(data, item["loc"]) for item in found]):
                 break
     if lines:
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines))
+        of_command_line = tuple(f"{key}{end}" for key in given for end in (":", "."))
+        places = ["command line" if line.startswith(of_command_line) else origin for line in lines]
+        raise ConfigError("\n".join(f"{place}: {line}" for place, line in zip(places, lines)))
     return settings
 
 

@@ -401,3 +401,18 @@ def test_the_pipeline_of_the_readme_loads(tmp_path):
     (tmp_path / "pipeline.yaml").write_text(example)
     pipeline, settings, recipe = load_pipeline(tmp_path / "pipeline.yaml")
     assert settings.keep_softmax == "18:2,17:1,8:0" and recipe.tokens == 300_000 and len(pipeline.eval.gates) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["list"], "Missing argument 'kind'. Choose from: mixers, families"),
+        (["eval", ".", "--gate", "nofile.txt"], "--gate: 'nofile.txt' is neither a file here nor a gate"),
+        (["eval", ".", "--only", "perplexity", "--tasks", "piqa"], "--tasks: given, but --only leaves 'tasks' out"),
+        (["finetune", ".", "--lr", "-3"], "command line: optimizer.lr: got -3.0"),
+        (["finetune", ".", "--set", "lora.rank=0"], "command line: lora.rank: got 0"),
+    ],
+)
+def test_one_line_that_names_what_was_given(converted, cli, command, words):  # noqa: F811
+    code, _, err = cli(*(str(converted) if part == "." else part for part in command))
+    assert code == 2 and words in err and len([line for line in err.splitlines() if "error:" in line]) == 1

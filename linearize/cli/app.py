@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except UsageFailure as error:
-        return _fail(error.format_message(), 2, wants_json)
+        return _fail(" ".join(error.format_message().split()), 2, wants_json)
     except (KeyboardInterrupt, typer.Abort) as stop:
         return _fail(str(stop) or "interrupted", Interrupted.exit_code, wants_json)
     except LinearizeError as error:

@@ -55,7 +55,10 @@ def expand_gates(given: list[str]) -> list[str]:
             lines = (line.partition("#")[0].strip() for line in Path(item).read_text(encoding="utf-8").splitlines())
             expressions += [line for line in lines if line]
         else:
-            parse_gate(item)  # says what a gate looks like
+            raise ConfigError(
+                f"--gate: '{item}' is neither a file here nor a gate, METRIC[.FIELD]<=NUMBER (or >=, <, >), for example "
+                "'perplexity@2048.ratio<=1.05'"
+            )
     return expressions
 
 
