@@ -90,7 +90,7 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         "settings": results["settings"],
         "parameters_added": manifest["parameters_added"],
         "state_bytes": manifest["state_bytes"],
-        "training": {key: manifest["finetune"][key] for key in ("tokens", "seconds")},
+        "training": {key: manifest["finetune"][key] for key in ("tokens", "tokens_per_second")},
         "metrics": {
             metric["name"]: {model: value["mean"] for model, value in metric["values"].items()}
             for metric in results["metrics"]
@@ -136,11 +136,11 @@ def table(rows: list[dict]) -> str:
             f"| *{label}* | {base[short][model]:.2f} | | {base[long][model]:.2f} | | | {base[recall][model]:.2f} | | | |"
         )
     for row in rows:
-        m, done = row["metrics"], row["training"]
+        m, rate = row["metrics"], row["training"]["tokens_per_second"]
         lines.append(
             f"| `{row['structure']}` | {m[short]['untrained']:.2f} | {m[short]['student']:.2f} | "
             f"{m[long]['untrained']:.2f} | {m[long]['student']:.2f} | {m[long]['branch_off']:.2f} | "
-            f"{m[recall]['student']:.2f} | {done['tokens'] / done['seconds']:.0f} | {row['parameters_added']:,} | "
+            f"{m[recall]['student']:.2f} | {f'{rate:.0f}' if rate else '–'} | {row['parameters_added']:,} | "
             f"{row['state_bytes'] / 1024:,.0f} |"
         )
     return "\n".join(lines) + "\n"
