@@ -76,6 +76,22 @@ def test_gla_has_no_nan_at_key_scale_50():
     torch.testing.assert_close(output.double(), reference, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("across", [55.0, 65.0])
+def test_gla_where_decays_are_just_mild_and_just_not(across):
+    """Scaled by up to exp(30) or not at all: float32 stays close to float64 on both sides, gradients too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 128, 2, 16, dtype=torch.float64) for _ in range(3))
+    log_decay = -across / 63 * torch.ones_like(k)
+    log_decay[..., ::2] *= 0.01  # beside channels that hardly decay
+    results = []
+    for operator, dtype in ((gla_naive, torch.float64), (gla_chunked, torch.float32)):
+        tensors = [x.to(dtype).requires_grad_() for x in (q, k, v, log_decay)]
+        output, state = operator(*tensors)
+        results.append([output, state, *torch.autograd.grad(output.sum() + state.sum(), tensors)])
+    for wanted, got in zip(*results):
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
 def test_gla_float32_and_bf16_inputs():
     inputs, initial, _ = gla_inputs(200, dtype=torch.float32)
     wanted, _ = gla_naive(*(x.double() for x in inputs), initial_state=initial.double())
@@ -302,6 +318,24 @@ def test_softmax_with_its_normaliser_equals_naive(softcap):
     assert_same_with_gradients(
         lambda: softmax_attention(q, k, v, bias, scale=0.4, softcap=softcap),
         lambda: softmax_attention_naive(q, k, v, bias, scale=0.4, softcap=softcap),
+        [q, k, v],
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("documents", [False, True])
+def test_causal_softmax_equals_naive(softcap, documents):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 16, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    triangle = torch.full((16, 16), float("-inf"), dtype=q.dtype).triu(1)
+    bias = None
+    if documents:
+        number = (torch.arange(16) >= 7).long()
+        bias = torch.zeros(2, 1, 16, 16, dtype=q.dtype).masked_fill(number[:, None] != number, float("-inf"))
+    whole = triangle if bias is None else bias + triangle
+    assert_same_with_gradients(
+        lambda: softmax_attention(q, k, v, bias, scale=0.4, softcap=softcap, causal=True),
+        lambda: softmax_attention_naive(q, k, v, whole, scale=0.4, softcap=softcap),
         [q, k, v],
     )
 

@@ -32,15 +32,15 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         with alone_in(partial, out):
             yield partial
-        _sync(partial)
-        if out.exists():
-            replaced = out.parent / f".{out.name}.replaced"
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
-            partial.rename(out)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(out)
+            _sync(partial)
+            if out.exists():
+                replaced = out.parent / f".{out.name}.replaced"
+                shutil.rmtree(replaced, ignore_errors=True)
+                out.rename(replaced)
+                partial.rename(out)
+                shutil.rmtree(replaced)
+            else:
+                partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):

@@ -68,7 +68,7 @@ def gla_chunked(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same function as `gla_naive`, in chunks of 32 tokens (arXiv 2312.06635, section 4).
+    """The same function as `gla_naive`, in chunks of 64 or 32 tokens (arXiv 2312.06635, section 4).
 
     No gate, however strong, overflows: where decays across a chunk are mild, queries and keys are scaled from its middle,
     by exponents of at most `MILD`; elsewhere every exponent is a difference of cumulative log-decays taken towards the

@@ -34,7 +34,10 @@ def softmax_attention(
     if fuses(q, softcap) and q.dtype == k.dtype == v.dtype and k.shape == v.shape:
         output, log_sum = _FusedAttention.apply(q, k, v, bias, scale, causal)
         return output, log_sum[..., None]
-    return softmax_attention_naive(q, k, v, bias, scale=scale, softcap=softcap, causal=causal)
+    if causal:
+        triangle = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+        bias = triangle if bias is None else bias + triangle
+    return softmax_attention_naive(q, k, v, bias, scale=scale, softcap=softcap)
 
 
 def fuses(q: Tensor, softcap: float | None) -> bool:
@@ -44,23 +47,14 @@ def fuses(q: Tensor, softcap: float | None) -> bool:
 
 
 def softmax_attention_naive(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same with a full score matrix. Arguments as `softmax_attention`."""
+    """The same with a full score matrix; see `softmax_attention`. What is causal is in the bias."""
     scores = (q @ k.transpose(-1, -2) * scale).to(state_dtype(q))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
     log_sum = scores.logsumexp(-1, keepdim=True)
     return (scores - log_sum).exp().to(v.dtype) @ v, log_sum
 
