@@ -165,3 +165,24 @@ def test_no_room_to_calibrate(base_folder, cli, tmp_path):
         "convert", base, "--window", "12", "-o", tmp_path / "no", "--no-verify", "--no-calibrate", "--json"
     )
     assert code == 0 and json.loads(out)["calibration"] is None
+
+
+def test_a_fit_comes_out_the_same_however_threads_share_its_sums():
+    """Queries of low rank make the turn ill-conditioned, as in the first layers of a real model."""
+    branch = (
+        student_of(tiny_base(), mixer="vq", mix="joint", mixer_options={"codes": 8}).model.layers[0].self_attn.mixer
+    )
+    heads, dim = len(branch.site.heads), branch.site.head_dim
+    torch.manual_seed(0)
+    q = (torch.randn(4000, heads * branch.site.group, 2) @ torch.randn(2, dim)).bfloat16()
+    k = torch.randn(4000, heads, dim).bfloat16()
+    before, fitted = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            branch.structure.fit(q, q.roll(1, -1), k, 0.3)
+            fitted.append([x.clone() for x in branch.structure.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    for others in fitted[1:]:
+        assert all(map(torch.equal, fitted[0], others))

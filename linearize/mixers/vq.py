@@ -58,19 +58,19 @@ class VectorQuantized(Structure):
         """k-means over keys, where the distance of two is the mean square difference of their scores.
 
         Queries are turned by what rotary does to them on average over the positions seen: what turns fast cancels, and
-        does not count in the distance.
+        does not count in the distance. In float64 and rounded, so that every run comes to the same parameters.
         """
         group = self.site.group
         for j in range(len(self.site.heads)):
-            raw, turned = (x[:, j * group : (j + 1) * group].flatten(0, 1).float() for x in (q, q_rotary))
+            raw, turned = (x[:, j * group : (j + 1) * group].flatten(0, 1).cpu().double() for x in (q, q_rotary))
             turn = torch.linalg.lstsq(raw, turned).solution
             expected = scale * raw @ turn
             moment = expected.T @ expected / expected.shape[0]
             moment.diagonal().add_(1e-4 * moment.diagonal().mean() + 1e-12)
             metric = turn @ torch.linalg.cholesky(moment)
-            codes = _k_means(k[:, j].float() @ metric, self.codes)
-            self.key_codes[j] = SHARPNESS * codes @ metric.T
-            self.key_bias[j] = -0.5 * SHARPNESS * codes.square().sum(-1)
+            codes = _k_means(k[:, j].cpu().double() @ metric, self.codes)
+            self.key_codes[j] = _rounded(SHARPNESS * codes @ metric.T)
+            self.key_bias[j] = _rounded(-0.5 * SHARPNESS * codes.square().sum(-1))
         self.log_scale.fill_(math.log(scale))
 
     def state_shape(self, value_dim):
@@ -138,6 +138,12 @@ def _weights(scores: Tensor, counts: Tensor) -> Tensor:
     return (scores / counts.clamp(min=LEAST_COUNT)).clamp(max=LARGEST).exp()
 
 
+def _rounded(x: Tensor) -> Tensor:
+    """To 16 bits: the last bits of a sum depend on how threads shared it out, and a conversion should not."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
+
+
 def _k_means(points: Tensor, count: int) -> Tensor:
     """Centres [count, K] of points [N, K]. The first are drawn far from one another (k-means++), the same at every call."""
     generator = torch.Generator().manual_seed(0)
@@ -145,9 +151,8 @@ def _k_means(points: Tensor, count: int) -> Tensor:
     distances = torch.full_like(points[:, 0], float("inf"))
     for _ in range(1, count):
         distances = torch.minimum(distances, (points - centres[-1]).square().sum(-1))
-        odds = distances.cpu() + 1e-12
-        drawn = torch.multinomial(odds, 1, generator=generator)
-        centres = torch.cat([centres, points[drawn.to(points.device)]])
+        drawn = torch.multinomial(distances + 1e-12, 1, generator=generator)
+        centres = torch.cat([centres, points[drawn]])
     for _ in range(ITERATIONS):
         nearest = (points @ centres.T - 0.5 * centres.square().sum(-1)).argmax(-1)
         counts = torch.bincount(nearest, minlength=count)[:, None]
