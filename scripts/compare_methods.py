@@ -45,8 +45,10 @@ class Method:
 OURS = ("--config", CONFIG)
 PURE = (*OURS, "--keep-softmax", "none")
 HEADS = ("--keep-softmax", str(load_config(CONFIG).keep_softmax))
+# to distil the base from itself would be no control: the loss is 0 from the first step
+NEXT_TOKEN = ("--recipe", "lora", "--set", "loss.kind=ce")
 METHODS = {
-    "control": Method("base with the same recipe", ("--keep-softmax", "all")),
+    "control": Method("base, next-token loss on the same tokens", ("--keep-softmax", "all"), NEXT_TOKEN),
     "ours": Method("ours, 12 of 90 heads", OURS),
     "heads": Method("the same heads and a longer window, no recurrent branch", (*OURS, *NO_BRANCH), beside=OURS),
     "wide": Method("window + sinks alone, the bytes of ours at 8K", (*PURE, *NO_BRANCH), beside=OURS, context=8192),
@@ -61,7 +63,7 @@ METHODS = {
     "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
     "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "full")),
-    "ours-ce": Method("ours, next-token loss", OURS, ("--recipe", "lora", "--set", "loss.kind=ce")),
+    "ours-ce": Method("ours, next-token loss", OURS, NEXT_TOKEN),
 }  # fmt: skip
 
 
