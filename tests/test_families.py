@@ -1,6 +1,7 @@
 """Every family, end to end on a tiny random model: converted, verified, cached, padded, trained, merged, reloaded."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from linearize import convert as conversion
 from linearize import verify
 from linearize.checkpoint.source import open_source
+from linearize.errors import CheckpointError
 from linearize.families.registry import FAMILIES as LISTED
 from linearize.families.registry import find_family
 from linearize.modeling.loading import load_student, load_unconverted
@@ -23,10 +25,10 @@ from linearize.scoring import head_scores, recall_probe, text_probe
 from linearize.training.model import add_adapters
 
 LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
-SETTINGS = {"window": 8, "sinks": 2, "mix_options": LOUD, "keep_softmax": "1:0"}
+SETTINGS = {
+    "window": 8, "sinks": 2, "mix_options": LOUD, "keep_softmax": "1:0", "calibration": {"when": "never"},
+}  # fmt: skip
 NATIVE = [name for name, facts in FAMILIES.items() if "layer_types" in facts]
-BEAMS = ("llama", "gemma2", "gpt_neox", "gpt_oss")
-PORTABLE = ("gemma2", "gpt_neox", "stablelm", "mixtral", "gpt_oss", "cohere2")
 
 
 def tokens(batch: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
@@ -47,9 +49,13 @@ class Converted:
         return load_student(self.out, dtype=torch.float32)  # raises on a missing or unexpected tensor
 
 
-def converted(model_type: str, work: Path, settings: dict = SETTINGS, **changes) -> Converted:
-    base = family_base(model_type, **changes)
+def converted(
+    model_type: str, work: Path, settings: dict = SETTINGS, tokenizer_folder: Path | None = None
+) -> Converted:
+    base = family_base(model_type)
     base.save_pretrained(work / "base")
+    if tokenizer_folder is not None:
+        shutil.copytree(tokenizer_folder, work / "base", dirs_exist_ok=True)
     conversion.convert(
         str(work / "base"), ConversionConfig(**settings), out=work / "out", verify=False, progress=lambda text: None
     )
@@ -58,8 +64,8 @@ def converted(model_type: str, work: Path, settings: dict = SETTINGS, **changes)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request, tmp_path_factory):
-    return converted(request.param, tmp_path_factory.mktemp(request.param))
+def case(request, tmp_path_factory, tokenizer_folder):
+    return converted(request.param, tmp_path_factory.mktemp(request.param), tokenizer_folder=tokenizer_folder)
 
 
 def assert_exact(case: Converted) -> None:
@@ -90,18 +96,31 @@ def test_conversion_and_reload(case, tmp_path):
     assert torch.equal(again.eval()(ids).logits, logits)
 
 
-def assert_generates(student: PreTrainedModel, beams: bool) -> None:
+def assert_generates(student: PreTrainedModel) -> None:
     """Through the cache, in a left-padded batch, as without cache and batch."""
     ids, mask = tokens(length=30), torch.ones(2, 30, dtype=torch.long)
     mask[0, :9] = 0
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
-    for more in ({}, {"num_beams": 3}) if beams else ({},):
+    for more in ({}, {"num_beams": 3}):
         together = student.generate(ids, attention_mask=mask, **options, **more)
         assert torch.equal(together[:1, 9:], student.generate(ids[:1, 9:], use_cache=False, **options, **more))
 
 
 def test_generation(case):
-    assert_generates(case.student(), beams=case.model_type in BEAMS)
+    assert_generates(case.student())
+
+
+def test_generation_from_a_chat_template(case):
+    """The template travels with the checkpoint and what it makes of a conversation is continued the same without cache."""
+    tokenizer, student = AutoTokenizer.from_pretrained(case.out), case.student()
+    chat = [{"role": "user", "content": "What is the report about?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    length = inputs["input_ids"].shape[1]
+    assert tokenizer.decode(inputs["input_ids"][0]).startswith("<|user|>") and length > SETTINGS["window"]
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    cached = student.generate(**inputs, **options)
+    assert cached.shape[1] == length + 10
+    assert torch.equal(cached, student.generate(**inputs, use_cache=False, **options))
 
 
 @pytest.mark.parametrize("model_type", NATIVE)
@@ -110,7 +129,7 @@ def test_every_layer_of_a_family_with_sliding_windows(model_type, tmp_path):
     assert_exact(case)
     student = case.student()
     assert [len(attention.linear_heads) for _, attention in student.linear_attentions()] == [1, 1, 2, 2]
-    assert_generates(student, beams=True)
+    assert_generates(student)
 
 
 def test_training(case, tmp_path):
@@ -163,7 +182,7 @@ def test_readout_and_head_scores(case):
 
 def test_portable_files_load_without_the_package(tmp_path):
     wanted = {}
-    for model_type in PORTABLE:
+    for model_type in FAMILIES:
         case = converted(model_type, tmp_path / model_type)
         with torch.no_grad():
             wanted[model_type] = case.student()(tokens()).logits
@@ -190,20 +209,68 @@ for name, wanted in saved["wanted"].items():
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+# what llama.cpp calls the families whose files transformers reads, and their features that such files carry
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5e5}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 5e5,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 5.0], "rope_theta": 1e4,
+    "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+GGUF = {
+    "llama": ("llama", {"rope_parameters": LLAMA3}),
+    "mistral": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}}),
+    "qwen2": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3moe", {"norm_topk_prob": True}),
+    "phi3": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "gemma3_text": ("gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None}),
+    "stablelm": ("stablelm", {"qk_layernorm": False}),
+    "starcoder2": ("starcoder2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+}
+
+
 def write_gguf(base: PreTrainedModel, tokenizer, path: Path, arch: str) -> None:
-    """A float32 GGUF file of a base whose projections llama.cpp stores as they are."""
+    """A float32 GGUF file, as llama.cpp's converter lays it out."""
     import gguf
 
     config, writer = base.config, gguf.GGUFWriter(path, arch)
+    settings, head_dim = config.to_dict(), find_family(config.model_type).heads(config.to_dict())["head_dim"]
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(find_family(arch).heads(config.to_dict())["head_dim"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_key_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    for add, name in (
+        (writer.add_layer_norm_rms_eps, "rms_norm_eps"), (writer.add_layer_norm_eps, "layer_norm_eps"),
+        (writer.add_layer_norm_eps, "norm_epsilon"), (writer.add_sliding_window, "sliding_window"),
+        (writer.add_attn_logit_softcapping, "attn_logit_softcapping"),
+        (writer.add_final_logit_softcapping, "final_logit_softcapping"), (writer.add_expert_count, "num_experts"),
+        (writer.add_expert_count, "num_local_experts"), (writer.add_expert_used_count, "num_experts_per_tok"),
+        (writer.add_expert_feed_forward_length, "moe_intermediate_size"),
+    ):  # fmt: skip
+        if settings.get(name) is not None:
+            add(settings[name])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "llama3":
+        inverse = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
+        writer.add_tensor("rope_freqs.weight", (inverse / base.model.rotary_emb.inv_freq).float().numpy())
+    if rope["rope_type"] == "longrope":
+        for kind in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", torch.tensor(rope[f"{kind}_factor"]).numpy())
     writer.add_tokenizer_model("gpt2")
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_token_list([token for token, _ in sorted(backend["vocab"].items(), key=lambda item: item[1])])
@@ -214,24 +281,39 @@ def write_gguf(base: PreTrainedModel, tokenizer, path: Path, arch: str) -> None:
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
     )
-    tied = set(base.all_tied_weights_keys)
     for name, tensor in base.state_dict().items():
-        if name not in tied:
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+        if name not in set(base.all_tied_weights_keys):
+            for part, values in stored(name, tensor, arch, config):
+                found = names.get_name(part, try_suffixes=(".weight", ".bias")) or part
+                writer.add_tensor(found, values.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-# transformers reads no head size from a Qwen 3 file; 128 is what every released one has
-@pytest.mark.parametrize(("model_type", "head_dim"), [("qwen2", 8), ("qwen3", 128)])
-def test_gguf(model_type, head_dim, tmp_path, tokenizer_folder):
+def stored(name: str, tensor: torch.Tensor, arch: str, config):
+    """(name, values) of what llama.cpp's converter makes of a tensor."""
+    if name.endswith("experts.gate_up_proj"):
+        for part, values in zip(("gate", "up"), tensor.chunk(2, dim=1)):
+            yield f"blk.{name.split('.')[2]}.ffn_{part}_exps.weight", values
+    elif name.endswith("experts.down_proj"):
+        yield f"{name}.weight", tensor
+    elif arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # rotary pairs beside each other
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        yield name, tensor.view(heads, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+    else:
+        yield name, tensor + 1 if arch.startswith("gemma") and name.endswith("norm.weight") else tensor
+
+
+@pytest.mark.parametrize("model_type", GGUF)
+def test_gguf(model_type, tmp_path, tokenizer_folder):
     """Dequantised, converted, verified; in softmax mode the logits are those of the model that was written."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    base = family_base(model_type, vocab_size=len(tokenizer), head_dim=head_dim)
+    arch, changes = GGUF[model_type]
+    base = family_base(model_type, **{"vocab_size": len(tokenizer), "max_position_embeddings": 512, **changes})
     path = tmp_path / "model.gguf"
-    write_gguf(base, tokenizer, path, model_type)
+    write_gguf(base, tokenizer, path, arch)
     said = []
     conversion.convert(
         str(path),
@@ -246,26 +328,15 @@ def test_gguf(model_type, head_dim, tmp_path, tokenizer_folder):
         torch.testing.assert_close(student(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_generation_from_a_chat_template(tmp_path, tokenizer_folder):
-    """The template travels with the checkpoint and what it makes of a conversation is continued the same without cache."""
-    base = family_base("qwen3")
-    base.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "base")
-    conversion.convert(
-        str(tmp_path / "base"),
-        ConversionConfig(**SETTINGS),
-        out=tmp_path / "out",
-        verify=False,
-        progress=lambda text: None,
-    )
-    tokenizer, student = (
-        AutoTokenizer.from_pretrained(tmp_path / "out"),
-        load_student(tmp_path / "out", dtype=torch.float32),
-    )
-    chat = [{"role": "user", "content": "What is the report about?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert tokenizer.decode(inputs["input_ids"][0]).startswith("<|user|>") and inputs["input_ids"].shape[1] > 8
-    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-    cached = student.generate(**inputs, **options)
-    assert cached.shape[1] == inputs["input_ids"].shape[1] + 10
-    assert torch.equal(cached, student.generate(**inputs, use_cache=False, **options))
+@pytest.mark.parametrize(
+    ("model_type", "arch", "says"),
+    [("mixtral", "llama", "not in it"), ("stablelm", "stablelm", "of which transformers reads")],
+)
+def test_gguf_that_would_be_read_in_part(model_type, arch, says, tmp_path, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    write_gguf(family_base(model_type, vocab_size=len(tokenizer)), tokenizer, tmp_path / "model.gguf", arch)
+    with pytest.raises(CheckpointError, match=says):
+        conversion.convert(
+            str(tmp_path / "model.gguf"), ConversionConfig(**SETTINGS), out=tmp_path / "out", progress=lambda text: None
+        )
+    assert not (tmp_path / "out").exists()

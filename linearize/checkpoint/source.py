@@ -127,8 +127,10 @@ def open_source(
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"MODEL: no file '{model}'")
+        from linearize.checkpoint.gguf_file import dequantise
+
         with tempfile.TemporaryDirectory(prefix="linearize-gguf-") as folder:
-            _dequantise(path.resolve(), Path(folder), dtype)
+            dequantise(path.resolve(), Path(folder), dtype)
             yield Source(str(path.resolve()), "gguf", Path(folder), path.stem)
     elif path.exists():
         raise ConfigError(f"MODEL: got the file '{model}', allowed are a hub id, a folder or a .gguf file")
@@ -240,37 +242,3 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
         for asset in asset_files(origin):
             (folder / asset).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(origin / asset, folder / asset)
-
-
-def _dequantise(path: Path, folder: Path, dtype: str) -> None:
-    """Writes a GGUF file's model and tokenizer as a Hugging Face folder, weights dequantised to `dtype`."""
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from linearize.families.refused import reason_to_refuse
-
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file, or damaged")
-    location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # the first versions that are supported always dequantise, and know no setting for it
-    config = getattr(transformers, "GgufConfig", None)
-    options = {} if config is None else {"quantization_config": config(dequantize=True)}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**location, dtype=getattr(torch, dtype), **options)
-        tokenizer = AutoTokenizer.from_pretrained(**location)
-    except Exception as error:  # the readers raise whatever their parsers do
-        raise CheckpointError(f"{path}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from None
-    if why := reason_to_refuse(model.config.to_dict()):
-        raise UnsupportedModelError(
-            f"{path}: holds a {model.config.model_type} model, which cannot be converted: {why}"
-        )
-    # transformers refuses to save what is still marked as quantised
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config._name_or_path = path.stem
-    model.save_pretrained(folder, max_shard_size="4GB")
-    tokenizer.save_pretrained(folder)
