@@ -18,7 +18,7 @@ from pathlib import Path
 
 from commands import linearize
 
-from linearize.recipe import load_config, tokens_of
+from linearize.recipe import tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "methods.json"
@@ -44,22 +44,25 @@ class Method:
 
 OURS = ("--config", CONFIG)
 PURE = (*OURS, "--keep-softmax", "none")
-HEADS = ("--keep-softmax", str(load_config(CONFIG).keep_softmax))
+# by random copies alone, before facts were asked for too
+COPIES = ("--keep-softmax", "0:0,2:2,7:2,14:1,16:0,17:1,18:2,19:1,20:2,23:0,23:2,24:0")
 # to distil the base from itself would be no control: the loss is 0 from the first step
 NEXT_TOKEN = ("--recipe", "lora", "--set", "loss.kind=ce")
 METHODS = {
     "control": Method("base, next-token loss on the same tokens", ("--keep-softmax", "all"), NEXT_TOKEN),
     "ours": Method("ours, 12 of 90 heads", OURS),
     "heads": Method("the same heads and a longer window, no recurrent branch", (*OURS, *NO_BRANCH), beside=OURS),
+    "ours-copies": Method("ours, heads chosen by copies alone", (*OURS, *COPIES)),
+    "heads-copies": Method("those heads and a longer window, no recurrent branch", (*OURS, *COPIES, *NO_BRANCH), beside=(*OURS, *COPIES)),
     "wide": Method("window + sinks alone, the bytes of ours at 8K", (*PURE, *NO_BRANCH), beside=OURS, context=8192),
     "ours-0": Method("ours, no head", PURE),
     "window": Method("window + sinks alone, longer", (*PURE, *NO_BRANCH), beside=PURE),
     "ours-6": Method("ours, 6% of heads", (*OURS, "--keep-softmax", "recall:6%")),
     "ours-25": Method("ours, 25% of heads", (*OURS, "--keep-softmax", "recall:25%")),
     "liger": Method("Liger", ("--config", "liger"), ("--recipe", "liger")),
-    "liger-heads": Method("Liger's layer, our heads and bytes", ("--config", "liger", *HEADS), ("--recipe", "liger"), OURS),
+    "liger-heads": Method("Liger's layer, as many heads and bytes", ("--config", "liger", *COPIES), ("--recipe", "liger"), OURS),
     "lolcats": Method("LoLCATs", ("--config", "lolcats"), ("--recipe", "lolcats")),
-    "lolcats-heads": Method("LoLCATs' layer, our heads and bytes", ("--config", "lolcats", *HEADS), ("--recipe", "lolcats"), OURS),
+    "lolcats-heads": Method("LoLCATs' layer, as many heads and bytes", ("--config", "lolcats", *COPIES), ("--recipe", "lolcats"), OURS),
     "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
     "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "full")),
