@@ -88,12 +88,8 @@ def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | Non
     Raises:
         ConfigError: no such dataset.
     """
-    if not any((source.folder / name).is_file() for name in TOKENIZERS):
+    if (tokenizer := tokenizer_of(source)) is None:
         return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:  # tokenizers raises bare ones
-        raise CheckpointError(f"{source.name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
     ids: list[int] = []
     for document, _ in documents(name, tokenizer, text_field="text", completion_only=False, seed=None):
         ids += document
@@ -103,6 +99,16 @@ def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | Non
     if length < 2 * window:
         return None
     return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def tokenizer_of(source: Source):
+    """A checkpoint's tokenizer, None where it has none."""
+    if not any((source.folder / name).is_file() for name in TOKENIZERS):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source.folder)
+    except Exception as error:  # tokenizers raises bare ones
+        raise CheckpointError(f"{source.name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()

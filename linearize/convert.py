@@ -39,6 +39,7 @@ from linearize.recipe import ConversionConfig, layer_numbers
 if TYPE_CHECKING:
     from linearize.calibrate import Calibration
     from linearize.modeling.branch import WindowHeads
+    from linearize.scoring import Probe
 
 OUTPUT_ROOT = Path("linearized")
 PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
@@ -215,7 +216,7 @@ def _head_scores(
     from linearize.calibrate import text_rows
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_base
-    from linearize.scoring import cached_scores, combined, head_scores, recall_probes, text_probe
+    from linearize.scoring import answers, cached_scores, combined, head_scores, recall_probes, text_probe
 
     if by == "both":
         return combined(
@@ -224,25 +225,55 @@ def _head_scores(
     scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
     key = {"base": source.fingerprint(), "by": by, **reach, **scoring.model_dump(), "layers": list(layers)}
 
-    def probes(model) -> list:
-        if by == "text":
-            if (rows := text_rows(source, settings.window, scoring.text, scoring.text_rows)) is None:
-                raise ConfigError(
-                    f"keep_softmax: no text can be scored: without a tokenizer, or since rows of {scoring.text} in the "
-                    f"model's positions do not leave the window of {settings.window}"
-                )
-            return [text_probe(model, rows, **reach)]
-        return recall_probes(
+    def scored(model, probes: list) -> list[list[float]]:
+        return head_scores(model, probes, **reach, method=scoring.method, layers=layers, progress=progress)
+
+    def by_text(model) -> list[list[float]]:
+        if (rows := text_rows(source, settings.window, scoring.text, scoring.text_rows)) is None:
+            raise ConfigError(
+                f"keep_softmax: no text can be scored: without a tokenizer, or since rows of {scoring.text} in the "
+                f"model's positions do not leave the window of {settings.window}"
+            )
+        return scored(model, [text_probe(model, rows, **reach)])
+
+    def by_recall(model) -> list[list[float]]:
+        copies = recall_probes(
             scoring.distances, scoring.rows, window=settings.window, positions=config["max_position_embeddings"],
             vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"),
         )  # fmt: skip
+        found = scored(model, copies)
+        if (facts := _facts(source, config, settings)) is None:
+            return found
+        if not answers(model, facts, **reach):
+            progress(f"{source.name}: the base does not answer {facts.name}; heads are scored by copies alone")
+            return found
+        return combined(found, scored(model, [facts]))
 
     def compute() -> list[list[float]]:
         progress(f"{source.name}: scoring key/value heads by {by} ({scoring.method})")
         model = load_base(source, dtype=compute_dtype("auto")).to(pick_device())
-        return head_scores(model, probes(model), **reach, method=scoring.method, layers=layers, progress=progress)
+        return by_text(model) if by == "text" else by_recall(model)
 
     return cached_scores(key, compute)
+
+
+def _facts(source: Source, config: dict[str, Any], settings: ConversionConfig) -> "Probe | None":
+    """Facts at the longest distance that fits; None without a tokenizer, or where neither text nor positions are long enough."""
+    from linearize.calibrate import text_rows, tokenizer_of
+    from linearize.scoring import BEFORE, facts_probe
+
+    scoring, room = settings.scoring, 2 * BEFORE
+    fitting = [n for n in scoring.distances if n > settings.window and n + room <= config["max_position_embeddings"]]
+    if not scoring.fact_rows or not fitting or (tokenizer := tokenizer_of(source)) is None:
+        return None
+    text = text_rows(source, settings.window, scoring.text, scoring.fact_rows)
+    if text is None or text.numel() < max(fitting) + room:
+        return None
+
+    def encode(words: str) -> list[int]:
+        return tokenizer(words, add_special_tokens=False).input_ids
+
+    return facts_probe(encode, text.flatten().tolist(), settings.window, max(fitting), scoring.fact_rows)
 
 
 def make_plan(

@@ -29,12 +29,14 @@ class Strict(BaseModel):
 class Scoring(Strict):
     """How `keep_softmax: recall:SHARE`, `text:SHARE` and `both:SHARE` score heads (linearize/scoring.py).
 
-    Recall is scored at `distances`, in tokens, with `rows` rows each; long text on `text_rows` rows of the dataset `text`.
+    Recall is scored at `distances`, in tokens, with `rows` rows of copies at each and `fact_rows` rows of facts at the longest;
+    the facts stand in text of the dataset `text`, and long text is scored on `text_rows` rows of it.
     """
 
     method: Literal["gradient", "swap", "lookup"] = "gradient"
     distances: list[int] = Field(default=[512, 1024], min_length=1)
     rows: int = Field(default=2, ge=1)
+    fact_rows: int = Field(default=6, ge=0)
     text: str = "sample"
     text_rows: int = Field(default=1, ge=1)
 

@@ -1,9 +1,10 @@
 """Which key/value heads have to keep softmax: scores for `--keep-softmax recall:SHARE`, `text:SHARE` and `both:SHARE`.
 
 Every key/value head of the base model, with its query group, gets a gate g between its softmax attention (g = 1) and
-window + sinks (g = 0). Two probes say what that costs:
+window + sinks (g = 0). Three probes say what that costs:
 
-    recall    rows of random tokens whose second copy must be read from the first, far outside the window: cross-entropy
+    copies    rows of random tokens whose second copy must be read from the first, far outside the window: cross-entropy
+    facts     text with a made-up fact, asked for far outside the window: cross-entropy of the answer
     text      long rows of text: divergence from the base beyond the window
 
 and three methods ask them:
@@ -13,8 +14,8 @@ and three methods ask them:
     lookup    the probability that the head puts on the token to copy, or in text on all that lies beyond the window; one
               forward
 
-A high score means that the head has to keep softmax. `both` adds each score's share of its total. Rows and text are not
-those that `linearize eval` uses.
+A high score means that the head has to keep softmax. `recall` is copies and facts, `both` that and text; where scores are
+added, each counts as its share of its total. Rows, facts and text are not those that `linearize eval` uses.
 
 Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim.
 """
@@ -49,6 +50,9 @@ METHODS = ("gradient", "swap", "lookup")
 SEED = 777_001
 DISTANCES = (512, 1024)
 ROWS = 2
+FACT_ROWS = 6
+# nats a token that the answers have to cost more without what lies beyond the window
+READS = 0.5
 # where a divergence from the base has a slope: not at 1
 RECALL_GATES, TEXT_GATES = (1.0, 0.5), (0.75, 0.25)
 CHUNK_TOKENS = 256
@@ -82,12 +86,69 @@ def recall_probe(distance: int, rows: int, vocabulary: int, start_token: int | N
     far = torch.arange(T) == (queries + 1 - distance)[:, None]
 
     def loss(gated: PreTrainedModel, number: int) -> Tensor:
-        ids = task.ids[number, None].to(gated.device)
-        logits = gated(input_ids=ids, use_cache=False, logits_to_keep=task.counted + 1).logits[:, :-1]
-        logits = logits.to(state_dtype(logits))
-        return F.cross_entropy(logits.flatten(0, 1), ids[0, -task.counted :])
+        return _loss_of_last(gated, task.ids[number], task.counted)
 
     return Probe(f"recall at distance {distance}", task.ids, loss, RECALL_GATES, queries, far)
+
+
+FACT = " To open the {thing} of {owner}, enter {number}.\n"
+QUESTION = "\nTo open the {thing} of {owner}, enter"
+THINGS = ("locker", "suitcase", "safe", "garden gate", "bicycle lock", "archive", "workshop", "cellar")
+OWNERS = ("Miriam", "Oscar", "Helena", "Tobias", "Ingrid", "Marcus", "Beatrice", "Conrad")
+# tokens of text before the farthest fact: what is read there is not the sinks
+BEFORE = 64
+
+
+def facts_probe(
+    encode: Callable[[str], list[int]], text: Sequence[int], window: int, distance: int, rows: int
+) -> Probe:
+    """Made-up facts in text, asked for from `window` to `distance` tokens later.
+
+    Args:
+        encode: text to token ids, without special tokens.
+        text: token ids to fill the rows with, at least `distance` + 2 BEFORE.
+    """
+    generator = torch.Generator().manual_seed(SEED + distance)
+
+    def pick(options: Sequence[Any]) -> Any:
+        return options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    def fact() -> tuple[list[int], list[int], list[int]]:
+        about = {"thing": pick(THINGS), "owner": pick(OWNERS)}
+        number = str(10_000 + pick(range(90_000)))
+        question, answered = (encode(QUESTION.format(**about) + end) for end in ("", f" {number}"))
+        return encode(FACT.format(**about, number=number)), question, answered[len(question) :]
+
+    # as long as the first one's answer is in tokens, so that rows have the same positions to ask about
+    drawn = [fact() for _ in range(64 * rows)]
+    drawn = [found for found in drawn if len(found[2]) == len(drawn[0][2])][:rows]
+    length, asked = distance + 2 * BEFORE, len(drawn[0][2])
+    made, far = [], torch.zeros(length, dtype=torch.bool)
+    for number, (stated, question, answer) in enumerate(drawn):
+        after = max(0, window + number * (distance - window) // max(1, rows - 1) - len(question))
+        before = length - after - sum(map(len, (stated, question, answer)))
+        start = number * length % max(1, len(text) - length)
+        filler = list(text[start : start + before + after])
+        made.append([*filler[:before], *stated, *filler[before:], *question, *answer])
+        far[before : before + len(stated)] = True
+    ids = torch.tensor(made)
+
+    def loss(gated: PreTrainedModel, number: int) -> Tensor:
+        return _loss_of_last(gated, ids[number], asked)
+
+    queries = torch.arange(length - asked - 1, length - 1)
+    return Probe(f"facts at distance {distance}", ids, loss, RECALL_GATES, queries, far.expand(asked, -1))
+
+
+def answers(model: PreTrainedModel, probe: Probe, *, window: int, sinks: int) -> bool:
+    """Whether the base reads from beyond the window what the probe asks for: a loss lower by more than READS without gates."""
+    with torch.no_grad(), _gated(model, window, sinks) as attentions:
+        losses = []
+        for value in (1.0, 0.0):
+            for attention in attentions:
+                attention.head_gates.fill_(value)
+            losses.append(sum(probe.loss(model, number).item() for number in range(len(probe.ids))) / len(probe.ids))
+    return losses[1] - losses[0] > READS
 
 
 @torch.no_grad()
@@ -237,6 +298,13 @@ def _attend(
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+def _loss_of_last(gated: PreTrainedModel, row: Tensor, counted: int) -> Tensor:
+    """Cross-entropy of the last `counted` tokens of a row, [T]."""
+    ids = row[None].to(gated.device)
+    logits = gated(input_ids=ids, use_cache=False, logits_to_keep=counted + 1).logits[:, :-1]
+    return F.cross_entropy(logits.to(state_dtype(logits)).flatten(0, 1), ids[0, -counted:])
 
 
 def _hidden(model: PreTrainedModel, row: Tensor) -> Tensor:

@@ -278,6 +278,7 @@ def write_gguf(base: PreTrainedModel, tokenizer, path: Path, arch: str) -> None:
     writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
     )

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from conftest import tiny_base, tiny_student
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 from linearize import scoring
 from linearize.errors import ConfigError
@@ -105,6 +107,47 @@ def test_lookup_in_text_is_the_attention_beyond_the_window():
     for layer, weights in enumerate(attentions):
         beyond = torch.stack([weights[:, :, i, 2 : i - 11].sum(-1) for i in range(12, 50)], -1).mean(-1)
         torch.testing.assert_close(torch.tensor(scores[layer]), beyond.unflatten(1, (3, 2)).amax(2).mean(0))
+
+
+def facts(tokenizer_folder, rows: int = 4):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    filler = [tokenizer.convert_tokens_to_ids("<|user|>")] * 300
+    return tokenizer, scoring.facts_probe(lambda words: tokenizer(words).input_ids, filler, 40, 100, rows)
+
+
+def test_facts_are_asked_for_beyond_the_window(tokenizer_folder):
+    tokenizer, probe = facts(tokenizer_folder)
+    asked, length = len(probe.queries), probe.ids.shape[1]
+    distances = []
+    for row in probe.ids:
+        said = tokenizer.decode(row)
+        stated, question, number = re.fullmatch(
+            r"(?:<.user.>)+ (To open .+, enter) (\d+)\.\n(?:<.user.>)+\n(.+) (\d+)", said
+        ).group(1, 3, 4)
+        assert question == stated and number in said.partition(question)[2].partition(".")[0]
+        assert tokenizer.decode(row[-asked:]).strip() == number
+        other = (row != row[0]).int()
+        ends = [i for i in range(1, length) if other[i - 1] > other[i]]  # of the fact alone: the row ends with the answer
+        distances.append(length - asked - ends[0])
+    assert distances == [40, 60, 80, 100]
+    assert probe.queries.tolist() == list(range(length - asked - 1, length - 1))
+    assert probe.far[:, :64].sum() == 0 and probe.far.any() and not probe.far[:, length - asked - 40 :].any()
+
+
+def test_the_loss_on_facts_is_that_of_their_answers(tokenizer_folder):
+    base, (_, probe) = tiny_base(), facts(tokenizer_folder)
+    with torch.no_grad():
+        logits = base(probe.ids[1, None]).logits[0, probe.queries]
+        wanted = F.cross_entropy(logits, probe.ids[1, probe.queries + 1]).item()
+        assert probe.loss(base, 1).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_only_a_base_that_answers_is_asked_for_facts(tokenizer_folder):
+    _, probe = facts(tokenizer_folder)
+    assert not scoring.answers(tiny_base(), probe, window=12, sinks=2)
+    losses = iter([0.2] * 4 + [3.0] * 4)
+    known = dataclasses.replace(probe, loss=lambda model, number: torch.tensor(next(losses)))
+    assert scoring.answers(tiny_base(), known, window=12, sinks=2)
 
 
 def test_scoring_leaves_the_model_as_it_was():
