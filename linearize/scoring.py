@@ -102,7 +102,7 @@ BEFORE = 64
 def facts_probe(
     encode: Callable[[str], list[int]], text: Sequence[int], window: int, distance: int, rows: int
 ) -> Probe:
-    """Made-up facts in text, asked for from `window` to `distance` tokens later.
+    """Made-up facts in text, each asked for another number of tokens later, all above `window`, at most `distance`.
 
     Args:
         encode: text to token ids, without special tokens.
@@ -125,7 +125,7 @@ def facts_probe(
     length, asked = distance + 2 * BEFORE, len(drawn[0][2])
     made, far = [], torch.zeros(length, dtype=torch.bool)
     for number, (stated, question, answer) in enumerate(drawn):
-        after = max(0, window + number * (distance - window) // max(1, rows - 1) - len(question))
+        after = max(0, window + (number + 1) * (distance - window) // rows - len(question))
         before = length - after - sum(map(len, (stated, question, answer)))
         start = number * length % max(1, len(text) - length)
         filler = list(text[start : start + before + after])

@@ -129,7 +129,7 @@ def test_facts_are_asked_for_beyond_the_window(tokenizer_folder):
         other = (row != row[0]).int()
         ends = [i for i in range(1, length) if other[i - 1] > other[i]]  # of the fact alone: the row ends with the answer
         distances.append(length - asked - ends[0])
-    assert distances == [40, 60, 80, 100]
+    assert distances == [55, 70, 85, 100]
     assert probe.queries.tolist() == list(range(length - asked - 1, length - 1))
     assert probe.far[:, :64].sum() == 0 and probe.far.any() and not probe.far[:, length - asked - 40 :].any()
 
