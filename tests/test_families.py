@@ -275,6 +275,7 @@ def write_gguf(base: PreTrainedModel, tokenizer, path: Path, arch: str) -> None:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_token_list([token for token, _ in sorted(backend["vocab"].items(), key=lambda item: item[1])])
     writer.add_token_types([1] * len(backend["vocab"]))
+    writer.add_token_scores([0.0] * len(backend["vocab"]))
     writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
