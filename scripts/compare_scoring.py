@@ -1,9 +1,11 @@
 """Cheap head scores beside the exact one: rank correlation, and what each choice of heads keeps without any training.
 
     python scripts/compare_scoring.py MODEL_FOLDER [--text FILE] [--swap-distances 1024]
+    python scripts/compare_scoring.py MODEL_FOLDER --methods gradient --asking facts --window 512 --heads 12 --results facts.json
 
-For every method and share: copy recall and perplexity with the chosen heads at softmax and all others at window + sinks,
-on rows and text that the scoring did not see. Writes scripts/results/scoring.json and prints a Markdown table.
+For every method and number of heads: copy recall, perplexity and the answer to a passkey with the chosen heads at softmax
+and all others at window + sinks, on rows and text that the scoring did not see. Writes a file of scripts/results and prints a
+Markdown table.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,15 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from linearize import scoring
 from linearize.convert import versions
 from linearize.device import compute_dtype, keep_freed_memory
+from linearize.evaluation.passkey import passkey_task
 from linearize.evaluation.perplexity import windows_of
 from linearize.evaluation.recall import accuracy, recall_task
 from linearize.modeling.readout import readout_of
 from linearize.placement import top_heads
 from linearize.samples import SAMPLES
 
-RESULTS = Path(__file__).resolve().parent / "results" / "scoring.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 SINKS = 4
-SHARES = (0.0, 6 / 90, 12 / 90, 18 / 90, 24 / 90)
+PASSKEY_LENGTH, PASSKEY_ROWS = 1024, 8
 
 
 def main() -> None:
@@ -37,6 +41,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--swap-distances", default="1024")
     parser.add_argument("--methods", default="lookup,gradient,swap")
+    parser.add_argument("--asking", default="text", choices=("text", "facts"), help="beside copies")
+    parser.add_argument("--heads", default="6,12,18,24")
+    parser.add_argument("--results", default="scoring.json")
     arguments = parser.parse_args()
     keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=compute_dtype("auto")).eval()
@@ -58,20 +65,27 @@ def main() -> None:
         seconds[method] = time.perf_counter() - started
     if "gradient" in scores:
         started = time.perf_counter()
-        row = torch.tensor(tokenizer(sample("sample")).input_ids[:2048])[None]
-        probe = scoring.text_probe(model, row, arguments.window, SINKS)
-        scores["text"] = scoring.head_scores(model, [probe], window=arguments.window, sinks=SINKS, progress=note)
-        seconds["text"] = time.perf_counter() - started
-        scores["both"] = scoring.combined(scores["gradient"], scores["text"])
+        filler = tokenizer(sample("sample")).input_ids
+        if arguments.asking == "text":
+            probe = scoring.text_probe(model, torch.tensor(filler[:2048])[None], arguments.window, SINKS)
+        else:
+            probe = scoring.facts_probe(
+                lambda words: tokenizer(words, add_special_tokens=False).input_ids, filler, arguments.window,
+                max(scoring.DISTANCES), scoring.FACT_ROWS,
+            )  # fmt: skip
+        scores[arguments.asking] = scoring.head_scores(
+            model, [probe], window=arguments.window, sinks=SINKS, progress=note
+        )
+        seconds[arguments.asking] = time.perf_counter() - started
+        scores["both"] = scoring.combined(scores["gradient"], scores[arguments.asking])
     choices = []
     layers, heads = len(model.base_model.layers), model.config.num_key_value_heads
     every_fourth = tuple(tuple(range(heads)) if layer % 4 == 0 else () for layer in range(layers))
-    for share in SHARES:
+    choices.append(measure(model, tokenizer, ids, arguments.window, "none", ((),) * layers))
+    for number in map(int, arguments.heads.split(",")):
         for method, values in scores.items():
-            kept = top_heads(values, share) if share else ((),) * layers
-            choices.append(measure(model, tokenizer, ids, arguments.window, method if share else "none", kept))
-            if not share:
-                break
+            kept = top_heads(values, number / (layers * heads))
+            choices.append(measure(model, tokenizer, ids, arguments.window, method, kept))
     choices.append(measure(model, tokenizer, ids, arguments.window, "every fourth layer", every_fourth))
     choices.append(measure(model, tokenizer, ids, arguments.window, "base", (tuple(range(heads)),) * layers))
     record = {
@@ -85,7 +99,7 @@ def main() -> None:
         "choices": choices,
         "scores": scores,
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / arguments.results).write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
 
 
@@ -110,8 +124,23 @@ def measure(model, tokenizer, ids, window: int, name: str, kept) -> dict:
             found[f"recall@{distance}"] = sum(units) / len(units)
         losses = [model(row[None], labels=row[None]).loss for row in windows_of(ids, 2048, 8192)]
         found["perplexity@2048"] = torch.stack(losses).mean().exp().item()
+        found["passkey_loss"], found["passkey_right"] = passkeys(model, tokenizer, ids)
     note(str({key: value for key, value in found.items() if key != "kept"}))
     return found
+
+
+def passkeys(model, tokenizer, ids) -> tuple[float, float]:
+    """Loss a token of the number that is asked for, and the share of prompts that it would be given for."""
+    losses, right = [], []
+    for depth in (0.1, 0.3):
+        task = passkey_task(SimpleNamespace(seed=0, tokenizer=tokenizer, text=ids), PASSKEY_LENGTH, depth, PASSKEY_ROWS)
+        for prompt, number in zip(task.prompts, task.answers):
+            answer = torch.tensor(tokenizer(f" {number}", add_special_tokens=False).input_ids)
+            row = torch.cat([prompt, answer])[None]
+            logits = model(row, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, answer).item())
+            right.append(float((logits.argmax(-1) == answer).all()))
+    return sum(losses) / len(losses), sum(right) / len(right)
 
 
 def spearman(first, second) -> float:
@@ -120,11 +149,14 @@ def spearman(first, second) -> float:
 
 
 def table(record: dict) -> str:
-    lines = ["| heads kept by | heads | recall@512 | recall@1024 | perplexity@2048 |", "|---|---|---|---|---|"]
+    lines = [
+        "| heads kept by | heads | recall@512 | recall@1024 | perplexity@2048 | passkey, loss a token | right |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in record["choices"]:
         lines.append(
             f"| {row['choice']} | {row['heads']} | {row['recall@512']:.2f} | {row['recall@1024']:.2f} | "
-            f"{row['perplexity@2048']:.2f} |"
+            f"{row['perplexity@2048']:.2f} | {row['passkey_loss']:.2f} | {row['passkey_right']:.2f} |"
         )
     for method, seconds in record["seconds"].items():
         correlation = record["rank_correlation_with_swap"].get(method)

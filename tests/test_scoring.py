@@ -127,7 +127,9 @@ def test_facts_are_asked_for_beyond_the_window(tokenizer_folder):
         assert question == stated and number in said.partition(question)[2].partition(".")[0]
         assert tokenizer.decode(row[-asked:]).strip() == number
         other = (row != row[0]).int()
-        ends = [i for i in range(1, length) if other[i - 1] > other[i]]  # of the fact alone: the row ends with the answer
+        ends = [
+            i for i in range(1, length) if other[i - 1] > other[i]
+        ]  # of the fact alone: the row ends with the answer
         distances.append(length - asked - ends[0])
     assert distances == [55, 70, 85, 100]
     assert probe.queries.tolist() == list(range(length - asked - 1, length - 1))
