@@ -46,6 +46,7 @@ OURS = ("--config", CONFIG)
 PURE = (*OURS, "--keep-softmax", "none")
 # by random copies alone, before facts were asked for too
 COPIES = ("--keep-softmax", "0:0,2:2,7:2,14:1,16:0,17:1,18:2,19:1,20:2,23:0,23:2,24:0")
+NO_FACTS = ("--set", "scoring.fact_rows=0")
 # to distil the base from itself would be no control: the loss is 0 from the first step
 NEXT_TOKEN = ("--recipe", "lora", "--set", "loss.kind=ce")
 METHODS = {
@@ -58,6 +59,7 @@ METHODS = {
     "ours-0": Method("ours, no head", PURE),
     "window": Method("window + sinks alone, longer", (*PURE, *NO_BRANCH), beside=PURE),
     "ours-6": Method("ours, 6% of heads", (*OURS, "--keep-softmax", "recall:6%")),
+    "ours-6-copies": Method("ours, 6% of heads, by copies alone", (*OURS, "--keep-softmax", "recall:6%", *NO_FACTS)),
     "ours-25": Method("ours, 25% of heads", (*OURS, "--keep-softmax", "recall:25%")),
     "liger": Method("Liger", ("--config", "liger"), ("--recipe", "liger")),
     "liger-heads": Method("Liger's layer, as many heads and bytes", ("--config", "liger", *COPIES), ("--recipe", "liger"), OURS),

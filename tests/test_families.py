@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import COMMON, FAMILIES, VOCABULARY, family_base
+from tiny import COMMON, FAMILIES, VOCABULARY, family_base, family_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize import convert as conversion
 from linearize import verify
+from linearize.checkpoint.gguf_file import complete
 from linearize.checkpoint.source import open_source
 from linearize.errors import CheckpointError
 from linearize.families.registry import FAMILIES as LISTED
@@ -227,10 +228,18 @@ GGUF = {
     "qwen3_moe": ("qwen3moe", {"norm_topk_prob": True}),
     "phi3": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}),
-    "gemma3_text": ("gemma3", {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None}),
+    "gemma3_text": (
+        "gemma3",
+        {
+            "query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None, "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "stablelm": ("stablelm", {"qk_layernorm": False}),
     "starcoder2": ("starcoder2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-}
+}  # fmt: skip
 
 
 def write_gguf(base: PreTrainedModel, tokenizer, path: Path, arch: str) -> None:
@@ -310,10 +319,10 @@ def stored(name: str, tensor: torch.Tensor, arch: str, config):
 
 @pytest.mark.parametrize("model_type", GGUF)
 def test_gguf(model_type, tmp_path, tokenizer_folder):
-    """Dequantised, converted, verified; in softmax mode the logits are those of the model that was written."""
+    """Dequantised and converted; in softmax mode the logits are those of the model that was written."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     arch, changes = GGUF[model_type]
-    base = family_base(model_type, **{"vocab_size": len(tokenizer), "max_position_embeddings": 512, **changes})
+    base = family_base(model_type, vocab_size=len(tokenizer), **changes)
     path = tmp_path / "model.gguf"
     write_gguf(base, tokenizer, path, arch)
     said = []
@@ -342,3 +351,11 @@ def test_gguf_that_would_be_read_in_part(model_type, arch, says, tmp_path, token
             str(tmp_path / "model.gguf"), ConversionConfig(**SETTINGS), out=tmp_path / "out", progress=lambda text: None
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("layers", "scalar"), [(4, 16), (46, 8)])
+def test_the_query_scale_of_gemma_2_in_gguf(layers, scalar):
+    """No file names it; of the largest model it is the hidden size by heads, of the others the head size."""
+    config = family_config("gemma2", num_hidden_layers=layers, layer_types=None)
+    complete(config, {"attention.key_length": 16, "context_length": 512}, {})
+    assert config.query_pre_attn_scalar == scalar

@@ -111,14 +111,17 @@ def test_cache_is_constant_and_a_fraction(converted):
 
 
 def test_the_config_keeps_the_heads_that_recall_needs(converted):
-    """Without any training a text four windows back is still copied; with every head linear nothing is."""
+    """Without any training what stands beyond the window is copied and facts are named; with every head linear nothing is."""
     from linearize.convert import make_plan
     from linearize.evaluation.recall import accuracy, recall_task
     from linearize.modeling.loading import load_tokenizer
+    from linearize.scoring import facts_probe
 
     manifest, tokenizer = read_manifest(converted), load_tokenizer(converted)
     task = recall_task(1024, 1, len(tokenizer), tokenizer.bos_token_id, 0)
-    recalled = {}
+    text = sample_ids(converted, 2048)[0].tolist()
+    facts = facts_probe(lambda words: tokenizer(words).input_ids, text, 512, 1024, 3)
+    recalled, asked = {}, {}
     with open_base(manifest) as source, torch.no_grad():
         for kept in ("none", None):
             config = AutoConfig.from_pretrained(source.folder).to_dict()
@@ -128,11 +131,15 @@ def test_the_config_keeps_the_heads_that_recall_needs(converted):
             for name, mode in modes.items():
                 with mode:
                     hidden = [model.base_model(row[None], use_cache=False).last_hidden_state[0] for row in task.ids]
+                    asked[name] = sum(facts.loss(model, number).item() for number in range(3)) / 3
                 head = readout_of(model)
                 right = [accuracy(h, head, row, task.counted) for h, row in zip(hidden, task.ids)]
                 recalled[name] = sum(right) / len(right)
     assert recalled["base"] > 0.2 and recalled["none"] < 0.05
     assert recalled["config"] > 0.8 * recalled["base"]
+    # nats a token of a number; a guess costs 2.3
+    assert asked["base"] < 1.0 and asked["none"] > 2.0
+    assert asked["config"] < asked["base"] + 0.5
 
 
 def test_base_figures_on_wikitext(converted):

@@ -127,10 +127,8 @@ def test_facts_are_asked_for_beyond_the_window(tokenizer_folder):
         assert question == stated and number in said.partition(question)[2].partition(".")[0]
         assert tokenizer.decode(row[-asked:]).strip() == number
         other = (row != row[0]).int()
-        ends = [
-            i for i in range(1, length) if other[i - 1] > other[i]
-        ]  # of the fact alone: the row ends with the answer
-        distances.append(length - asked - ends[0])
+        end = next(i for i in range(1, length) if other[i - 1] > other[i])  # of the fact
+        distances.append(length - asked - end)
     assert distances == [55, 70, 85, 100]
     assert probe.queries.tolist() == list(range(length - asked - 1, length - 1))
     assert probe.far[:, :64].sum() == 0 and probe.far.any() and not probe.far[:, length - asked - 40 :].any()

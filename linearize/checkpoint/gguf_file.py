@@ -99,22 +99,22 @@ def complete(config, fields: dict[str, Any], rotary: dict[str, Any]) -> None:
             setattr(config, name, rope[name])
 
 
-def _rotary(fields: dict[str, Any], tensors: dict[str, Any], head_dim: int) -> dict[str, Any]:
+def _rotary(fields: dict[str, Any], rotary: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """`rope_parameters` of a file."""
     rope: dict[str, Any] = {}
     if base := fields.get("rope.freq_base"):
         rope["rope_theta"] = base
     if (size := fields.get("rope.dimension_count", head_dim)) != head_dim:
         rope["partial_rotary_factor"] = size / head_dim
-    trained = fields.get("rope.scaling.original_context_length")
+    trained = fields.get("rope.scaling.original_context_length") or fields["context_length"]
     # every frequency's own divisor, as Llama 3.1 and LongRoPE have it, holds for any rule that made them
-    factors = {kind: tensors.get(f"rope_factors_{kind}.weight") for kind in ("short", "long")}
-    if (same := tensors.get("rope_freqs.weight")) is not None:
+    factors = {kind: rotary.get(f"rope_factors_{kind}.weight") for kind in ("short", "long")}
+    if (same := rotary.get("rope_freqs.weight")) is not None:
         factors = {"short": same, "long": same}
         rope["attention_factor"] = 1.0
     if factors["long"] is not None:
         rope |= {f"{kind}_factor": [float(x) for x in values] for kind, values in factors.items()}
-        rope |= {"rope_type": "longrope", "original_max_position_embeddings": trained or fields["context_length"]}
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": trained}
         if (scale := fields.get("rope.scaling.attn_factor")) is not None:
             rope["attention_factor"] = scale
         return rope
