@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from linearize.ops import dispatch
+from linearize.ops.chunks import carried, carried_at_once
 from linearize.ops.delta_rule import delta_rule_chunked, delta_rule_naive
 from linearize.ops.gla import gla, gla_chunked, gla_naive
 from linearize.ops.simple_gla import simple_gla_chunked
@@ -305,6 +306,19 @@ def test_window_any_shape(T, past, window, J, G, padding, documents, sinks, seed
     assert_same_with_gradients(
         lambda: window_attention(*inputs, **keywords), lambda: window_attention_naive(*inputs, **keywords), inputs
     )
+
+
+@pytest.mark.parametrize("kind", ["nothing forgotten", "factors of heads", "documents"])
+def test_states_carried_at_once_are_those_of_the_loop(kind):
+    torch.manual_seed(0)
+    state, increments = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 9, 4, 5, dtype=torch.float64)
+    carry = {
+        "nothing forgotten": None,
+        "factors of heads": torch.rand(1, 3, 9, 1, 1, dtype=torch.float64),
+        "documents": (torch.rand(2, 1, 9, 1, 1) < 0.6).double(),
+    }[kind]
+    for got, wanted in zip(carried_at_once(state, increments, carry), carried(state, increments, carry)):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

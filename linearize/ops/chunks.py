@@ -58,3 +58,39 @@ def times(x: Tensor, factor: Tensor | None, chunk: int | None = None) -> Tensor:
     if factor is None:
         return x
     return x * (factor if chunk is None else factor[:, :, chunk])
+
+
+def carried(state: Tensor, increments: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S_{n+1} = carry_n S_n + increments_n, chunk after chunk.
+
+    On a device all at once, by a product with the factors between any two chunks: a loop would leave it idle.
+
+    Args:
+        state: [B, J, K, V], S_0. increments: [B, J, N, K, V].
+        carry: [B or 1, J or 1, N, 1, 1], or None for 1.
+
+    Returns:
+        S_0 to S_{N-1}, [B, J, N, K, V], and S_N.
+    """
+    if state.is_cuda:
+        return carried_at_once(state, increments, carry)
+    states = []
+    for n in range(increments.shape[2]):
+        states.append(state)
+        state = increments[:, :, n] + times(state, carry, n)
+    return torch.stack(states, dim=2), state
+
+
+def carried_at_once(state: Tensor, increments: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same; see `carried`."""
+    N = increments.shape[2] + 1
+    parts = torch.cat([state[:, :, None], increments], dim=2).flatten(3)  # what enters at S_0, S_1, ...
+    if carry is None:
+        states = parts.cumsum(2)
+    else:
+        below = torch.ones(N, N, dtype=torch.bool, device=state.device).tril(-1)
+        steps = F.pad(carry.flatten(2), (1, 0))[..., None]  # [., ., N, 1]: from S_{n-1} to S_n
+        factors = torch.where(below, steps, 1.0).cumprod(-2).tril()
+        states = factors.to(parts.dtype) @ parts
+    states = states.unflatten(3, state.shape[2:])
+    return states[:, :, :-1], states[:, :, -1]

@@ -11,7 +11,7 @@ spread over the channels. `simple_gla_chunked` is the fast version; `simple_gla`
 import torch
 from torch import Tensor
 
-from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
+from linearize.ops.chunks import carried, chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
 from linearize.ops.dispatch import run_kernel
 
 SIMPLE_CHUNK = 64
@@ -87,11 +87,7 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         inside, reads, writes, carry = _decays(q, b, segments)
         scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside)
         increments = times(k, writes).transpose(-1, -2) @ v
-        states = []
-        for n in range(q.shape[2]):
-            states.append(state)
-            state = increments[:, :, n] + times(state, carry, n)
-        states = torch.stack(states, dim=2)
+        states, state = carried(state, increments, carry)
         output = scores.flatten(3, 4) @ v
         output += times(q, reads).flatten(3, 4) @ states
         ctx.save_for_backward(q, k, v, b, states, segments, scores)
@@ -103,11 +99,8 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         inside, reads, writes, carry = _decays(q, b, segments)
         d_output = d_output.flatten(3, 4)
         d_reads = times(q, reads).flatten(3, 4).transpose(-1, -2) @ d_output
-        d_next = []
-        for n in reversed(range(q.shape[2])):
-            d_next.append(d_state)
-            d_state = d_reads[:, :, n] + times(d_state, carry, n)
-        d_next = torch.stack(d_next[::-1], dim=2)
+        d_next, d_state = carried(d_state, d_reads.flip(2), None if carry is None else carry.flip(2))
+        d_next = d_next.flip(2)
 
         dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
         dv += times(k, writes) @ d_next

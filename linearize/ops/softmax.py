@@ -20,7 +20,7 @@ def softmax_attention(
     softcap: float | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and log sum_j exp(score_j), by PyTorch's fused kernel where it hands the latter out.
+    """Attention and log sum_j exp(score_j), by a fused kernel of PyTorch's that hands the latter out.
 
     Args:
         q: [N, J, R, K]. k, v: [N, J, S, K].
@@ -43,7 +43,10 @@ def softmax_attention(
 def fuses(q: Tensor, softcap: float | None) -> bool:
     """Whether a kernel computes this without keeping a score matrix."""
     # float16 has no room for what `_with_normaliser` divides by
-    return softcap is None and q.device.type == "cpu" and q.dtype != torch.float16
+    if softcap is not None or q.dtype == torch.float16:
+        return False
+    # CUDA's loads whole vectors of a head, and knows no float64
+    return q.device.type == "cpu" or (q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 8 == 0)
 
 
 def softmax_attention_naive(
@@ -68,21 +71,32 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, scale, causal):
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output, log_sum = kernel(q, k, v, is_causal=causal, attn_mask=bias, scale=scale)
-        ctx.save_for_backward(q, k, v, bias, output, log_sum)
+        if q.is_cuda:
+            bias = None if bias is None else bias.expand(-1, q.shape[1], -1, -1)
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+            output, log_sum, *random = kernel(q, k, v, bias, True, 0.0, causal, scale=scale)
+        else:
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            (output, log_sum), random = kernel(q, k, v, is_causal=causal, attn_mask=bias, scale=scale), []
+        ctx.save_for_backward(q, k, v, bias, output, log_sum, *random)
         ctx.scale, ctx.causal = scale, causal
         ctx.set_materialize_grads(False)
-        return output, log_sum
+        return output, log_sum[..., : q.shape[2]]  # CUDA's is padded
 
     @staticmethod
     def backward(ctx, d_output, d_log_sum):
-        q, k, v, bias, output, log_sum = ctx.saved_tensors
+        q, k, v, bias, output, log_sum, *random = ctx.saved_tensors
         shifted = output
         if d_output is None:
             d_output = torch.zeros_like(output)
-        if d_log_sum is not None and d_log_sum.any():
+        if d_log_sum is not None and (d_log_sum.is_cuda or d_log_sum.any()):
             d_output, shifted = _with_normaliser(output, d_output, d_log_sum)
+        if q.is_cuda:
+            wanted = [True, True, True, False]
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+            inputs = (d_output, q, k, v, bias, shifted, log_sum, *random)
+            *gradients, _ = kernel(*inputs, 0.0, wanted, ctx.causal, scale=ctx.scale)
+            return (*gradients, None, None, None)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         gradients = kernel(d_output, q, k, v, shifted, log_sum, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale)
         return (*gradients, None, None, None)
@@ -94,8 +108,8 @@ def _with_normaliser(output: Tensor, d_output: Tensor, d_log_sum: Tensor) -> tup
     energy = wide.square().sum(-1)
     tiny = torch.finfo(energy.dtype).tiny ** 0.4
     lost = energy < tiny**2
-    if lost.any():
-        stand_in = F.one_hot(torch.zeros((), dtype=torch.long), wide.shape[-1]).to(wide) * tiny
+    if lost.is_cuda or lost.any():  # to ask a device is to wait for it
+        stand_in = F.pad(wide.new_full((1,), tiny), (0, wide.shape[-1] - 1))
         wide = torch.where(lost[..., None], stand_in, wide)
         energy = torch.where(lost, tiny**2, energy)
     shifted = output - (d_log_sum / energy)[..., None] * wide

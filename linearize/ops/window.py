@@ -109,7 +109,7 @@ def window_attention(
     """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
-    whole = T == S > window and key_mask is None and learned_sinks is None
+    whole = T == S > window and key_mask is None and learned_sinks is None and q.device.type == "cpu"
     if whole and fuses(q, softcap) and (sink_mask is None or not sink_mask[:, :window].any()):
         first, rest = q.split([window, T - window], dim=1)
         documents = None if segments is None else segments[:, :window]
@@ -143,7 +143,7 @@ def window_attention(
     skip = front if blocks == 1 else 0
     front, span = front - skip, span - skip
     N = 0 if sink_keys is None else sink_keys.shape[1]
-    spare = -(span + N) % VECTOR if blocks > 1 else 0
+    spare = -(span + N) % VECTOR if blocks > 1 or q.is_cuda else 0
     span, back = span + spare, behind + spare
 
     key_blocks, value_blocks = (_windows(_padded(x, front, back), span, C) for x in (k, v))
