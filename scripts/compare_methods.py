@@ -82,6 +82,8 @@ def main() -> None:
     run.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas")
     run.add_argument("--tokens", type=tokens_of, default=300_000)
     run.add_argument("--seeds", default="0")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change of every row's recipe")
+    run.add_argument("--results", type=Path, default=RESULTS)
     run.add_argument("--data", help="training text for every method (default: each recipe's own)")
     run.add_argument("--text", type=Path, help="plain text for perplexity up to 2048 (default: sample-eval)")
     run.add_argument("--book", type=Path, help="one long text for perplexity at 8192")
@@ -102,19 +104,20 @@ def main() -> None:
 
 def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
     row_name = f"{name}-{arguments.tokens}" + (f"-seed{seed}" if seed else "")
-    if row_name in known_rows():
+    if row_name in known_rows(arguments.results):
         return
     method, folder = METHODS[name], arguments.work / row_name
-    flags = [*method.convert]
-    if method.beside:
-        flags += ["--window", equal_window(arguments.model, method)]
     converted = tuned = folder / "converted"
     if not (converted / "linearize.json").is_file():
+        flags = [*method.convert]
+        if method.beside:
+            flags += ["--window", equal_window(arguments.model, method)]
         linearize("convert", arguments.model, "-o", converted, *flags)
     if arguments.tokens:
         tuned = folder / "tuned"
         data = ["--data", arguments.data] if arguments.data else []
         training = [*method.finetune, *data, "--tokens", arguments.tokens, "--set", f"seed={seed}"]
+        training += [word for change in arguments.set for word in ("--set", change)]
         if not (tuned / "linearize.json").is_file():
             linearize("finetune", converted, "-o", tuned, *training)
     tasks = ["--tasks", arguments.tasks, "--tasks-dir", arguments.tasks_dir, "--task-limit", arguments.task_limit]
@@ -143,7 +146,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         "versions": short["versions"],
         "command": shlex.join(["python", *sys.argv]),
     }
-    RESULTS.write_text(json.dumps({**known_rows(), row_name: row}, indent=1) + "\n")
+    arguments.results.write_text(json.dumps({**known_rows(arguments.results), row_name: row}, indent=1) + "\n")
     shutil.rmtree(folder)  # the weights have served
 
 
@@ -162,8 +165,8 @@ def bytes_at(plan: dict, context: int) -> int:
     return low + (high - low) * (context - short) // (long - short)
 
 
-def known_rows() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+def known_rows(results: Path = RESULTS) -> dict[str, dict]:
+    return json.loads(results.read_text()) if results.is_file() else {}
 
 
 def render() -> None:
