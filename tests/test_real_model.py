@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from linearize.convert import convert
@@ -186,15 +187,16 @@ def test_a_few_steps_of_the_default_recipe_lower_the_divergence(smollm2, tmp_pat
     assert divergence[tuned] < divergence[converted]
 
 
-def test_portable_file_of_the_real_model(converted):
+def test_portable_file_of_the_real_model(converted, tmp_path):
     script = (
         "import sys; sys.modules['linearize'] = None\n"
-        "import torch; from transformers import AutoModelForCausalLM\n"
+        "import torch; from safetensors.torch import save_file; from transformers import AutoModelForCausalLM\n"
         f"m = AutoModelForCausalLM.from_pretrained({str(converted)!r}, trust_remote_code=True, dtype=torch.float32).eval()\n"
-        "print(repr(m(torch.arange(300)[None]).logits.double().sum().item()))"
+        f"save_file({{'logits': m(torch.arange(300)[None]).logits.detach()}}, {str(tmp_path / 'logits.safetensors')!r})"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     with torch.no_grad():
-        wanted = load_student(converted, dtype=torch.float32)(torch.arange(300)[None]).logits.double().sum().item()
-    assert float(run.stdout.strip().splitlines()[-1]) == wanted
+        wanted = load_student(converted, dtype=torch.float32)(torch.arange(300)[None]).logits
+    # another process: the order in which a product is summed may hang on where its buffers lie
+    torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], wanted, rtol=1e-6, atol=1e-4)
