@@ -105,6 +105,7 @@ class Inspection:
             {
                 "layer": i,
                 "softmax_heads": list(layer.softmax_heads),
+                "softmax_window": layer.softmax_window,
                 "linear_heads": list(layer.linear_heads(self.key_value_heads)),
                 "mixer": layer.mixer,
                 "mix": layer.mix,
@@ -293,15 +294,21 @@ def make_plan(
                 raise ConfigError(f"layers.{spec}: got layer {number}, the model has layers 0 to {layers - 1}")
             changes[number] = changed.model_dump(exclude_none=True)
     every_head = tuple(range(config["num_key_value_heads"]))
+    windows = find_family(family_name).sliding_windows(config)
     return Plan(
         family_name,
         tuple(
-            LayerPlan(heads, **settings.layer_settings(changes.get(i, {})))
+            LayerPlan(heads, **_fitting(settings.layer_settings(changes.get(i, {})), windows[i]))
             if i in chosen
             else LayerPlan(every_head, native=True)
             for i, heads in enumerate(kept)
         ),
     )
+
+
+def _fitting(settings: dict[str, Any], sliding_window: int | None) -> dict[str, Any]:
+    """A layer's settings; where the family gives it a sliding window, that is its softmax heads' too."""
+    return settings if sliding_window is None else settings | {"softmax_window": None}
 
 
 def chosen_layers(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> tuple[int, ...]:
@@ -330,9 +337,14 @@ def cache_sizes(config: dict[str, Any], plan: Plan, width: int) -> dict[int, dic
             linear = len(layer.linear_heads(J))
             softmax_head = 2 * K * width * (length if windows[i] is None else min(length, windows[i] - 1))
             base += J * softmax_head
-            student += (J - linear) * softmax_head
+            if layer.softmax_window is None:
+                student += (J - linear) * softmax_head
+            elif linear < J:
+                slots = min(layer.softmax_window, length) + layer.sinks
+                student += (J - linear) * 2 * K * width * slots + bookkeeping(layer.softmax_window, layer.sinks, length)
             if linear:
-                student += linear * _linear_head_bytes(branches[i], K, width, length) + layer_bookkeeping(layer, length)
+                student += linear * _linear_head_bytes(branches[i], K, width, length)
+                student += bookkeeping(layer.window, layer.sinks, length)
         sizes[length] = {"base": base, "student": student}
     return sizes
 
@@ -344,9 +356,9 @@ def _linear_head_bytes(branch: "WindowHeads", head_dim: int, width: int, length:
     return 2 * (slots + branch.sinks) * head_dim * width + waiting + 4 * _product(branch.state_shape())
 
 
-def layer_bookkeeping(layer: LayerPlan, length: int) -> int:
-    """Ordinals of the window's slots, the sinks' slots and the token count, 8 bytes each."""
-    return 8 * (min(layer.window, length) + layer.sinks + 1)
+def bookkeeping(window: int, sinks: int, length: int) -> int:
+    """Ordinals of a window's slots, the sinks' slots and the token count, 8 bytes each."""
+    return 8 * (min(window, length) + sinks + 1)
 
 
 def added_parameters(config: dict[str, Any], plan: Plan) -> dict[str, tuple[int, ...]]:

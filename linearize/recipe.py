@@ -60,6 +60,7 @@ class LayerSettings(Strict):
     gate: Literal["key", "learned"] | None = None
     window: int | None = Field(default=None, ge=1, le=LONGEST)
     sinks: int | None = Field(default=None, ge=0)
+    softmax_window: int | None = Field(default=None, ge=1, le=LONGEST)
     mix: Literal["sum", "outside", "joint", "none"] | None = None
     mix_options: Options | None = None
 
@@ -80,6 +81,8 @@ class ConversionConfig(Strict):
     # which layers are converted at all: "full" (those without a sliding window of their own), "all" or "0-3,7"
     convert_layers: str = "full"
     keep_softmax: str = "auto"
+    # tokens that the heads so kept see, beside the sinks; none said: all
+    softmax_window: int | None = Field(default=None, ge=1, le=LONGEST)
     scoring: Scoring = Scoring()
     calibration: Calibration = Calibration()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -130,7 +133,7 @@ class ConversionConfig(Strict):
 
     def layer_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
         """The settings of one layer: these, with `changes` on top. Another mixer or mix starts from its own defaults."""
-        names = ("mixer", "mixer_options", "gate", "window", "sinks", "mix", "mix_options")
+        names = ("mixer", "mixer_options", "gate", "window", "sinks", "mix", "mix_options", "softmax_window")
         settings = {name: getattr(self, name) for name in names}
         for kind in ("mixer", "mix"):
             if changes.get(kind, settings[kind]) != settings[kind]:

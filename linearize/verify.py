@@ -39,7 +39,7 @@ def verify(folder: Path, base: Path) -> dict[str, Any]:
     register_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     linear = [layer for layer in config.plan.layers if layer.linear_heads(config.key_value_heads)]
-    window = max((layer.window for layer in linear), default=0)
+    window = max((max(layer.window, layer.softmax_window or 0) for layer in linear), default=0)
     # beyond the window, so that sinks and recurrent branch take part, and a decode that leaves it again
     length = min(max(window + 24, 48), 600, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))

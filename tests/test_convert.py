@@ -101,10 +101,10 @@ def test_verification_fails_when_decode_differs(base_folder, tmp_path):
     base = base_folder()
     convert(str(base), settings(), out=out, verify=False, progress=quiet)
     script = (
-        "import sys; from linearize.modeling import cache; real = cache.LinearizedLayer.extend\n"
+        "import sys; from linearize.modeling import cache; real = cache.WindowCache.extend\n"
         "def broken(self, k, v, raw, mask):\n"
         "    context = real(self, k, v, raw, mask); self.recurrent_state = None; return context\n"
-        "cache.LinearizedLayer.extend = broken\n"
+        "cache.WindowCache.extend = broken\n"
         f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]\n"
         "from linearize.verify import main; main()"
     )

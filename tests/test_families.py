@@ -124,6 +124,13 @@ def test_generation_from_a_chat_template(case):
     assert torch.equal(cached, student.generate(**inputs, use_cache=False, **options))
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_kept_heads_with_a_window(model_type, tmp_path):
+    case = converted(model_type, tmp_path, {**SETTINGS, "softmax_window": 13})
+    assert_exact(case)
+    assert_generates(case.student())
+
+
 @pytest.mark.parametrize("model_type", NATIVE)
 def test_every_layer_of_a_family_with_sliding_windows(model_type, tmp_path):
     case = converted(model_type, tmp_path, {**SETTINGS, "convert_layers": "all", "keep_softmax": "0:1,1:0"})

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in
 
 
 def plan_for(mix: str, key_value_heads: int, window: int = 8, sinks: int = 2) -> Plan:
-    """Three layers: all heads linear, one head kept (where there are several), all kept."""
+    """Three layers: all heads linear, one head kept (where there are several), all kept. In "windows" kept heads see a
+    window too."""
+    softmax_window = 13 if mix == "windows" else None
+    mix = "outside" if mix == "windows" else mix
     options = LOUD if mix == "outside" else {}
     mixer = NO_BRANCH if mix == NO_BRANCH else "gla"
     every = tuple(range(key_value_heads))
@@ -25,10 +29,10 @@ def plan_for(mix: str, key_value_heads: int, window: int = 8, sinks: int = 2) ->
         LayerPlan(every[1:2], mixer, window=window - 3, sinks=sinks + 1, mix=mix, mix_options=options),
         LayerPlan(every),
     )
-    return Plan("llama", layers)
+    return Plan("llama", tuple(replace(layer, softmax_window=softmax_window) for layer in layers))
 
 
-@pytest.fixture(params=["outside", "sum", NO_BRANCH])
+@pytest.fixture(params=["outside", "windows", "sum", NO_BRANCH])
 def mix(request):
     return request.param
 
@@ -78,6 +82,7 @@ def loop_attention(q, k, v, q_rotary, k_rotary, plan: LayerPlan, scale: float, l
         # configs/liger: 64 earlier keys and self, no sinks, halves, gate / 16
         LayerPlan((), window=65, sinks=0, mix="sum"),
         LayerPlan((2,), window=7, sinks=3, mix="sum"),
+        LayerPlan((0, 2), window=7, sinks=3, mix="outside", mix_options=LOUD, softmax_window=12),
     ],
 )
 def test_attention_equals_a_plain_loop(layer):
@@ -100,7 +105,11 @@ def test_attention_equals_a_plain_loop(layer):
             j = h // group
             if j in layer.softmax_heads:
                 scores = q_rotary[0, h] @ k_rotary[0, j].T * reference.scaling
-                scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))
+                seen = torch.ones(T, T, dtype=torch.bool).tril()
+                if layer.softmax_window is not None:
+                    seen &= torch.ones(T, T, dtype=torch.bool).triu(1 - layer.softmax_window)
+                    seen[:, : layer.sinks] = torch.ones(T, layer.sinks, dtype=torch.bool).tril()
+                scores = scores.masked_fill(~seen, float("-inf"))
                 heads.append(scores.softmax(-1) @ v[0, j])
             else:
                 heads.append(
@@ -267,9 +276,10 @@ def test_generate_continues_a_returned_cache(pair):
 
 
 @torch.no_grad()
-def test_cache_of_linear_heads_does_not_grow():
+@pytest.mark.parametrize("kept", [(), (1,), (0, 1, 2)])
+def test_no_cache_grows_where_every_head_has_a_window(kept):
     base = tiny_base("gqa", num_hidden_layers=1)
-    student = tiny_student(Plan("llama", (LayerPlan((), window=8, sinks=2),)), base)
+    student = tiny_student(Plan("llama", (LayerPlan(kept, window=8, sinks=2, softmax_window=16),)), base)
     sizes = []
     cache = None
     for piece in tokens(1, 200).split(20, dim=1):
@@ -279,7 +289,7 @@ def test_cache_of_linear_heads_does_not_grow():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plan", ["outside", "sum", NO_BRANCH, *MIXERS])
+@pytest.mark.parametrize("plan", ["outside", "windows", "sum", NO_BRANCH, *MIXERS])
 def test_planned_cache_bytes_are_the_real_ones(plan):
     from linearize import convert
 
@@ -353,6 +363,15 @@ def test_every_added_parameter_gets_a_gradient(pair):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in added.values())
     if student.config.plan.layers[0].mix == "outside":
         assert added
+
+
+@torch.no_grad()
+def test_a_window_that_nothing_leaves_changes_no_kept_head():
+    base = tiny_base("gqa")
+    plan = plan_for("outside", 3)
+    wide = replace(plan, layers=tuple(replace(layer, softmax_window=40) for layer in plan.layers))
+    logits = [tiny_student(p, base)(tokens(), use_cache=False).logits for p in (plan, wide)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -138,14 +138,14 @@ def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):  #
 def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch, cli):  # noqa: F811
     from linearize.modeling import cache
 
-    plain = cache.LinearizedLayer.extend
+    plain = cache.WindowCache.extend
 
     def forgetful(self, keys, values, raw_keys, padding_mask):
         if self.window_keys is not None:
             self.window_values = self.window_values * 0
         return plain(self, keys, values, raw_keys, padding_mask)
 
-    monkeypatch.setattr(cache.LinearizedLayer, "extend", forgetful)
+    monkeypatch.setattr(cache.WindowCache, "extend", forgetful)
     code, out, _ = cli("eval", converted, "--only", "parity", "--json")
     document = json.loads(out)
     assert code == 3 and document["verdict"].startswith("FAILED: parity: cached = uncached")

@@ -34,6 +34,14 @@ KeepSoftmax = Annotated[
         rich_help_panel=ATTENTION,
     ),
 ]
+SoftmaxWindow = Annotated[
+    int | None,
+    typer.Option(
+        "--softmax-window",
+        help="Keys that heads kept softmax see, beside the sinks, so that no cache grows (default: all).",
+        rich_help_panel=ATTENTION,
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -105,6 +113,7 @@ def convert(
     sinks: Sinks = None,
     mix: Mix = None,
     keep_softmax: KeepSoftmax = None,
+    softmax_window: SoftmaxWindow = None,
     calibrate: Calibrate = None,
     layers: Layers = None,
     set_: Set = None,
@@ -131,7 +140,7 @@ def convert(
 
     if link not in ("auto", "hard", "copy"):
         raise ConfigError(f"--link: got '{link}', allowed are auto, hard, copy")
-    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, layers, set_)
+    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, layers, set_)
     if calibrate is not None:
         when = "always" if calibrate else "never"
         settings = settings.model_copy(update={"calibration": settings.calibration.model_copy(update={"when": when})})
@@ -185,6 +194,7 @@ def plan(
     sinks: Sinks = None,
     mix: Mix = None,
     keep_softmax: KeepSoftmax = None,
+    softmax_window: SoftmaxWindow = None,
     layers: Layers = None,
     set_: Set = None,
     revision: Revision = None,
@@ -193,15 +203,15 @@ def plan(
     json_: Json = False,
 ) -> None:
     """Print what a conversion would do, from config.json and safetensors headers alone."""
-    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, layers, set_)
+    settings = _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, layers, set_)
     _print_plan(model, settings, json_, revision=revision, merge_adapter=merge_adapter, text_model=text_model)
 
 
-def _settings(config, mixer, window, sinks, mix, keep_softmax, layers, sets) -> Any:
+def _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, layers, sets) -> Any:
     from linearize.recipe import load_config
 
     flags = {"mixer": mixer, "window": window, "sinks": sinks, "mix": mix, "keep_softmax": keep_softmax}
-    flags["convert_layers"] = layers
+    flags |= {"softmax_window": softmax_window, "convert_layers": layers}
     return load_config(config, flags, sets)
 
 
@@ -235,6 +245,8 @@ def _print_plan(model: str, settings: Any, json_: bool, **source_options: Any) -
         gate = " with learned gate" if layer["gate"] == "learned" else ""
         branch = "" if layer["mixer"] == "none" else f"{layer['mixer']}{gate} {layer['mix']}, "
         what = f"{branch}window {layer['window']} + {layer['sinks']} sinks"
+        if kept != "-" and layer["softmax_window"]:
+            kept += f" ({layer['softmax_window']})"
         scores = "  scores " + " ".join(f"{score:.3f}" for score in layer["scores"]) if layer["scores"] else ""
         emit(f"{layer['layer']:5}  {kept:13}  {linear:13} {what if layer['linear_heads'] else 'unchanged'}{scores}")
     emit(f"parameters: {shown['parameters_base']:,} and {shown['parameters_added']:,} added")

@@ -25,7 +25,12 @@ def measure_parity(lab: Lab) -> Findings:
 @torch.no_grad()
 def _checks(lab: Lab, model: PreTrainedModel) -> Findings:
     limit = model.config.max_position_embeddings
-    windows = [layer.window + layer.sinks for layer in model.config.plan.layers if not layer.native]
+    layers = [layer for layer in model.config.plan.layers if not layer.native]
+    windows = [layer.window + layer.sinks for layer in layers]
+    # a longer window counts where there is anything beyond it
+    longest = max((layer.softmax_window or 0) + layer.sinks for layer in layers) if layers else 0
+    if longest + BEYOND <= min(lab.text.numel(), limit - 16):
+        windows.append(longest)
     length = min(max(LEAST_TOKENS, max(windows, default=0) + BEYOND), lab.text.numel(), limit - 16)
     ids = lab.text[:length][None].to(lab.device)
     other = lab.text[-length:][None].to(lab.device)

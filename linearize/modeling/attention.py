@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.families.family import Family
 from linearize.mixers.structure import Site
-from linearize.modeling.branch import WindowHeads, linear_heads
-from linearize.modeling.cache import adopt_layer, context_of
+from linearize.modeling.branch import WindowHeads, linear_heads, softmax_window_heads
+from linearize.modeling.cache import WindowCache, adopt_layer, context_of
 from linearize.modeling.plan import LayerPlan
 from linearize.ops.window import Scores
 
@@ -110,6 +110,7 @@ class LinearizedAttention:
         self.cache_name = next(name for name in CACHE_ARGUMENTS if name in self.call_names)
         self.handed_on: dict[str, Tensor | None] = {}
         self.mixer = linear_heads(plan, site, config.hidden_size) if site.heads else None
+        self.kept = softmax_window_heads(plan, site)
         order = [*self.softmax_heads, *self.linear_heads]
         self.places = [order.index(head) for head in range(site.total_heads)]
         self.set_linear(True)
@@ -160,23 +161,24 @@ class LinearizedAttention:
             return self._observed(q, q_rotary, k, k_rotary, v, attention_mask, call, s_aux, **options)
         layer = None
         if call.cache is not None:
-            window, sinks, keeps_raw = (
-                (self.mixer.window, self.mixer.sinks, self.mixer.keeps_raw_keys) if self.mixer else (0, 0, False)
-            )
-            layer = adopt_layer(call.cache, self.layer_idx, window, sinks, keeps_raw)
+            layer = adopt_layer(call.cache, self.layer_idx, self._new_caches)
+            layer.advance(k, v)
         outputs = []
-        if self.softmax_heads:
+        if self.softmax_heads and self.kept is None:
             picked = [self._heads(x, self.softmax_heads) for x in (q_rotary, k_rotary, v)]
             options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
             learned = self._of_heads(s_aux, self.softmax_heads)
             outputs.append(self._softmax(*picked, attention_mask, layer, learned, **options))
-        if self.linear_heads:
-            # [B, T, heads, K] from here on
-            picked = [self._heads(x, self.linear_heads).transpose(1, 2) for x in (q, q_rotary, k, k_rotary, v)]
-            scores = Scores(scaling, softcap, self._of_heads(s_aux, self.linear_heads))
-            outputs.append(self._linear(*picked, call, layer, scores))
-        if layer is not None and not self.linear_heads:
-            layer.length += q.shape[2]
+        for heads, cache in (
+            (self.kept, None if layer is None else layer.kept),
+            (self.mixer, None if layer is None else layer.linear),
+        ):
+            if heads is not None:
+                # [B, T, heads, K] from here on
+                chosen = heads.site.heads
+                picked = [self._heads(x, chosen).transpose(1, 2) for x in (q, q_rotary, k, k_rotary, v)]
+                scores = Scores(scaling, softcap, self._of_heads(s_aux, chosen))
+                outputs.append(self._windowed(heads, *picked, call, cache, scores))
         if len(outputs) == 1:
             return outputs[0]
         groups = [group for output in outputs for group in output.split(self.query_group, dim=2)]
@@ -198,7 +200,7 @@ class LinearizedAttention:
                     hidden_states=call.hidden_states,
                     target=self._heads(output.transpose(1, 2), self.linear_heads).transpose(1, 2),
                     scores=scores,
-                    run=lambda: self._linear(*picked, call, None, scores),
+                    run=lambda: self._windowed(self.mixer, *picked, call, None, scores),
                 )
             )
             if seen is not None:
@@ -230,17 +232,24 @@ class LinearizedAttention:
         )
         return interface(module, q, k, v, attention_mask, **kwargs)[0]
 
-    def _linear(self, q, q_rotary, k, k_rotary, v, call: AttentionCall, layer, scores: Scores) -> Tensor:
+    def _windowed(
+        self, heads: WindowHeads, q, q_rotary, k, k_rotary, v, call: AttentionCall, cache: WindowCache | None, scores
+    ) -> Tensor:
         padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
-        k = self.mixer.recurrent_keys(k, k_rotary, call.hidden_states, cached=layer is not None)
-        if layer is None:
-            context = context_of(
-                k_rotary, v, k, sinks=self.mixer.sinks, padding_mask=padding_mask, segments=call.segments
-            )
-            return self.mixer(q, q_rotary, context, scores=scores, state=None)[0]
-        context = layer.extend(k_rotary, v, k, padding_mask)
-        output, layer.recurrent_state = self.mixer(q, q_rotary, context, scores=scores, state=layer.recurrent_state)
+        k = heads.recurrent_keys(k, k_rotary, call.hidden_states, cached=cache is not None)
+        if cache is None:
+            context = context_of(k_rotary, v, k, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments)
+            return heads(q, q_rotary, context, scores=scores, state=None)[0]
+        context = cache.extend(k_rotary, v, k, padding_mask)
+        output, cache.recurrent_state = heads(q, q_rotary, context, scores=scores, state=cache.recurrent_state)
         return output
+
+    def _new_caches(self) -> list[WindowCache | None]:
+        """Empty caches of the linear heads, and of the softmax heads where these have a window."""
+        return [
+            None if heads is None else WindowCache(heads.window, heads.sinks, heads.keeps_raw_keys)
+            for heads in (self.mixer, self.kept)
+        ]
 
     def _of_heads(self, x: Tensor | None, key_value_heads: tuple[int, ...]) -> Tensor | None:
         """The entries of x, [H], that belong to the given key/value heads."""

@@ -20,6 +20,7 @@ Shapes: B batch, T queries, S keys, H linear query heads, J linear key/value hea
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,16 @@ def linear_heads(plan: LayerPlan, site: Site, hidden_size: int) -> "WindowHeads"
     return WindowHeads(plan, site) if plan.mixer == NO_BRANCH else LinearHeads(plan, site, hidden_size)
 
 
+def softmax_window_heads(plan: LayerPlan, site: Site) -> "WindowHeads | None":
+    """The softmax heads of a layer whose plan gives them a window; `site` is of the linear heads."""
+    if plan.softmax_window is None or not plan.softmax_heads:
+        return None
+    return WindowHeads(replace(plan, window=plan.softmax_window), replace(site, heads=plan.softmax_heads))
+
+
 class WindowHeads(nn.Module):
-    """Softmax over a window and the sinks, and nothing else: linear heads without a recurrent branch. No parameters."""
+    """Softmax over a window and the sinks, and nothing else: softmax heads with a window, or linear heads without a
+    recurrent branch. No parameters."""
 
     keeps_raw_keys = False
     shares: list[Tensor] | None = None

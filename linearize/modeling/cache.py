@@ -6,6 +6,7 @@ number within its document, -1 for padding. Left-padded rows share slots but not
 Shapes: B batch, S slots, J linear key/value heads, K head dim, N sink keys.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,21 +127,11 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
-class LinearizedLayer(CacheLayerMixin):
-    """Cache of one layer: full keys and values of its softmax heads; for its linear heads the last `window` slots,
-    the sinks and the float32 recurrent state. Memory of the linear heads does not grow with the sequence.
-
-    `keys` and `values` are the softmax heads', in the layout of transformers, [B, heads, S, K]; None without any. In a
-    layer that has a sliding window of its own they are what DynamicSlidingWindowLayer keeps, so that masks fit both.
-    """
-
-    is_croppable = False
-    is_compileable = False
-    supports_early_init = False
+class WindowCache:
+    """What some heads of one layer keep: the last `window` slots, the sinks and the float32 recurrent state. Its memory
+    does not grow with the sequence."""
 
     TENSORS = (
-        "keys",
-        "values",
         "window_keys",
         "window_values",
         "window_raw_keys",
@@ -152,41 +143,22 @@ class LinearizedLayer(CacheLayerMixin):
         "recurrent_state",
     )
 
-    def __init__(self, window: int, sinks: int, keep_raw_keys: bool, sliding_window: int | None = None):
-        super().__init__()
+    def __init__(self, window: int, sinks: int, keep_raw_keys: bool):
         self.window, self.sinks, self.keep_raw_keys = window, sinks, keep_raw_keys
-        self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         for name in self.TENSORS:
             setattr(self, name, None)
         self.length = 0
-        self.padded = self.sinks_filled = self.is_initialized = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        raise ValueError("this cache was filled in linear mode and cannot serve softmax attention; use a new cache")
-
-    def extend_softmax(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values of the softmax heads, [B, heads, T, K], and returns all that are in reach."""
-        keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=-2)
-        values = value_states if self.values is None else torch.cat([self.values, value_states], dim=-2)
-        start = 0 if self.sliding_window is None else max(0, keys.shape[-2] - self.sliding_window + 1)
-        self.keys, self.values = keys[:, :, start:], values[:, :, start:]
-        return keys, values
+        self.padded = self.sinks_filled = False
 
     def extend(self, keys: Tensor, values: Tensor, raw_keys: Tensor, padding_mask: Tensor | None) -> Context:
-        """Takes the linear heads' new tokens, [B, T, J, K], and returns what their queries can see.
+        """Takes new tokens, [B, T, J, K], and returns what their queries can see.
 
         Keeps the last `window` slots: a token leaves the window cache when it enters the recurrent state.
         """
         B, T = keys.shape[:2]
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
         if self.seen is None:
             self.seen = torch.zeros(B, dtype=torch.long, device=keys.device)
         if padding_mask is None:
@@ -237,9 +209,63 @@ class LinearizedLayer(CacheLayerMixin):
         self.sink_values = torch.where(found[..., None, None], _take(values, index), self.sink_values)
         self.sinks_filled = bool((self.sink_slots >= 0).all())
 
+
+class LinearizedLayer(CacheLayerMixin):
+    """Cache of one layer: `linear`, what its linear heads keep; of its softmax heads all keys and values, or `kept`
+    where they have a window too, and then no memory grows with the sequence.
+
+    `keys` and `values` are the softmax heads', in the layout of transformers, [B, heads, S, K]; None without any. In a
+    layer that has a sliding window of its own they are what DynamicSlidingWindowLayer keeps, so that masks fit both.
+    """
+
+    is_croppable = False
+    is_compileable = False
+    supports_early_init = False
+
+    TENSORS = ("keys", "values")
+
+    def __init__(self, linear: WindowCache | None, kept: WindowCache | None, sliding_window: int | None = None):
+        super().__init__()
+        self.linear, self.kept = linear, kept
+        self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
+        self._clear()
+
+    def _clear(self) -> None:
+        for holder in self._holders():
+            if holder is not self:
+                holder.clear()
+        self.keys = self.values = None
+        self.length = 0
+        self.is_initialized = False
+
+    def _holders(self) -> list["LinearizedLayer | WindowCache"]:
+        """What has tensors."""
+        return [holder for holder in (self, self.linear, self.kept) if holder is not None]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        raise ValueError("this cache was filled in linear mode and cannot serve softmax attention; use a new cache")
+
+    def advance(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Counts the layer's new tokens, [B, heads, T, K], before or after its heads take them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.length += key_states.shape[-2]
+
+    def extend_softmax(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends keys and values of the softmax heads, [B, heads, T, K], and returns all that are in reach."""
+        keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=-2)
+        values = value_states if self.values is None else torch.cat([self.values, value_states], dim=-2)
+        start = 0 if self.sliding_window is None else max(0, keys.shape[-2] - self.sliding_window + 1)
+        self.keys, self.values = keys[:, :, start:], values[:, :, start:]
+        return keys, values
+
     def nbytes(self) -> int:
         """Bytes of every tensor held."""
-        tensors = [getattr(self, name) for name in self.TENSORS]
+        tensors = [getattr(holder, name) for holder in self._holders() for name in holder.TENSORS]
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
     def get_seq_length(self) -> int:
@@ -253,10 +279,11 @@ class LinearizedLayer(CacheLayerMixin):
         return self.length - offset + query_length, offset
 
     def _apply(self, function) -> None:
-        for name in self.TENSORS:
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor))
+        for holder in self._holders():
+            for name in holder.TENSORS:
+                tensor = getattr(holder, name)
+                if tensor is not None:
+                    setattr(holder, name, function(tensor))
 
     def offload(self) -> None:
         self._apply(lambda x: x.to("cpu", non_blocking=True))
@@ -282,8 +309,9 @@ class LinearizedLayer(CacheLayerMixin):
             raise ValueError("a linearized cache cannot be cropped: its recurrent state does not run backwards")
 
 
-def adopt_layer(cache: Cache, layer_idx: int, window: int, sinks: int, keep_raw_keys: bool) -> LinearizedLayer:
-    """The linearized layer at `layer_idx`, put in place of the empty layer transformers made there."""
+def adopt_layer(cache: Cache, layer_idx: int, new_caches: Callable[[], list[WindowCache | None]]) -> LinearizedLayer:
+    """The linearized layer at `layer_idx`, put in place of the empty layer transformers made there with what
+    `new_caches` makes for its linear and its softmax heads."""
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"linearized models need a DynamicCache (the default of generate); got {type(cache).__name__}. Static, "
@@ -299,5 +327,5 @@ def adopt_layer(cache: Cache, layer_idx: int, window: int, sinks: int, keep_raw_
                 "needs a cache of its own"
             )
         sliding_window = layer.sliding_window if layer.is_sliding else None
-        layer = cache.layers[layer_idx] = LinearizedLayer(window, sinks, keep_raw_keys, sliding_window)
+        layer = cache.layers[layer_idx] = LinearizedLayer(*new_caches(), sliding_window)
     return layer

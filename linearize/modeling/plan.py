@@ -26,7 +26,8 @@ class LayerPlan:
     """One attention layer.
 
     Attributes:
-        softmax_heads: key/value heads that keep full softmax attention, ascending.
+        softmax_heads: key/value heads that keep softmax attention, ascending.
+        softmax_window: keys these see, the query's own included, beside the sinks; None: all.
         mixer: name of the gated structure of the other heads (`linearize list mixers`), or "none".
         window: keys the other heads see through softmax, the query's own included.
         sinks: first tokens of a document that stay visible after they left the window.
@@ -46,6 +47,7 @@ class LayerPlan:
     mixer_options: dict[str, Any] = field(default_factory=dict)
     mix_options: dict[str, Any] = field(default_factory=dict)
     native: bool = False
+    softmax_window: int | None = None
 
     @property
     def has_branch(self) -> bool:
@@ -91,4 +93,5 @@ class Plan:
     def keep_all_softmax(self, key_value_heads: int) -> "Plan":
         """The same plan with every head set to softmax, for holding the converted path against the base."""
         every = tuple(range(key_value_heads))
-        return replace(self, layers=tuple(layer.with_softmax_heads(every) for layer in self.layers))
+        layers = (replace(layer.with_softmax_heads(every), softmax_window=None) for layer in self.layers)
+        return replace(self, layers=tuple(layers))

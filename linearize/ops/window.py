@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from linearize.ops.softmax import fuses, softmax_attention
 
-MIN_BLOCK = 64
+MIN_BLOCK, MAX_BLOCK = 64, 1024
 # kernels work on rows of scores in whole vectors; what lacks to that is masked
 VECTOR = 32
 
@@ -109,8 +109,11 @@ def window_attention(
     """The same function as `window_attention_naive`, computed for blocks of queries against the keys they can see."""
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
-    whole = T == S > window and key_mask is None and learned_sinks is None and q.device.type == "cpu"
+    window = min(window, S)
+    whole = T == S and key_mask is None and learned_sinks is None and q.device.type == "cpu"
     if whole and fuses(q, softcap) and (sink_mask is None or not sink_mask[:, :window].any()):
+        if window >= T:
+            return _causal_attention(q, k, v, scale, segments)
         first, rest = q.split([window, T - window], dim=1)
         documents = None if segments is None else segments[:, :window]
         early = _causal_attention(first, k[:, :window], v[:, :window], scale, documents)
@@ -129,7 +132,7 @@ def window_attention(
         output, log_sum = (None if y is None else torch.cat([x, y], dim=1) for x, y in zip(early, late))
         return output, log_sum
     # fewer queries a block waste fewer scores on keys out of reach; where no scores are kept, larger ones pay
-    C = min(T, MIN_BLOCK if with_log_sum and not fuses(q, softcap) else max(MIN_BLOCK, window // 2))
+    C = min(T, MIN_BLOCK if with_log_sum and not fuses(q, softcap) else max(MIN_BLOCK, min(window // 2, MAX_BLOCK)))
     blocks = -(-T // C)
     span = C + window - 1
     # Keys are laid out so that block i sees slots [i C, i C + span): front slots that do not exist are masked.

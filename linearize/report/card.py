@@ -39,6 +39,8 @@ def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
             f"{fitted['text']} and random ones copied; on two rows held out the relative square error beyond the window is {far:.3f} (window + sinks: {near:.3f}).\n"
             + recovery
         )
+    longer = settings.get("softmax_window")
+    kept = f" The other heads see {longer:,} keys and the sinks." if longer else ""
     return f"""---
 {_metadata(base, base_folder)}library_name: transformers
 pipeline_tag: text-generation
@@ -49,7 +51,7 @@ tags: [linearize, linear-attention]
 
 [{name}]({_link(base)}) with softmax attention replaced by {settings["mixer"]} in {coverage["heads_converted"]} of
 {coverage["heads"]} key/value heads: a window of {settings["window"]} keys, {settings["sinks"]} sinks, and a recurrent
-branch mixed by `{settings["mix"]}`. Base weights are unchanged; {manifest["parameters_added"]:,} parameters were added.
+branch mixed by `{settings["mix"]}`.{kept} Base weights are unchanged; {manifest["parameters_added"]:,} parameters were added.
 {recovery}
 | context | base cache, MiB | this model's cache, MiB | ratio |
 |---|---|---|---|
