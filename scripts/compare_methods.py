@@ -44,6 +44,7 @@ class Method:
 
 OURS = ("--config", CONFIG)
 PURE = (*OURS, "--keep-softmax", "none")
+CONSTANT = ("--softmax-window", "2048")
 # by random copies alone, before facts were asked for too
 COPIES = ("--keep-softmax", "0:0,2:2,7:2,14:1,16:0,17:1,18:2,19:1,20:2,23:0,23:2,24:0")
 NO_FACTS = ("--set", "scoring.fact_rows=0")
@@ -55,6 +56,8 @@ METHODS = {
     "heads": Method("the same heads and a longer window, no recurrent branch", (*OURS, *NO_BRANCH), beside=OURS),
     "ours-copies": Method("ours, heads chosen by copies alone", (*OURS, *COPIES)),
     "heads-copies": Method("those heads and a longer window, no recurrent branch", (*OURS, *COPIES, *NO_BRANCH), beside=(*OURS, *COPIES)),
+    "ours-2048": Method("ours, its 12 heads see 2,048 tokens: no cache grows", (*OURS, *CONSTANT)),
+    "wide-2048": Method("window + sinks alone, those bytes", (*PURE, *NO_BRANCH), beside=(*OURS, *CONSTANT)),
     "wide": Method("window + sinks alone, the bytes of ours at 8K", (*PURE, *NO_BRANCH), beside=OURS, context=8192),
     "ours-0": Method("ours, no head", PURE),
     "window": Method("window + sinks alone, longer", (*PURE, *NO_BRANCH), beside=PURE),
