@@ -189,7 +189,8 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|" + "---|" * len(names),
     ]
     for row in rows:
-        cells = [row["label"], f"{row['tokens']:,}", f"{row['cache']['student'] / row['cache']['base']:.3f}"]
+        label = row["label"] + (f" (seed {row['seed']})" if row["seed"] else "")
+        cells = [label, f"{row['tokens']:,}", f"{row['cache']['student'] / row['cache']['base']:.3f}"]
         lines.append(f"| {' | '.join([*cells, *(cell(row['metrics'].get(name)) for name in names)])} |")
     return "\n".join(lines) + "\n"
 
