@@ -174,6 +174,11 @@ def _problems(settings: dict[str, Any], prefix: str) -> list[str]:
     problems += _check_options(f"{prefix}mix_options", settings["mix_options"], MIX_OPTIONS[mix])
     if mix not in entry.mixes:
         problems.append(f"{prefix}mix: got '{mix}', allowed with {name} is {' or '.join(entry.mixes)}")
+    kept = settings["softmax_window"]
+    if kept is not None and kept < settings["window"]:
+        problems.append(
+            f"{prefix}softmax_window: got {kept}, allowed is at least the other heads' window, {settings['window']}"
+        )
     if problems:
         return problems
     if mix == "joint" and not entry.shares_normaliser(settings["mixer_options"]):

@@ -3,8 +3,8 @@
     python scripts/branch_value.py STUDENT... --text valid.txt --book book.txt [--tokens 131072] [--results FILE]
 
 Perplexity ratios to the base and divergence from it, in nats a token, in windows of 2,048 tokens of the text and 8,192 of the book.
-Where a student is not the first, also its perplexity and divergence as ratios to the first's. Standard errors are of paired differences
-over stretches of 256 tokens. Every STUDENT has the same base.
+Where a student is not the first, also its perplexity as a ratio to the first's, and its divergence less the first's. Standard errors are
+of paired differences over stretches of 256 tokens. Every STUDENT has the same base.
 """
 
 import argparse

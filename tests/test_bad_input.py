@@ -179,6 +179,11 @@ def test_bad_sharded_checkpoint(base_folder, cli, tmp_path, case):
 
 OPTIONS = {
     "window 0": (["--window", "0"], ["window", "got 0"]),
+    "softmax window 0": (["--softmax-window", "0"], ["softmax_window", "got 0"]),
+    "softmax window the shorter one": (
+        ["--window", "8", "--softmax-window", "7"],
+        ["softmax_window", "got 7", "at least", "8"],
+    ),
     "negative sinks": (["--sinks", "-1"], ["sinks", "got -1"]),
     "layer 99": (["--keep-softmax", "99"], ["layer 99", "0 to 2"]),
     "head 7 of 3": (["--keep-softmax", "1:7"], ["head 7", "0 to 2"]),

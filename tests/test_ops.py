@@ -367,6 +367,16 @@ def test_the_normaliser_has_its_gradient_where_the_output_has_none(dtype):
         torch.testing.assert_close(other, one, rtol=0.0, atol=1e-2 * (1 if dtype == torch.bfloat16 else 1e-12))
 
 
+@pytest.mark.parametrize(("T", "past", "padding"), [(500, 0, True), (300, 200, False)])
+def test_long_windows_go_in_more_blocks(T, past, padding, monkeypatch):
+    monkeypatch.setattr("linearize.ops.window.MAX_BLOCK", 64)
+    inputs, keywords = window_inputs(T, T + past, padding=padding, documents=False, sinks=True)
+    keywords |= {"window": 310, "scale": 0.3, "with_log_sum": True}
+    assert_same_with_gradients(
+        lambda: window_attention(*inputs, **keywords), lambda: window_attention_naive(*inputs, **keywords), inputs
+    )
+
+
 def test_window_as_long_as_the_text_is_causal_attention():
     (q, k, v), _ = window_inputs(70, 70, G=1, sinks=False)
     wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.3)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from linearize.convert import convert
+from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.loading import load_student, load_unconverted, open_base, read_manifest
 from linearize.modeling.plan import Plan
 from linearize.modeling.readout import readout_of
@@ -185,6 +186,30 @@ def test_a_few_steps_of_the_default_recipe_lower_the_divergence(smollm2, tmp_pat
                     base_log = model(ids).logits.log_softmax(-1)
         divergence[folder] = (base_log.exp() * (base_log - log)).sum(-1).mean().item()
     assert divergence[tuned] < divergence[converted]
+
+
+@torch.no_grad()
+def test_no_cache_of_the_real_model_grows(smollm2, tmp_path):
+    """Kept heads with a window: verified beyond it, decoded from text beyond it, bytes as planned at every length."""
+    heads = {"keep_softmax": "7:2,8:0,20:1,23:0", "window": 128, "softmax_window": 384}
+    settings = load_config("smollm2-135m", heads, ["calibration.when=never"])
+    result = convert(smollm2, settings, out=tmp_path / "out", progress=lambda message: None)
+    assert result["verification"]["tokens"] > 384
+    assert result["verification"]["softmax_everywhere_max_difference"] == 0.0
+    assert result["verification"]["cached_decode_max_difference"] < 1e-5
+    ids = sample_ids(tmp_path / "out", 640)
+    model = load_student(tmp_path / "out", dtype=torch.float32)
+    whole, cache, pieces = model(ids, use_cache=False).logits, None, []
+    for piece in ids.split([500, 100, *[1] * 40], dim=1):
+        output = model(piece, use_cache=True, **{CACHE_NAME: cache})
+        cache = output[CACHE_NAME]
+        pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-3)
+    planned = read_manifest(tmp_path / "out")["cache_bytes"]
+    model = load_student(tmp_path / "out", dtype=torch.bfloat16)
+    for length in (400, 640):
+        cache = model(ids[:, :length], use_cache=True)[CACHE_NAME]
+        assert {sum(layer.nbytes() for layer in cache.layers)} == {sizes["student"] for sizes in planned.values()}
 
 
 def test_portable_file_of_the_real_model(converted, tmp_path):

@@ -250,7 +250,7 @@ class LinearizedLayer(CacheLayerMixin):
         raise ValueError("this cache was filled in linear mode and cannot serve softmax attention; use a new cache")
 
     def advance(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Counts the layer's new tokens, [B, heads, T, K], before or after its heads take them."""
+        """Counts the layer's new tokens, [B, heads, T, K]; its heads' caches take them one by one."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[-2]
