@@ -473,7 +473,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
 wanted = load_file({str(tmp_path / "wanted.safetensors")!r})
 with torch.no_grad():
-    assert torch.equal(model(wanted["ids"]).logits, wanted["logits"])
+    # two processes may add up a product in different orders
+    torch.testing.assert_close(model(wanted["ids"]).logits, wanted["logits"], rtol=1e-6, atol=1e-4)
     model.generate(wanted["ids"], max_new_tokens=3, pad_token_id=1)
 model.save_pretrained({str(tmp_path / "again")!r})
 assert "linearize" not in sys.modules
