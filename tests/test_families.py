@@ -211,7 +211,7 @@ for name, wanted in saved["wanted"].items():
     assert not info["missing_keys"] and not info["unexpected_keys"], (name, info)
     with torch.no_grad():
         # two processes may add up a product in different orders
-        torch.testing.assert_close(model.eval()(saved["ids"]).logits, wanted, rtol=1e-6, atol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(model.eval()(saved["ids"]).logits, wanted, rtol=1e-6, atol=1e-4, msg=lambda text: name + text)
         model.generate(saved["ids"], max_new_tokens=3, pad_token_id=1, do_sample=False)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
