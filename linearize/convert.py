@@ -33,7 +33,7 @@ from linearize.errors import CheckpointError, ConfigError, CoverageError, Unsupp
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES, find_family
 from linearize.modeling.plan import LayerPlan, Plan
-from linearize.placement import softmax_heads
+from linearize.placement import kept_count, scored_share, softmax_heads
 from linearize.recipe import ConversionConfig, layer_numbers
 
 if TYPE_CHECKING:
@@ -217,43 +217,59 @@ def _head_scores(
     from linearize.calibrate import text_rows
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_base
-    from linearize.scoring import answers, cached_scores, combined, head_scores, recall_probes, text_probe
+    from linearize.scoring import (
+        answers,
+        cached_scores,
+        combined,
+        eliminate,
+        head_scores,
+        recall_probes,
+        text_probe,
+    )
 
-    if by == "both":
+    scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
+    key = {"base": source.fingerprint(), "by": by, **reach, **scoring.model_dump(), "layers": list(layers)}
+    first: list[list[float]] = []
+    if eliminating := scoring.method == "elimination":
+        keep = kept_count(scored_share(settings.keep_softmax)[1], len(layers) * config["num_key_value_heads"])
+        key["keep"] = keep
+        by_gradient = settings.model_copy(update={"scoring": scoring.model_copy(update={"method": "gradient"})})
+        first = _head_scores(source, config, by_gradient, by, layers, progress)
+    elif by == "both":
         return combined(
             *(_head_scores(source, config, settings, part, layers, progress) for part in ("recall", "text"))
         )
-    scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
-    key = {"base": source.fingerprint(), "by": by, **reach, **scoring.model_dump(), "layers": list(layers)}
 
-    def scored(model, probes: list) -> list[list[float]]:
-        return head_scores(model, probes, **reach, method=scoring.method, layers=layers, progress=progress)
-
-    def by_text(model) -> list[list[float]]:
+    def text_probes(model) -> "list[Probe]":
         if (rows := text_rows(source, settings.window, scoring.text, scoring.text_rows)) is None:
             raise ConfigError(
                 f"keep_softmax: no text can be scored: without a tokenizer, or since rows of {scoring.text} in the "
                 f"model's positions do not leave the window of {settings.window}"
             )
-        return scored(model, [text_probe(model, rows, **reach)])
+        return [text_probe(model, rows, **reach)]
 
-    def by_recall(model) -> list[list[float]]:
+    def copies_and_facts(model) -> "list[list[Probe]]":
         copies = recall_probes(
             scoring.distances, scoring.rows, window=settings.window, positions=config["max_position_embeddings"],
             vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"),
         )  # fmt: skip
-        found = scored(model, copies)
         if (facts := _facts(source, config, settings)) is None:
-            return found
+            return [copies]
         if not answers(model, facts, **reach):
             progress(f"{source.name}: the base does not answer {facts.name}; heads are scored by copies alone")
-            return found
-        return combined(found, scored(model, [facts]))
+            return [copies]
+        return [copies, [facts]]
 
     def compute() -> list[list[float]]:
         progress(f"{source.name}: scoring key/value heads by {by} ({scoring.method})")
         model = load_base(source, dtype=compute_dtype("auto")).to(pick_device())
-        return by_text(model) if by == "text" else by_recall(model)
+        groups = copies_and_facts(model) if by != "text" else []
+        groups += [text_probes(model)] if by != "recall" else []
+        reported = {**reach, "layers": layers, "progress": progress}
+        if eliminating:
+            return eliminate(model, groups, first, keep, **reported)
+        scores = [head_scores(model, probes, method=scoring.method, **reported) for probes in groups]
+        return combined(*scores) if len(scores) > 1 else scores[0]
 
     return cached_scores(key, compute)
 

@@ -92,6 +92,11 @@ def scored_share(spec: str) -> tuple[str, float]:
     return by, share
 
 
+def kept_count(share: float, heads: int) -> int:
+    """How many of all heads a share is, at least one."""
+    return max(1, round(share * heads))
+
+
 def top_heads(scores: Scores, share: float) -> tuple[tuple[int, ...], ...]:
     """For every layer the heads among the best `share` of all, at least one in the model, ascending."""
     ranked = sorted(
@@ -99,7 +104,7 @@ def top_heads(scores: Scores, share: float) -> tuple[tuple[int, ...], ...]:
         key=lambda item: (-item[0], item[1], item[2]),
     )
     kept: list[list[int]] = [[] for _ in scores]
-    for _, layer, head in ranked[: max(1, round(share * len(ranked)))]:
+    for _, layer, head in ranked[: kept_count(share, len(ranked))]:
         kept[layer].append(head)
     return tuple(tuple(sorted(heads)) for heads in kept)
 

@@ -33,7 +33,7 @@ class Scoring(Strict):
     the facts stand in text of the dataset `text`, and long text is scored on `text_rows` rows of it.
     """
 
-    method: Literal["gradient", "swap", "lookup"] = "gradient"
+    method: Literal["gradient", "swap", "lookup", "elimination"] = "gradient"
     distances: list[int] = Field(default=[512, 1024], min_length=1)
     rows: int = Field(default=2, ge=1)
     fact_rows: int = Field(default=6, ge=0)

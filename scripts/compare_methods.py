@@ -48,6 +48,8 @@ CONSTANT = ("--softmax-window", "2048")
 # by random copies alone, before facts were asked for too
 COPIES = ("--keep-softmax", "0:0,2:2,7:2,14:1,16:0,17:1,18:2,19:1,20:2,23:0,23:2,24:0")
 NO_FACTS = ("--set", "scoring.fact_rows=0")
+# what elimination leaves of the twelve of the config
+SIX = ("--keep-softmax", "7:2,17:1,18:2,20:2,23:0,23:2")
 # to distil the base from itself would be no control: the loss is 0 from the first step
 NEXT_TOKEN = ("--recipe", "lora", "--set", "loss.kind=ce")
 METHODS = {
@@ -62,6 +64,7 @@ METHODS = {
     "ours-0": Method("ours, no head", PURE),
     "window": Method("window + sinks alone, longer", (*PURE, *NO_BRANCH), beside=PURE),
     "ours-6": Method("ours, 6% of heads", (*OURS, "--keep-softmax", "recall:6%")),
+    "ours-6-elimination": Method("ours, 6 of 90 heads, by elimination", (*OURS, *SIX)),
     "ours-6-copies": Method("ours, 6% of heads, by copies alone", (*OURS, "--keep-softmax", "recall:6%", *NO_FACTS)),
     "ours-25": Method("ours, 25% of heads", (*OURS, "--keep-softmax", "recall:25%")),
     "liger": Method("Liger", ("--config", "liger"), ("--recipe", "liger")),

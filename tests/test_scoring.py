@@ -109,6 +109,43 @@ def test_lookup_in_text_is_the_attention_beyond_the_window():
         torch.testing.assert_close(torch.tensor(scores[layer]), beyond.unflatten(1, (3, 2)).amax(2).mean(0))
 
 
+def test_elimination_lets_the_head_go_that_is_missed_least():
+    base = tiny_base()
+    rows = torch.randint(2, 300, (3, 1, 50), generator=torch.Generator().manual_seed(3))
+    near, *others = (scoring.text_probe(base, ids, **REACH) for ids in rows)
+
+    def losses(kept) -> torch.Tensor:
+        """Of a real conversion: divergence on the first row, and on the two others; the loss on copies."""
+        plan = Plan("llama", tuple(LayerPlan(tuple(h for h in range(3) if (i, h) in kept), **REACH) for i in range(3)))
+        student = tiny_student(plan, base)
+        found = []
+        with torch.no_grad(), student.recurrent_branch_off():
+            for ids in rows:
+                wanted, got = (model(ids).logits[:, 12:].log_softmax(-1) for model in (base, student))
+                found.append((wanted.exp() * (wanted - got)).sum(-1).mean())
+            return torch.stack([found[0], (found[1] + found[2]) / 2, torch.tensor(plain_loss(student, 20))])
+
+    scores = [[0.3, 0.9, 0.1], [0.8, 0.2, 0.7], [0.0, 0.6, 0.5]]
+    every = {(i, h) for i in range(3) for h in range(3)}
+    best, stakes = losses(every), losses(set()) - losses(every)
+    # this base copies no worse without any head, so that copies count for nothing
+    assert stakes[2] < 0 < stakes[:2].min()
+    left, went = {(0, 1), (1, 0), (1, 2), (2, 1), (2, 2), (0, 0)}, []
+    while len(left) > 3:
+        went.append(min(left, key=lambda at: ((losses(left - {at}) - best) / stakes)[:2].sum().item()))
+        left.remove(went[-1])
+    # the order of the scores would be another
+    assert went != [(0, 0), (2, 2), (2, 1)]
+    said = []
+    turns = scoring.eliminate(
+        base, [[near], others, probes((20,))], scores, 3, **REACH, layers=range(3), progress=said.append
+    )
+    wanted_turns = {**dict.fromkeys(every, 0), **dict.fromkeys(left, 4), **{at: n + 1 for n, at in enumerate(went)}}
+    assert {(i, h): turns[i][h] for i, h in every} == wanted_turns
+    assert [line.split()[4] for line in said] == [f"{layer}:{head}" for layer, head in went]
+    assert base.config._attn_implementation != scoring.IMPLEMENTATION
+
+
 def facts(tokenizer_folder, rows: int = 4):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     filler = [tokenizer.convert_tokens_to_ids("<|user|>")] * 300
@@ -200,3 +237,25 @@ def test_convert_by_scores(by, base_folder, cli, tmp_path, monkeypatch):
         for number, layer in enumerate(json.loads(out)["plan"]["layers"])
         for head in layer["softmax_heads"]
     } == kept
+
+
+@pytest.mark.parametrize("by", SCORED)
+def test_convert_by_elimination(by, base_folder, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = [
+        "--keep-softmax", f"{by}:30%", "--window", "12", "--set", "scoring.distances=[40, 60]",
+        "--set", "scoring.method=elimination",
+    ]  # fmt: skip
+    code, out, err = cli("plan", base_folder(), *flags, "--json")
+    assert code == 0, err
+    assert err.count("scoring heads by elimination: ") == 3 and "3 are left" in err
+    layers = json.loads(out)["layers"]
+    turns = {(layer["layer"], head): score for layer in layers for head, score in enumerate(layer["scores"])}
+    assert sorted(turns.values()) == [0, 0, 0, 1, 2, 3, 4, 4, 4]
+    assert {(layer["layer"], head) for layer in layers for head in layer["softmax_heads"]} == {
+        at for at, turn in turns.items() if turn == 4
+    }
+    code, _, err = cli("plan", base_folder(), *flags)
+    assert code == 0 and "scoring" not in err
+    code, _, err = cli("plan", base_folder(), *flags, "--keep-softmax", f"{by}:12%")
+    assert code == 0 and "by elimination" in err
