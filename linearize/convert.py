@@ -214,18 +214,9 @@ def _head_scores(
     progress: Callable[[str], None],
 ) -> list[list[float]]:
     """What recall or long text loses with each head, from running the base; kept for its next conversion."""
-    from linearize.calibrate import text_rows
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_base
-    from linearize.scoring import (
-        answers,
-        cached_scores,
-        combined,
-        eliminate,
-        head_scores,
-        recall_probes,
-        text_probe,
-    )
+    from linearize.scoring import cached_scores, combined, eliminate, head_scores
 
     scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
     key = {"base": source.fingerprint(), "by": by, **reach, **scoring.model_dump(), "layers": list(layers)}
@@ -240,31 +231,10 @@ def _head_scores(
             *(_head_scores(source, config, settings, part, layers, progress) for part in ("recall", "text"))
         )
 
-    def text_probes(model) -> "list[Probe]":
-        if (rows := text_rows(source, settings.window, scoring.text, scoring.text_rows)) is None:
-            raise ConfigError(
-                f"keep_softmax: no text can be scored: without a tokenizer, or since rows of {scoring.text} in the "
-                f"model's positions do not leave the window of {settings.window}"
-            )
-        return [text_probe(model, rows, **reach)]
-
-    def copies_and_facts(model) -> "list[list[Probe]]":
-        copies = recall_probes(
-            scoring.distances, scoring.rows, window=settings.window, positions=config["max_position_embeddings"],
-            vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"),
-        )  # fmt: skip
-        if (facts := _facts(source, config, settings)) is None:
-            return [copies]
-        if not answers(model, facts, **reach):
-            progress(f"{source.name}: the base does not answer {facts.name}; heads are scored by copies alone")
-            return [copies]
-        return [copies, [facts]]
-
     def compute() -> list[list[float]]:
         progress(f"{source.name}: scoring key/value heads by {by} ({scoring.method})")
         model = load_base(source, dtype=compute_dtype("auto")).to(pick_device())
-        groups = copies_and_facts(model) if by != "text" else []
-        groups += [text_probes(model)] if by != "recall" else []
+        groups = _probe_groups(source, config, settings, by, model, progress)
         reported = {**reach, "layers": layers, "progress": progress}
         if eliminating:
             return eliminate(model, groups, first, keep, **reported)
@@ -272,6 +242,36 @@ def _head_scores(
         return combined(*scores) if len(scores) > 1 else scores[0]
 
     return cached_scores(key, compute)
+
+
+def _probe_groups(
+    source: Source, config: dict[str, Any], settings: ConversionConfig, by: str, model, progress: Callable[[str], None]
+) -> "list[list[Probe]]":
+    """What the base is asked: copies, and facts where it answers them, for `recall`; long text for `text`; all for `both`."""
+    from linearize.calibrate import text_rows
+    from linearize.scoring import answers, recall_probes, text_probe
+
+    scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
+    groups = []
+    if by != "text":
+        groups += [
+            recall_probes(
+                scoring.distances, scoring.rows, window=settings.window, positions=config["max_position_embeddings"],
+                vocabulary=config["vocab_size"], start_token=config.get("bos_token_id"),
+            )
+        ]  # fmt: skip
+        if (facts := _facts(source, config, settings)) is not None and answers(model, facts, **reach):
+            groups += [[facts]]
+        elif facts is not None:
+            progress(f"{source.name}: the base does not answer {facts.name}; heads are scored by copies alone")
+    if by != "recall":
+        if (rows := text_rows(source, settings.window, scoring.text, scoring.text_rows)) is None:
+            raise ConfigError(
+                f"keep_softmax: no text can be scored: without a tokenizer, or since rows of {scoring.text} in the "
+                f"model's positions do not leave the window of {settings.window}"
+            )
+        groups += [[text_probe(model, rows, **reach)]]
+    return groups
 
 
 def _facts(source: Source, config: dict[str, Any], settings: ConversionConfig) -> "Probe | None":

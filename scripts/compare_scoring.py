@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--methods", default="lookup,gradient,swap")
     parser.add_argument("--asking", default="text", choices=("text", "facts"), help="beside copies")
     parser.add_argument("--heads", default="6,12,18,24")
+    parser.add_argument("--eliminate", action="store_true", help="too, from the best of both")
     parser.add_argument("--results", default="scoring.json")
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -63,6 +64,8 @@ def main() -> None:
             model, probes, window=arguments.window, sinks=SINKS, method=method, progress=note
         )
         seconds[method] = time.perf_counter() - started
+        if method == "gradient":
+            copies = probes
     if "gradient" in scores:
         started = time.perf_counter()
         filler = tokenizer(sample("sample")).input_ids
@@ -78,6 +81,7 @@ def main() -> None:
         )
         seconds[arguments.asking] = time.perf_counter() - started
         scores["both"] = scoring.combined(scores["gradient"], scores[arguments.asking])
+        groups = [copies, [probe]]
     choices = []
     layers, heads = len(model.base_model.layers), model.config.num_key_value_heads
     every_fourth = tuple(tuple(range(heads)) if layer % 4 == 0 else () for layer in range(layers))
@@ -86,6 +90,14 @@ def main() -> None:
         for method, values in scores.items():
             kept = top_heads(values, number / (layers * heads))
             choices.append(measure(model, tokenizer, ids, arguments.window, method, kept))
+        if arguments.eliminate:
+            started = time.perf_counter()
+            turns = scoring.eliminate(
+                model, groups, scores["both"], number, window=arguments.window, sinks=SINKS, layers=range(layers), progress=note
+            )  # fmt: skip
+            seconds[f"elimination of {2 * number} to {number}"] = time.perf_counter() - started
+            kept = top_heads(turns, number / (layers * heads))
+            choices.append(measure(model, tokenizer, ids, arguments.window, "elimination", kept))
     choices.append(measure(model, tokenizer, ids, arguments.window, "every fourth layer", every_fourth))
     choices.append(measure(model, tokenizer, ids, arguments.window, "base", (tuple(range(heads)),) * layers))
     record = {
