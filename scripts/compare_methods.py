@@ -29,6 +29,7 @@ CONFIG = "smollm2-135m"
 NOT_SHOWN = ("word_", "byte_", "bits_", "kl", "agreement")
 CONTEXT = 32768
 NO_BRANCH = ("--mixer", "none")
+LORA = ("--recipe", "lora")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Method:
 
     label: str
     convert: tuple[str, ...]
-    finetune: tuple[str, ...] = ("--recipe", "lora")
+    finetune: tuple[str, ...] = LORA
     beside: tuple[str, ...] = ()
     context: int = CONTEXT
 
@@ -51,7 +52,7 @@ NO_FACTS = ("--set", "scoring.fact_rows=0")
 # what elimination leaves of the twelve of the config
 SIX = ("--keep-softmax", "7:2,17:1,18:2,20:2,23:0,23:2")
 # to distil the base from itself would be no control: the loss is 0 from the first step
-NEXT_TOKEN = ("--recipe", "lora", "--set", "loss.kind=ce")
+NEXT_TOKEN = (*LORA, "--set", "loss.kind=ce")
 METHODS = {
     "control": Method("base, next-token loss on the same tokens", ("--keep-softmax", "all"), NEXT_TOKEN),
     "ours": Method("ours, 12 of 90 heads", OURS),
@@ -75,6 +76,7 @@ METHODS = {
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
     "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "full")),
     "ours-ce": Method("ours, next-token loss", OURS, NEXT_TOKEN),
+    "ours-half": Method("ours, half of the loss the next token's", OURS, (*LORA, "--set", "loss.ce_share=0.5")),
 }  # fmt: skip
 
 
