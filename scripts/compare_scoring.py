@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--eliminate", action="store_true", help="too, from the best of both")
     parser.add_argument("--results", default="scoring.json")
     arguments = parser.parse_args()
+    if arguments.eliminate and "gradient" not in arguments.methods.split(","):
+        parser.error("--eliminate starts from gradient, which --methods leaves out")
     keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=compute_dtype("auto")).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
