@@ -31,6 +31,7 @@ from linearize.modeling.cache import context_of
 from linearize.modeling.loading import load_unconverted
 from linearize.modeling.plan import Plan
 from linearize.modeling.readout import readout_of
+from linearize.ops.dispatch import without_kernels
 from linearize.training.data import documents
 from linearize.training.losses import chunked_kl
 
@@ -111,6 +112,7 @@ def tokenizer_of(source: Source):
         raise CheckpointError(f"{source.name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
+@without_kernels()
 @torch.no_grad()
 def calibrate(
     source: Source, plan: Plan, ids: Tensor, name: str, progress: Callable[[str], None] = lambda text: None

@@ -20,7 +20,7 @@ from linearize.finetune import finetune
 from linearize.modeling.loading import load_student
 from linearize.modeling.readout import Readout
 from linearize.recipe import Recipe, load_config, load_recipe
-from linearize.training.data import IGNORED, Batch, documents, packed_rows, with_copies
+from linearize.training.data import IGNORED, Batch, documents, packed_rows, read_ahead, with_copies
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
 SETTINGS = [
@@ -479,3 +479,28 @@ def test_finetune_needs_a_linearized_model(base_folder, cli):
     assert code == 2 and "linearize convert" in err
     code, _, err = cli("finetune")
     assert code == 2 and "none given" in err
+
+
+def test_rows_read_ahead_are_the_same_rows():
+    made = []
+
+    def rows():
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    ahead = read_ahead(rows(), 5)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    assert len(made) <= 3 + 5
+    assert list(ahead) == list(range(3, 20))
+
+
+def test_what_fails_while_reading_ahead_is_raised_in_its_place():
+    def rows():
+        yield 0
+        raise ConfigError("--data: damaged")
+
+    ahead = read_ahead(rows(), 5)
+    assert next(ahead) == 0
+    with pytest.raises(ConfigError, match="damaged"):
+        next(ahead)

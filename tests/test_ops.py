@@ -258,6 +258,20 @@ def test_a_kernel_that_refuses_its_backward_does_not_serve(serving):
     assert lengths == [2, 2, 60]
 
 
+def test_a_kernel_is_announced_once_and_left_out_where_told(serving):
+    serving(kernel_like_fla)
+    inputs, _, _ = gla_inputs(60, dtype=torch.float32)
+    with dispatch.without_kernels():
+        gla(*inputs)
+    assert not dispatch._tried
+    with pytest.warns(UserWarning, match="chunk_gla .* minutes") as warned:
+        for T in (60, 30):
+            gla(*(x[:, :T] for x in inputs))
+            with torch.no_grad():
+                gla(*(x[:, :T] for x in inputs))
+    assert len(dispatch._tried) == 2 and len(warned) == 1
+
+
 def test_kernels_serve_neither_float64_nor_single_tokens(serving):
     serving(None)
     inputs, _, _ = gla_inputs(5)
@@ -291,6 +305,21 @@ def test_window_equals_naive(T, padding, documents, sinks, window, past):
     assert_same_with_gradients(
         lambda: window_attention(*inputs, **keywords)[:1],
         lambda: window_attention_naive(*inputs, **keywords)[:1],
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("T", [1, 50])
+@pytest.mark.parametrize(("window", "past"), [(1, 0), (16, 9), (16, 31), (200, 200)])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("scores", [{}, {"with_log_sum": True}, {"softcap": 1.5}, {"learned_sinks": torch.arange(4.0)}])
+def test_every_sink_is_seen_without_a_mask(T, window, past, sinks, scores):
+    inputs, keywords = window_inputs(T, T + past, sinks=sinks)
+    keywords.pop("sink_mask", None)
+    keywords |= {"window": window, "scale": 0.3, **scores}
+    assert_same_with_gradients(
+        lambda: [x for x in window_attention(*inputs, **keywords) if x is not None],
+        lambda: [x for x in window_attention_naive(*inputs, **keywords) if x is not None],
         inputs,
     )
 

@@ -33,8 +33,9 @@ from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH, LayerPlan
 from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, window_attention
 
-# without gradients long prefills go through in parts this long, so that intermediate arrays stay small
-SEGMENT = 4096
+# without gradients long prefills go through in parts this long, so that intermediate arrays stay small; a device needs
+# longer ones to be busy
+SEGMENT, DEVICE_SEGMENT = 4096, 16384
 NORM_EPSILON = 1e-6
 UNFITTED = 6.0
 # what `fit_mix` tries, the first being nothing
@@ -103,11 +104,12 @@ class WindowHeads(nn.Module):
             output [B, T, H, K] in q's dtype, the recurrent state after the last token.
         """
         T, cached = q.shape[1], context.length - q.shape[1]
-        if T <= SEGMENT or torch.is_grad_enabled():
+        longest = SEGMENT if q.device.type == "cpu" else DEVICE_SEGMENT
+        if longest >= T or torch.is_grad_enabled():
             return self._attend(q, q_rotary, context, scores, state)
         outputs = []
-        for start in range(0, T, SEGMENT):
-            end = min(start + SEGMENT, T)
+        for start in range(0, T, longest):
+            end = min(start + longest, T)
             part = context.part(max(0, cached + start - self.window), cached + end)
             output, state = self._attend(q[:, start:end], q_rotary[:, start:end], part, scores, state)
             outputs.append(output)
@@ -127,7 +129,9 @@ class WindowHeads(nn.Module):
             sinks = {
                 "sink_keys": context.sink_keys,
                 "sink_values": context.sink_values,
-                "sink_mask": context.sink_mask(q.shape[1], self.window),
+                "sink_mask": None
+                if context.sees_all_sinks(q.shape[1], self.window)
+                else context.sink_mask(q.shape[1], self.window),
             }
         return window_attention(
             q,
@@ -348,7 +352,8 @@ class LinearHeads(WindowHeads):
             values = F.pad(values, (0, 1), value=1.0)
         write_mask = segments = None
         if self.delayed:
-            write_mask = _ending(context.ordinals, count, delay) >= self.sinks
+            if not context.is_plain or context.first_slot + context.length - delay - count < self.sinks:
+                write_mask = _ending(context.ordinals, count, delay) >= self.sinks
         elif context.key_mask is not None:
             write_mask = _ending(context.key_mask, count, delay)
         if context.segments is not None:

@@ -49,6 +49,11 @@ class Context:
     def length(self) -> int:
         return self.keys.shape[1]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is neither padding nor a second document, so that slots are ordinals."""
+        return self.key_mask is None and self.segments is None
+
     def part(self, start: int, end: int) -> "Context":
         """The context cut to slots [start, end)."""
         lacking = self.length - self.raw_keys.shape[1]  # keys before rotary are only kept where they are needed
@@ -66,6 +71,11 @@ class Context:
             segments=cut(self.segments),
             first_slot=self.first_slot + start,
         )
+
+    def sees_all_sinks(self, queries: int, window: int) -> bool:
+        """Whether all sinks have left the window of every query, where that can be said without a look at tensors."""
+        first = self.first_slot + self.length - queries
+        return self.is_plain and first - window >= self.sink_keys.shape[1] - 1
 
     def sink_mask(self, queries: int, window: int) -> Tensor:
         """[B or 1, T, N] bool: the sinks of the query's own document that have left its window."""

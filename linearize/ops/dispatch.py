@@ -8,10 +8,11 @@ fla 0.6 differs from us in three ways: it wants as many key/value heads as query
 where they start, and a state for each document.
 """
 
+import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ from torch.nn import functional as F
 
 # (name of a kernel, shapes and dtypes) -> whether a first try went through
 _tried: dict[tuple, bool] = {}
+_enabled = True
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, PyTorch serves. What is computed once is done before fla has tried out the dozens of configurations of every
+    kernel (minutes, on an H200, the first time)."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
 
 
 def run_kernel(
@@ -45,7 +59,7 @@ def run_kernel(
         output [B, T, H, V], final state [B, J, ...].
     """
     B, T, H, _ = q.shape
-    kernel = load_kernel(module, name) if on_device(q) and q.element_size() < 8 and T > 1 else None
+    kernel = load_kernel(module, name) if _enabled and on_device(q) and q.element_size() < 8 and T > 1 else None
     if kernel is None:
         return None
     kernel, inputs = adapt(kernel) if adapt else kernel, others()
@@ -77,6 +91,11 @@ def _works(kernel: Callable, name: str, inputs: list[Tensor], keywords: dict) ->
     gradients = torch.is_grad_enabled()
     key = (name, gradients, *((x.shape[2:], x.dtype, x.device) for x in inputs))
     if key not in _tried:
+        if all(tried[0] != name for tried in _tried):
+            warnings.warn(
+                f"{name} of flash-linear-attention is compiled and tuned for this device, minutes when it is new to it",
+                stacklevel=2,
+            )
         few = [x[:1, :2].detach().requires_grad_(gradients) for x in inputs]
         try:
             output, _ = kernel(*few, output_final_state=True, **keywords)

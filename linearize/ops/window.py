@@ -60,7 +60,7 @@ def window_attention_naive(
         key_mask: [B, S] bool, False for padding. A query always sees itself, so padded rows stay finite.
         segments: [B, S] document number of each key (the last T belong to the queries).
         sink_keys, sink_values: [B, N, J, K], [B, N, J, V].
-        sink_mask: [B, T, N] bool, which sink each query sees.
+        sink_mask: [B, T, N] bool, which sink each query sees; None for all of them.
         with_log_sum: whether log sum_j exp(score_j) over the visible keys and the learned sink is wanted too.
 
     Returns:
@@ -76,6 +76,8 @@ def window_attention_naive(
     mask = mask.expand(q.shape[0], -1, -1)
     if sink_keys is not None:
         k, v = torch.cat([sink_keys, k], dim=1), torch.cat([sink_values, v], dim=1)
+        if sink_mask is None:
+            sink_mask = mask.new_ones(1, T, sink_keys.shape[1])
         mask = torch.cat([sink_mask.expand(q.shape[0], -1, -1), mask], dim=-1)
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
@@ -110,8 +112,18 @@ def window_attention(
     B, T, H, _ = q.shape
     S, J = k.shape[1], k.shape[2]
     window = min(window, S)
+    if T == 1 and key_mask is None and segments is None and (sink_keys is None or sink_mask is None):
+        keys, values = k[:, -window:], v[:, -window:]
+        if sink_keys is not None:
+            keys, values = torch.cat([sink_keys, keys], dim=1), torch.cat([sink_values, values], dim=1)
+        rows = q[:, 0].unflatten(1, (J, -1))
+        output, log_sum = _attention(
+            rows, keys.transpose(1, 2), values.transpose(1, 2), None, scale, softcap, learned_sinks, with_log_sum
+        )
+        return tuple(None if x is None else x.flatten(1, 2).unsqueeze(1) for x in (output, log_sum))
     whole = T == S and key_mask is None and learned_sinks is None and q.device.type == "cpu"
-    if whole and fuses(q, softcap) and (sink_mask is None or not sink_mask[:, :window].any()):
+    hidden = sink_keys is None or (sink_mask is not None and not sink_mask[:, :window].any())
+    if whole and fuses(q, softcap) and hidden:
         if window >= T:
             return _causal_attention(q, k, v, scale, segments)
         first, rest = q.split([window, T - window], dim=1)
@@ -168,9 +180,12 @@ def window_attention(
             torch.cat([sink[:, None].expand(-1, blocks, -1, -1, -1), x], dim=2)
             for sink, x in ((sink_keys, key_blocks), (sink_values, value_blocks))
         )
-        sinks = _padded(sink_mask, 0, behind).unflatten(1, (blocks, C))
-        batch = max(mask.shape[0], sinks.shape[0])
-        mask = torch.cat([sinks.expand(batch, -1, -1, N), mask.expand(batch, -1, -1, -1)], dim=-1)
+        if sink_mask is None:
+            mask = F.pad(mask, (N, 0), value=True)
+        else:
+            sinks = _padded(sink_mask, 0, behind).unflatten(1, (blocks, C))
+            batch = max(mask.shape[0], sinks.shape[0])
+            mask = torch.cat([sinks.expand(batch, -1, -1, N), mask.expand(batch, -1, -1, -1)], dim=-1)
 
     # the query group is folded into the rows, so that grouped heads share one copy of the keys
     group = H // J
@@ -179,22 +194,38 @@ def window_attention(
     bias = _bias(mask, q.dtype).expand(B, -1, -1, -1).flatten(0, 1)
     bias = bias[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
     key_rows, value_rows = (x.flatten(0, 1).transpose(1, 2) for x in (key_blocks, value_blocks))
-    log_sum = None
-    # scaled_dot_product_attention keeps the normaliser to itself and knows no softcap
-    if with_log_sum or softcap is not None or learned_sinks is not None:
-        output, log_sum = softmax_attention(rows, key_rows, value_rows, bias, scale=scale, softcap=softcap)
-        if learned_sinks is not None:
-            column = learned_sinks.to(log_sum.dtype).view(J, group, 1).expand(-1, -1, C).reshape(J, group * C, 1)
-            without, log_sum = log_sum, torch.logaddexp(log_sum, column)
-            output = output * (without - log_sum).exp().to(output.dtype)
-    else:
-        output = F.scaled_dot_product_attention(rows, key_rows, value_rows, attn_mask=bias, scale=scale)
+    output, log_sum = _attention(rows, key_rows, value_rows, bias, scale, softcap, learned_sinks, with_log_sum)
 
     def unblocked(x: Tensor) -> Tensor:
         x = x.unflatten(0, (B, blocks)).unflatten(3, (group, C)).permute(0, 1, 4, 2, 3, 5)
         return x.reshape(B, blocks * C, H, -1)[:, :T]
 
     return unblocked(output), None if log_sum is None else unblocked(log_sum)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    learned_sinks: Tensor | None,
+    with_log_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Blocks of rows against their keys: q [N, J, R, K], the rows of a block grouped by query head, k and v [N, J, S, ·],
+    bias [N, 1, R, S] or None. Returns output [N, J, R, V], and if asked for the normaliser's logarithm, [N, J, R, 1]."""
+    # scaled_dot_product_attention keeps the normaliser to itself and knows no softcap
+    if not with_log_sum and softcap is None and learned_sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+    output, log_sum = softmax_attention(q, k, v, bias, scale=scale, softcap=softcap)
+    if learned_sinks is not None:
+        J, R = q.shape[1:3]
+        column = learned_sinks.to(log_sum.dtype).view(J, -1, 1)
+        column = column.expand(-1, -1, R // column.shape[1]).reshape(J, R, 1)
+        without, log_sum = log_sum, torch.logaddexp(log_sum, column)
+        output = output * (without - log_sum).exp().to(output.dtype)
+    return output, log_sum
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

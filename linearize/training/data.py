@@ -5,7 +5,9 @@ text field, `instruction`/`input`/`output`, or `messages` for the chat template.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ IGNORED = -100
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 SHUFFLE_BUFFER = 2000
+TOKENISED_TOGETHER = 64
 # tokens that a copying row says twice, if it is long enough
 COPIED = 256
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -95,32 +98,38 @@ def documents(dataset: str, tokenizer, *, text_field: str, completion_only: bool
         rows = open_dataset(dataset)
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        for number, row in enumerate(rows):
-            yield _tokenise(row, number, dataset, tokenizer, text_field, completion_only)
+        rows = enumerate(rows)
+        while some := list(itertools.islice(rows, TOKENISED_TOGETHER)):
+            yield from _tokenise(some, dataset, tokenizer, text_field, completion_only)
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:  # a damaged file surfaces wherever its reader stumbles
         raise ConfigError(f"--data: {dataset} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
-def _tokenise(row: dict, number: int, dataset: str, tokenizer, text_field: str, completion_only: bool) -> tuple:
-    if isinstance(row.get(text_field), str):
-        prompt, ids = [], tokenizer(row[text_field]).input_ids
-    elif isinstance(row.get("messages"), list):
-        prompt, ids = _chat(row["messages"], tokenizer)
-    elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        request = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        turns = [{"role": "user", "content": request}, {"role": "assistant", "content": row["output"]}]
-        prompt, ids = _chat(turns, tokenizer)
-    else:
-        raise ConfigError(
-            f"--data: row {number} of {dataset} has the fields {', '.join(row) or 'none'}; needed is '{text_field}' "
-            "(text), 'messages', or 'instruction' and 'output'"
-        )
-    if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-        ids = [*ids, tokenizer.eos_token_id]
-    counted = [not completion_only or i >= len(prompt) for i in range(len(ids))]
-    return ids, counted
+def _tokenise(
+    rows: list[tuple[int, dict]], dataset: str, tokenizer, text_field: str, completion_only: bool
+) -> Iterator[tuple]:
+    """Numbered rows as documents; all plain text at once, which a tokenizer shares out over the cores."""
+    texts = [row[text_field] for _, row in rows if isinstance(row.get(text_field), str)]
+    of_text = iter(tokenizer(texts).input_ids if texts else [])
+    for number, row in rows:
+        if isinstance(row.get(text_field), str):
+            prompt, ids = [], next(of_text)
+        elif isinstance(row.get("messages"), list):
+            prompt, ids = _chat(row["messages"], tokenizer)
+        elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+            request = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+            turns = [{"role": "user", "content": request}, {"role": "assistant", "content": row["output"]}]
+            prompt, ids = _chat(turns, tokenizer)
+        else:
+            raise ConfigError(
+                f"--data: row {number} of {dataset} has the fields {', '.join(row) or 'none'}; needed is '{text_field}' "
+                "(text), 'messages', or 'instruction' and 'output'"
+            )
+        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids = [*ids, tokenizer.eos_token_id]
+        yield ids, [not completion_only or i >= len(prompt) for i in range(len(ids))]
 
 
 def _chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
@@ -214,6 +223,18 @@ def _round_robin(streams: list[Iterator]) -> Iterator:
                 yield next(stream)
             except StopIteration:
                 streams.remove(stream)
+
+
+def read_ahead(rows: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """The same rows, up to `count` of them made in a thread while what came before is computed with."""
+    reader = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(reader.submit(next, rows, None) for _ in range(count))
+        while (row := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(next, rows, None))
+            yield row
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def join(rows: list[Batch]) -> Batch:

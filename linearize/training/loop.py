@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from linearize.errors import ConfigError, Interrupted, LinearizeError
 from linearize.recipe import Recipe, Stage
-from linearize.training.data import Batch, join
+from linearize.training.data import Batch, join, read_ahead
 from linearize.training.model import Distiller
 from linearize.training.state import load_state, save_state, states
 from linearize.training.transfer import transfer_backward
@@ -98,6 +98,8 @@ def train(
     wrapped = distiller if stage.loss.kind == "attention" else accelerator.prepare(distiller)
     wrapped.train()
     rows = itertools.islice(rows, done * stage.batch_size, None)
+    if accelerator.device.type != "cpu":  # a device waits for its rows
+        rows = read_ahead(rows, 2 * stage.batch_size)
     losses, started = [], time.monotonic()
     with _stop_requests() as stop:
         for step in range(done + 1, leg.steps + 1):
