@@ -53,6 +53,7 @@ NO_FACTS = ("--set", "scoring.fact_rows=0")
 SIX = ("--keep-softmax", "7:2,17:1,18:2,20:2,23:0,23:2")
 # to distil the base from itself would be no control: the loss is 0 from the first step
 NEXT_TOKEN = (*LORA, "--set", "loss.kind=ce")
+TRANSFER_FIRST = "stages=[{name: transfer, share: 0.1}, {name: distill, share: 0.9}]"
 METHODS = {
     "control": Method("base, next-token loss on the same tokens", ("--keep-softmax", "all"), NEXT_TOKEN),
     "ours": Method("ours, 12 of 90 heads", OURS),
@@ -74,7 +75,7 @@ METHODS = {
     "lolcats-heads": Method("LoLCATs' layer, as many heads and bytes", ("--config", "lolcats", *COPIES), ("--recipe", "lolcats"), OURS),
     "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
-    "ours-transfer": Method("ours, attention transfer first", OURS, ("--recipe", "full")),
+    "ours-transfer": Method("ours, attention transfer first", OURS, (*LORA, "--set", TRANSFER_FIRST)),
     "ours-ce": Method("ours, next-token loss", OURS, NEXT_TOKEN),
     "ours-half": Method("ours, half of the loss the next token's", OURS, (*LORA, "--set", "loss.ce_share=0.5")),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from linearize.modeling.readout import Readout
 from linearize.recipe import Recipe, load_config, load_recipe
 from linearize.training.data import IGNORED, Batch, documents, packed_rows, read_ahead, with_copies
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
+from linearize.training.model import Distiller
 
 SETTINGS = [
     "seq_len=48",
@@ -280,6 +281,30 @@ def test_accumulation_and_checkpointing_change_nothing(converted, tmp_path):
     a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "split"))
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], rtol=1e-3, atol=3e-5)
+
+
+def test_where_memory_is_short_fewer_rows_at_once_come_to_the_same(converted, tmp_path, monkeypatch):
+    rows = recipe("batch_size=6", "tokens=1K")
+    run(converted, tmp_path / "plain", rows)
+    tried, forward = [], Distiller.forward
+
+    def short_of_memory(self, batch, normaliser):
+        tried.append(len(batch.input_ids))
+        loss = forward(self, batch, normaliser)
+        if tried[-1] > 2 or tried == [6, 3, 2]:  # the last after some of the step's gradients
+            raise torch.OutOfMemoryError
+        return loss
+
+    monkeypatch.setattr(Distiller, "forward", short_of_memory)
+    with pytest.warns(UserWarning, match="no memory for 6 rows at once, trying 3"):
+        run(converted, tmp_path / "short", rows)
+    assert tried[:4] == [6, 3, 2, 1] and set(tried[4:]) == {1}
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "short"))
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=3e-5)
+    monkeypatch.setattr(Distiller, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(converted, tmp_path / "none", rows)
 
 
 def test_liger_recipe_reproduces_the_published_settings():

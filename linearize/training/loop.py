@@ -9,6 +9,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -106,9 +107,9 @@ def train(
             factor = _schedule(stage, step, leg.steps)
             for group, rate in zip(groups, base_rates):
                 group["lr"] = rate * factor
-            loss, grad_norm = _step(
-                wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable, leg.before + step
-            )
+            every = list(itertools.islice(rows, stage.batch_size))
+            loss, micro = _gradients_that_fit(wrapped, distiller, every, stage, accelerator, micro, trainable)
+            grad_norm = _update(distiller, optimizers, stage, trainable, leg.before + step)
             if not math.isfinite(loss):
                 kept = f"the last good state is kept in {work}" if states(work) else "no state had been saved yet"
                 raise LinearizeError(
@@ -143,9 +144,25 @@ def train(
     return losses
 
 
-def _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, trainable, number) -> tuple[float, float]:
-    """The optimizer step of that number: (loss, gradient norm)."""
-    every = list(itertools.islice(rows, stage.batch_size))
+def _gradients_that_fit(wrapped, distiller, every, stage, accelerator, micro, trainable) -> tuple[float, int]:
+    """`_gradients` with as many rows at once as the device's memory takes: the loss, and how many."""
+    while True:
+        try:
+            return _gradients(wrapped, distiller, every, stage, accelerator, micro, trainable), micro
+        except torch.OutOfMemoryError:
+            # another process would wait for this one's share of the gradients
+            if micro == 1 or accelerator.num_processes > 1:
+                raise
+        fewer = max(n for n in range(1, micro) if len(every) % n == 0)
+        warnings.warn(f"no memory for {micro} rows at once, trying {fewer}", stacklevel=2)
+        micro = fewer
+        for parameter in trainable:
+            parameter.grad = None
+        torch.cuda.empty_cache()
+
+
+def _gradients(wrapped, distiller, every, stage, accelerator, micro, trainable) -> float:
+    """Forward and backward over the rows of one step, `micro` at once; returns the loss."""
     share = stage.batch_size // accelerator.num_processes
     mine = join(every[accelerator.process_index * share : (accelerator.process_index + 1) * share])
     batches = [batch.to(accelerator.device) for batch in mine.split(micro)]
@@ -168,6 +185,11 @@ def _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, train
     if stage.loss.kind == "attention" and accelerator.num_processes > 1:
         for parameter in trainable:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    return accelerator.reduce(total, "mean").item()
+
+
+def _update(distiller, optimizers, stage, trainable, number) -> float:
+    """The optimizer step of that number; returns the gradient's norm."""
     distiller.before_update()
     limit = stage.optimizer.clip_norm if stage.optimizer.clip_norm is not None else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
@@ -176,7 +198,7 @@ def _step(wrapped, distiller, optimizers, rows, stage, accelerator, micro, train
     distiller.after_update(number)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return accelerator.reduce(total, "mean").item(), norm.item()
+    return norm.item()
 
 
 def _micro_batch(stage: Stage, recipe: Recipe, processes: int) -> int:
