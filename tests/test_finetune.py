@@ -233,7 +233,7 @@ def test_resuming_with_other_settings_names_the_field(converted, tmp_path, monke
     import linearize.training.loop as loop
 
     out = tmp_path / "out"
-    real = loop._step
+    real = loop._update
     calls = []
 
     def fail(*arguments):
@@ -242,10 +242,10 @@ def test_resuming_with_other_settings_names_the_field(converted, tmp_path, monke
             raise RuntimeError("power cut")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_step", fail)
+    monkeypatch.setattr(loop, "_update", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         run(converted, out)
-    monkeypatch.setattr(loop, "_step", real)
+    monkeypatch.setattr(loop, "_update", real)
     with pytest.raises(ConfigError, match=r"recipe\.optimizer\.lr: was 0\.01, is 0\.02"):
         run(converted, out, recipe("optimizer.lr=0.02"))
     data = tmp_path / "mine.txt"
