@@ -122,8 +122,7 @@ def window_attention(
         )
         return tuple(None if x is None else x.flatten(1, 2).unsqueeze(1) for x in (output, log_sum))
     whole = T == S and key_mask is None and learned_sinks is None and q.device.type == "cpu"
-    hidden = sink_keys is None or (sink_mask is not None and not sink_mask[:, :window].any())
-    if whole and fuses(q, softcap) and hidden:
+    if whole and fuses(q, softcap) and (sink_keys is None or _none_seen(sink_mask, window)):
         if window >= T:
             return _causal_attention(q, k, v, scale, segments)
         first, rest = q.split([window, T - window], dim=1)
@@ -226,6 +225,11 @@ def _attention(
         without, log_sum = log_sum, torch.logaddexp(log_sum, column)
         output = output * (without - log_sum).exp().to(output.dtype)
     return output, log_sum
+
+
+def _none_seen(sink_mask: Tensor | None, queries: int) -> bool:
+    """Whether the first queries see no sink. To ask a device is to wait for it."""
+    return sink_mask is not None and not sink_mask[:, :queries].any()
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
