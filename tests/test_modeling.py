@@ -1,5 +1,6 @@
 """The linearized model: against a plain loop, against the base, cached against full, padded, packed, batched, reloaded."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,7 +143,10 @@ def test_softmax_everywhere_is_the_base(pair):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("chunks", [[40], [1] * 40, [3] * 13 + [1], [20, 20], [9, 1, 1, 12, 17], [39, 1]])
+@pytest.mark.parametrize(
+    "chunks",
+    [[40], [1] * 40, [3] * 13 + [1], [20, 20], [9, 1, 1, 12, 17], [39, 1], [12, *[1] * 15, 5, *[1] * 8]],
+)
 def test_cached_decode_equals_full_forward(pair, chunks):
     _, student = pair
     ids = tokens()
@@ -154,6 +158,26 @@ def test_cached_decode_equals_full_forward(pair, chunks):
         pieces.append(output.logits)
     assert cache.get_seq_length() == 40
     torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-5)
+
+
+def test_single_tokens_are_written_in_place_where_that_is_allowed():
+    base = tiny_base("gqa", num_hidden_layers=1)
+    student = tiny_student(Plan("llama", (LayerPlan((), mixer="vq", window=8, sinks=2),)), base)
+    ids = tokens(1)
+    full = student(ids, use_cache=False).logits
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    for first, then in itertools.product(modes, modes):
+        with first():
+            output = student(ids[:, :20], use_cache=True)
+        held = output.past_key_values.layers[0].linear
+        before, pieces = held.keys, [output.logits]
+        with then():
+            for piece in ids[:, 20:].split(1, dim=1):
+                pieces.append(student(piece, past_key_values=output.past_key_values, use_cache=True).logits)
+        torch.testing.assert_close(torch.cat([x.detach() for x in pieces], 1), full.detach(), rtol=1e-4, atol=1e-5)
+        # not under gradients, and not what gradients or inference mode have made
+        assert (held.keys is before) == (then != torch.enable_grad and first in (torch.no_grad, then)), (first, then)
+    pieces[-1].sum().backward()
 
 
 def left_padded(lengths=(40, 33, 5)):

@@ -87,10 +87,10 @@ class VectorQuantized(Structure):
 
     def pack(self, arrived):
         low, high = (arrived * STEPS).round().to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-        return low + 16 * high
+        return low | (high << 4)
 
     def unpack(self, packed, dtype):
-        return torch.stack([packed % 16, packed // 16], dim=-1).flatten(-2).to(dtype) / STEPS
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(dtype) / STEPS
 
     def gate_logits(self, k, offset):
         return [self.arrive(k) if offset is None else offset]

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 
 from linearize.mixers.registry import mixer_class
 from linearize.mixers.structure import Site
-from linearize.modeling.cache import Context
+from linearize.modeling.cache import Context, Step
 from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH, LayerPlan
 from linearize.ops.chunks import state_dtype
-from linearize.ops.window import Scores, window_attention
+from linearize.ops.window import Scores, single_query_attention, window_attention
 
 # without gradients long prefills go through in parts this long, so that intermediate arrays stay small; a device needs
 # longer ones to be busy
@@ -90,7 +90,7 @@ class WindowHeads(nn.Module):
         return k_rotary
 
     def forward(
-        self, q: Tensor, q_rotary: Tensor, context: Context, *, scores: Scores, state: Tensor | None
+        self, q: Tensor, q_rotary: Tensor, context: Context | Step, *, scores: Scores, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from the last T tokens of `context`.
 
@@ -116,16 +116,18 @@ class WindowHeads(nn.Module):
         return torch.cat(outputs, dim=1), state
 
     def _attend(
-        self, q: Tensor, q_rotary: Tensor, context: Context, scores: Scores, state: Tensor | None
+        self, q: Tensor, q_rotary: Tensor, context: Context | Step, scores: Scores, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         return self._window(q_rotary, context, scores)[0], state
 
     def _window(
-        self, q: Tensor, context: Context, scores: Scores, with_log_sum: bool = False
+        self, q: Tensor, context: Context | Step, scores: Scores, with_log_sum: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The softmax window's output [B, T, H, K] and, if asked for, log sum_j exp(score_j), [B, T, H, 1]."""
+        if isinstance(context, Step):
+            return single_query_attention(q, context.keys, context.values, with_log_sum=with_log_sum, **vars(scores))
         sinks = {}
-        if context.sink_keys is not None and context.length + context.first_slot > self.window:
+        if context.sink_keys is not None and context.end > self.window:
             sinks = {
                 "sink_keys": context.sink_keys,
                 "sink_values": context.sink_values,
@@ -232,7 +234,7 @@ class LinearHeads(WindowHeads):
         return torch.cat([k.to(dtype), offset], dim=-1)
 
     def _attend(
-        self, q: Tensor, q_rotary: Tensor, context: Context, scores: Scores, state: Tensor | None
+        self, q: Tensor, q_rotary: Tensor, context: Context | Step, scores: Scores, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if not self.recurrent_enabled:
             return super()._attend(q, q_rotary, context, scores, state)
@@ -336,29 +338,29 @@ class LinearHeads(WindowHeads):
         return window + recurrent if self.window_enabled else recurrent
 
     def _recurrent(
-        self, q: Tensor, context: Context, state: Tensor | None, *, start: int, delay: int
+        self, q: Tensor, context: Context | Step, state: Tensor | None, *, start: int, delay: int
     ) -> tuple[Tensor, Tensor]:
         """Runs the structure for queries `start`.. on the tokens `delay` before them."""
         count = q.shape[1] - start
         dtype = state_dtype(q)
-        values = _ending(context.values, count, delay).to(dtype)
-        keys = _ending(context.keys if self.structure.rotary else context.raw_keys, count, delay).to(dtype)
+        read = context.behind(count, delay)
+        values, keys = read.values.to(dtype), (read.keys if self.structure.rotary else read.raw_keys).to(dtype)
         offset = keys[..., q.shape[-1] :] if self.gate_projection is not None else None
         if self.structure.arrival_bytes():
-            offset = _ending(context.raw_keys, count, delay)
-            offset = self.structure.unpack(offset, dtype) if offset.dtype == torch.uint8 else offset.to(dtype)
+            noted = read.raw_keys
+            offset = self.structure.unpack(noted, dtype) if noted.dtype == torch.uint8 else noted.to(dtype)
         normalised = not self.shared and self.structure.normalization == "sum"
         if self.shared or normalised:
             values = F.pad(values, (0, 1), value=1.0)
         write_mask = segments = None
         if self.delayed:
-            if not context.is_plain or context.first_slot + context.length - delay - count < self.sinks:
-                write_mask = _ending(context.ordinals, count, delay) >= self.sinks
-        elif context.key_mask is not None:
-            write_mask = _ending(context.key_mask, count, delay)
-        if context.segments is not None:
-            segments = _ending(context.segments, count, 0)
-            same = _ending(context.segments, count, delay) == segments
+            if not context.is_plain or context.end - delay - count < self.sinks:
+                write_mask = read.ordinals >= self.sinks
+        elif read.key_mask is not None:
+            write_mask = read.key_mask
+        if read.segments is not None:
+            segments = context.behind(count, 0).segments
+            same = read.segments == segments
             write_mask = same if write_mask is None else write_mask & same
         run = self.structure.naive if count == 1 else self.structure
         # autocast does not reach inside: states and the sums they hold stay float32
@@ -388,9 +390,3 @@ class LinearHeads(WindowHeads):
 
 def _rms_norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPSILON)
-
-
-def _ending(x: Tensor, count: int, skip: int) -> Tensor:
-    """The `count` slots that end `skip` before the last."""
-    end = x.shape[1] - skip
-    return x[:, end - count : end]

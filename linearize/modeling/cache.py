@@ -8,6 +8,7 @@ Shapes: B batch, S slots, J linear key/value heads, K head dim, N sink keys.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -17,6 +18,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 # what models call their cache, as argument and in their output
 CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
+class Slots(NamedTuple):
+    """What a recurrent branch reads of some slots: [B, n, J, ·], ordinals, mask and segments [B, n] as in `Context`."""
+
+    keys: Tensor
+    values: Tensor
+    raw_keys: Tensor
+    ordinals: Tensor | None = None
+    key_mask: Tensor | None = None
+    segments: Tensor | None = None
 
 
 @dataclass
@@ -50,41 +62,75 @@ class Context:
         return self.keys.shape[1]
 
     @property
+    def end(self) -> int:
+        """The absolute slot behind the last."""
+        return self.first_slot + self.length
+
+    @property
     def is_plain(self) -> bool:
         """Whether there is neither padding nor a second document, so that slots are ordinals."""
         return self.key_mask is None and self.segments is None
 
-    def part(self, start: int, end: int) -> "Context":
-        """The context cut to slots [start, end)."""
+    def slots(self, start: int, end: int) -> Slots:
+        """Slots [start, end)."""
         lacking = self.length - self.raw_keys.shape[1]  # keys before rotary are only kept where they are needed
 
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, start:end]
 
-        return replace(
-            self,
-            keys=cut(self.keys),
-            values=cut(self.values),
-            raw_keys=self.raw_keys[:, max(0, start - lacking) : end - lacking],
-            ordinals=cut(self.ordinals),
-            key_mask=cut(self.key_mask),
-            segments=cut(self.segments),
-            first_slot=self.first_slot + start,
+        return Slots(
+            cut(self.keys),
+            cut(self.values),
+            self.raw_keys[:, max(0, start - lacking) : max(0, end - lacking)],
+            cut(self.ordinals),
+            cut(self.key_mask),
+            cut(self.segments),
         )
+
+    def part(self, start: int, end: int) -> "Context":
+        """The context cut to slots [start, end)."""
+        return replace(self, **self.slots(start, end)._asdict(), first_slot=self.first_slot + start)
+
+    def behind(self, count: int, delay: int) -> Slots:
+        """The `count` slots that end `delay` before the last."""
+        end = self.length - delay
+        return self.slots(end - count, end)
 
     def sees_all_sinks(self, queries: int, window: int) -> bool:
         """Whether all sinks have left the window of every query, where that can be said without a look at tensors."""
-        first = self.first_slot + self.length - queries
-        return self.is_plain and first - window >= self.sink_keys.shape[1] - 1
+        return self.is_plain and self.end - queries - window >= self.sink_keys.shape[1] - 1
 
     def sink_mask(self, queries: int, window: int) -> Tensor:
         """[B or 1, T, N] bool: the sinks of the query's own document that have left its window."""
-        last = self.first_slot + self.length
-        slots = torch.arange(last - queries, last, device=self.keys.device)
+        slots = torch.arange(self.end - queries, self.end, device=self.keys.device)
         mask = (slots[None, :, None] - self.sink_slots[:, None, :] >= window) & (self.sink_slots >= 0)[:, None]
         if self.segments is not None:
             mask = mask & (self.segments[:, -queries:, None] == self.sink_segments[:, None, :])
         return mask
+
+
+@dataclass
+class Step:
+    """What one query sees when all sinks have left its full window and no row is padded.
+
+    Attributes:
+        keys, values: [B, N + window, J, K], the sinks and the window, the query's own among them, in no order.
+        arriving, leaving: the query's own slot, and the one that its window has just lost.
+        length: slots in reach, that one included. end: the absolute slot behind the query's.
+    """
+
+    keys: Tensor
+    values: Tensor
+    arriving: Slots
+    leaving: Slots
+    length: int
+    end: int
+    is_plain = True
+    segments = None
+
+    def behind(self, count: int, delay: int) -> Slots:
+        """As in `Context`."""
+        return self.leaving if delay else self.arriving
 
 
 def ordinals_of(padding_mask: Tensor | None, segments: Tensor | None, length: int, device) -> Tensor:
@@ -138,20 +184,14 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 class WindowCache:
-    """What some heads of one layer keep: the last `window` slots, the sinks and the float32 recurrent state. Its memory
-    does not grow with the sequence."""
+    """What some heads of one layer keep: the sinks, the last `window` slots and the float32 recurrent state. Its memory
+    does not grow with the sequence.
 
-    TENSORS = (
-        "window_keys",
-        "window_values",
-        "window_raw_keys",
-        "window_ordinals",
-        "sink_keys",
-        "sink_values",
-        "sink_slots",
-        "seen",
-        "recurrent_state",
-    )
+    Sinks and window lie behind one another, so that a query reads them in one piece. Once the window is full, single
+    tokens overwrite what leaves it, and nothing is moved: `steps` says how many have since the window was last in order.
+    """
+
+    TENSORS = ("keys", "values", "raw_keys", "ordinals", "sink_slots", "seen", "recurrent_state")
 
     def __init__(self, window: int, sinks: int, keep_raw_keys: bool):
         self.window, self.sinks, self.keep_raw_keys = window, sinks, keep_raw_keys
@@ -160,31 +200,38 @@ class WindowCache:
     def clear(self) -> None:
         for name in self.TENSORS:
             setattr(self, name, None)
-        self.length = 0
+        self.length = self.steps = 0
         self.padded = self.sinks_filled = False
 
-    def extend(self, keys: Tensor, values: Tensor, raw_keys: Tensor, padding_mask: Tensor | None) -> Context:
+    def extend(self, keys: Tensor, values: Tensor, raw_keys: Tensor, padding_mask: Tensor | None) -> Context | Step:
         """Takes new tokens, [B, T, J, K], and returns what their queries can see.
 
         Keeps the last `window` slots: a token leaves the window cache when it enters the recurrent state.
         """
+        if padding_mask is None and keys.shape[1] == 1 and self._can_step():
+            return self._step(keys, values, raw_keys)
         B, T = keys.shape[:2]
         if self.seen is None:
             self.seen = torch.zeros(B, dtype=torch.long, device=keys.device)
+            self.keys, self.values = (
+                keys.new_zeros(B, self.sinks, *keys.shape[2:]),
+                values.new_zeros(B, self.sinks, *values.shape[2:]),
+            )
+        self._put_in_order()
         if padding_mask is None:
             ordinals = self.seen[:, None] + torch.arange(T, device=keys.device)
         else:
             ordinals = torch.where(padding_mask, self.seen[:, None] + padding_mask.cumsum(-1) - 1, -1)
             self.padded = True
-        self._take_sinks(keys, values, ordinals)
+        sink_keys, sink_values = self._take_sinks(keys, values, ordinals)
         self.seen = self.seen + (T if padding_mask is None else padding_mask.sum(-1))
 
         def joined(past: Tensor | None, new: Tensor) -> Tensor:
             return new if past is None else torch.cat([past, new], dim=1)
 
-        keys, values = joined(self.window_keys, keys), joined(self.window_values, values)
-        raw = joined(self.window_raw_keys, raw_keys) if self.keep_raw_keys else raw_keys
-        ordinals = joined(self.window_ordinals, ordinals)
+        keys, values = joined(self.keys[:, self.sinks :], keys), joined(self.values[:, self.sinks :], values)
+        raw = joined(self.raw_keys, raw_keys) if self.keep_raw_keys else raw_keys
+        ordinals = joined(self.ordinals, ordinals)
         self.length += T
         context = Context(
             keys,
@@ -193,31 +240,64 @@ class WindowCache:
             ordinals,
             key_mask=ordinals >= 0 if self.padded else None,
             segments=None,
-            sink_keys=self.sink_keys,
-            sink_values=self.sink_values,
+            sink_keys=sink_keys if self.sinks else None,
+            sink_values=sink_values if self.sinks else None,
             sink_slots=self.sink_slots,
             sink_segments=None,
             first_slot=self.length - keys.shape[1],
         )
         # copies, so that a prefill's full-length tensors are freed
-        self.window_keys, self.window_values = keys[:, -self.window :].clone(), values[:, -self.window :].clone()
-        self.window_raw_keys = raw[:, -self.window :].clone() if self.keep_raw_keys else None
-        self.window_ordinals = ordinals[:, -self.window :].clone()
+        self.keys = torch.cat([sink_keys, keys[:, -self.window :]], dim=1)
+        self.values = torch.cat([sink_values, values[:, -self.window :]], dim=1)
+        self.raw_keys = raw[:, -self.window :].clone() if self.keep_raw_keys else None
+        self.ordinals = ordinals[:, -self.window :].clone()
         return context
 
-    def _take_sinks(self, keys: Tensor, values: Tensor, ordinals: Tensor) -> None:
-        if not self.sinks or self.sinks_filled:
+    def _can_step(self) -> bool:
+        """Whether the window is full and has lost all sinks, and its tensors can be written to."""
+        if self.padded or self.length < self.window + self.sinks or torch.is_grad_enabled() or self.keys.requires_grad:
+            return False
+        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+
+    def _step(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> Step:
+        place = self.steps % self.window
+        held = [(self.keys, keys, self.sinks + place), (self.values, values, self.sinks + place)]
+        if self.keep_raw_keys:
+            held.append((self.raw_keys, raw_keys, place))
+        slots = [tensor[:, place : place + 1] for tensor, _, place in held]
+        leaving = Slots(*(slot.clone() for slot in slots), *() if self.keep_raw_keys else (raw_keys,))
+        for slot, (_, new, _) in zip(slots, held):
+            slot.copy_(new)
+        self.steps += 1
+        self.length += 1
+        return Step(self.keys, self.values, Slots(keys, values, raw_keys), leaving, self.window + 1, self.length)
+
+    def _put_in_order(self) -> None:
+        """The window by age again, after single steps."""
+        if not self.steps:
             return
-        B, _, J, K = keys.shape
+        oldest = self.steps % self.window
+        for name in ("keys", "values"):
+            sinks, window = getattr(self, name).split([self.sinks, self.window], dim=1)
+            setattr(self, name, torch.cat([sinks, window.roll(-oldest, dims=1)], dim=1))
+        if self.keep_raw_keys:
+            self.raw_keys = self.raw_keys.roll(-oldest, dims=1)
+        self.ordinals, self.seen = self.ordinals + self.steps, self.seen + self.steps
+        self.steps = 0
+
+    def _take_sinks(self, keys: Tensor, values: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        """The sinks' keys and values, [B, N, J, K], with those among the new tokens."""
+        sink_keys, sink_values = self.keys[:, : self.sinks], self.values[:, : self.sinks]
+        if not self.sinks or self.sinks_filled:
+            return sink_keys, sink_values
         if self.sink_slots is None:
-            self.sink_keys, self.sink_values = (keys.new_zeros(B, self.sinks, J, K) for _ in range(2))
-            self.sink_slots = torch.full((B, self.sinks), -1, dtype=torch.long, device=keys.device)
+            self.sink_slots = torch.full((keys.shape[0], self.sinks), -1, dtype=torch.long, device=keys.device)
         match = ordinals[:, None, :] == torch.arange(self.sinks, device=keys.device)[None, :, None]
         found, index = match.any(-1), match.int().argmax(-1)
         self.sink_slots = torch.where(found, index + self.length, self.sink_slots)
-        self.sink_keys = torch.where(found[..., None, None], _take(keys, index), self.sink_keys)
-        self.sink_values = torch.where(found[..., None, None], _take(values, index), self.sink_values)
         self.sinks_filled = bool((self.sink_slots >= 0).all())
+        found = found[..., None, None]
+        return torch.where(found, _take(keys, index), sink_keys), torch.where(found, _take(values, index), sink_values)
 
 
 class LinearizedLayer(CacheLayerMixin):

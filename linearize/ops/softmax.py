@@ -32,8 +32,11 @@ def softmax_attention(
         output [N, J, R, K] in v's dtype, and [N, J, R, 1], float32 or float64.
     """
     if fuses(q, softcap) and q.dtype == k.dtype == v.dtype and k.shape == v.shape:
-        output, log_sum = _FusedAttention.apply(q, k, v, bias, scale, causal)
-        return output, log_sum[..., None]
+        if q.is_cuda and bias is not None:
+            bias = bias.expand(-1, q.shape[1], -1, -1)
+        attend = _FusedAttention.apply if torch.is_grad_enabled() else _fused
+        output, log_sum, *_ = attend(q, k, v, bias, scale, causal)
+        return output, log_sum[..., : q.shape[2], None]  # CUDA's is padded
     if causal:
         triangle = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         bias = triangle if bias is None else bias + triangle
@@ -62,6 +65,14 @@ def softmax_attention_naive(
     return (scores - log_sum).exp().to(v.dtype) @ v, log_sum
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, ...]:
+    """Output, normaliser [N, J, R or more], and what a device's backward needs besides."""
+    if not q.is_cuda:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, is_causal=causal, attn_mask=bias, scale=scale)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
+
+
 class _FusedAttention(torch.autograd.Function):
     """Gradients reach the scores from the output and from the normaliser: ds_j = p_j (do.v_j - do.o + dlog_sum).
 
@@ -71,17 +82,11 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, scale, causal):
-        if q.is_cuda:
-            bias = None if bias is None else bias.expand(-1, q.shape[1], -1, -1)
-            kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-            output, log_sum, *random = kernel(q, k, v, bias, True, 0.0, causal, scale=scale)
-        else:
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            (output, log_sum), random = kernel(q, k, v, is_causal=causal, attn_mask=bias, scale=scale), []
+        output, log_sum, *random = _fused(q, k, v, bias, scale, causal)
         ctx.save_for_backward(q, k, v, bias, output, log_sum, *random)
         ctx.scale, ctx.causal = scale, causal
         ctx.set_materialize_grads(False)
-        return output, log_sum[..., : q.shape[2]]  # CUDA's is padded
+        return output, log_sum[..., : q.shape[2]]
 
     @staticmethod
     def backward(ctx, d_output, d_log_sum):

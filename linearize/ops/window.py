@@ -116,11 +116,9 @@ def window_attention(
         keys, values = k[:, -window:], v[:, -window:]
         if sink_keys is not None:
             keys, values = torch.cat([sink_keys, keys], dim=1), torch.cat([sink_values, values], dim=1)
-        rows = q[:, 0].unflatten(1, (J, -1))
-        output, log_sum = _attention(
-            rows, keys.transpose(1, 2), values.transpose(1, 2), None, scale, softcap, learned_sinks, with_log_sum
+        return single_query_attention(
+            q, keys, values, scale=scale, softcap=softcap, learned_sinks=learned_sinks, with_log_sum=with_log_sum
         )
-        return tuple(None if x is None else x.flatten(1, 2).unsqueeze(1) for x in (output, log_sum))
     whole = T == S and key_mask is None and learned_sinks is None and q.device.type == "cpu"
     if whole and fuses(q, softcap) and (sink_keys is None or _none_seen(sink_mask, window)):
         if window >= T:
@@ -200,6 +198,24 @@ def window_attention(
         return x.reshape(B, blocks * C, H, -1)[:, :T]
 
     return unblocked(output), None if log_sum is None else unblocked(log_sum)
+
+
+def single_query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    learned_sinks: Tensor | None = None,
+    with_log_sum: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for one query, T = 1, that sees every key, in whatever order they are."""
+    rows = q[:, 0].unflatten(1, (k.shape[2], -1))
+    output, log_sum = _attention(
+        rows, k.transpose(1, 2), v.transpose(1, 2), None, scale, softcap, learned_sinks, with_log_sum
+    )
+    return tuple(None if x is None else x.flatten(1, 2).unsqueeze(1) for x in (output, log_sum))
 
 
 def _attention(
