@@ -3,7 +3,7 @@
     python scripts/structures.py run MODEL --work FOLDER [--only gla,kda]   measures, one at a time, what neither FOLDER
                                                                             nor scripts/results/structures.json has
     python scripts/structures.py render --work FOLDER                       adds what FOLDER has to that file, and
-                                                                            renders the README's table from it
+                                                                            renders the table of scripts/results/README.md
 
 All share window 256 and 4 sinks on every head, `outside` (hedgehog: `joint`), the `lora` recipe, and text. Gates that
 have a normaliser get 64, so that they remember past the window. Stopped and started again, `run` goes on where it was.
@@ -21,7 +21,7 @@ from linearize.mixers.registry import MIXERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "structures.json"
-README = ROOT / "README.md"
+README = ROOT / "scripts" / "results" / "README.md"
 BEGIN, END = "<!-- structures: scripts/structures.py render -->\n", "<!-- end of structures -->\n"
 SETTINGS = {"hgrn2": ["--set", "mixer_options.lower_bound=0.97"], "hedgehog": ["--mix", "joint"]}
 # what tells most comes first, since the whole list takes hours on a CPU
