@@ -46,6 +46,8 @@ class Method:
 OURS = ("--config", CONFIG)
 PURE = (*OURS, "--keep-softmax", "none")
 CONSTANT = ("--softmax-window", "2048")
+# those of the config, for methods with a config of their own
+TWELVE = ("--keep-softmax", "7:2,8:0,17:1,18:2,19:1,20:1,20:2,21:0,21:2,22:1,23:0,23:2")
 # by random copies alone, before facts were asked for too
 COPIES = ("--keep-softmax", "0:0,2:2,7:2,14:1,16:0,17:1,18:2,19:1,20:2,23:0,23:2,24:0")
 NO_FACTS = ("--set", "scoring.fact_rows=0")
@@ -73,6 +75,7 @@ METHODS = {
     "liger-heads": Method("Liger's layer, as many heads and bytes", ("--config", "liger", *COPIES), ("--recipe", "liger"), OURS),
     "lolcats": Method("LoLCATs", ("--config", "lolcats"), ("--recipe", "lolcats")),
     "lolcats-heads": Method("LoLCATs' layer, as many heads and bytes", ("--config", "lolcats", *COPIES), ("--recipe", "lolcats"), OURS),
+    "lolcats-ours": Method("LoLCATs' layer, our heads, as many bytes", ("--config", "lolcats", *TWELVE), ("--recipe", "lolcats"), OURS),
     "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
     "ours-transfer": Method("ours, attention transfer first", OURS, (*LORA, "--set", TRANSFER_FIRST)),
@@ -95,7 +98,7 @@ def main() -> None:
     run.add_argument("--results", type=Path, default=RESULTS)
     run.add_argument("--data", help="training text for every method (default: each recipe's own)")
     run.add_argument("--text", type=Path, help="plain text for perplexity up to 2048 (default: sample-eval)")
-    run.add_argument("--book", type=Path, help="one long text for perplexity at 8192")
+    run.add_argument("--book", type=Path, help="one long text for perplexity at 8192 and passkeys")
     run.add_argument("--max-tokens", type=int, default=8192)
     run.add_argument("--tasks", default="", help="lm-eval tasks, with --tasks-dir")
     run.add_argument("--tasks-dir", type=Path)
@@ -132,13 +135,14 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
     tasks = ["--tasks", arguments.tasks, "--tasks-dir", arguments.tasks_dir, "--task-limit", arguments.task_limit]
     short = linearize(
         "eval", tuned, "--max-tokens", arguments.max_tokens, "--lengths", "512,2048", "--recall", "64,256,1024",
-        "--only", "perplexity,recall,passkey" + (",tasks" if arguments.tasks else ""), "-o", folder / "short",
+        "--only", "perplexity,recall" + (",tasks" if arguments.tasks else ""), "-o", folder / "short",
         *(["--data", arguments.text] if arguments.text else []), *(tasks if arguments.tasks else []),
     )  # fmt: skip
     parts = [short]
     if arguments.book:
-        long = ["--data", arguments.book, "--lengths", "8192", "--max-tokens", "8192", "--only", "perplexity"]
-        parts.append(linearize("eval", tuned, *long, "-o", folder / "long"))
+        long = ["--only", "perplexity", "--lengths", "8192", "--max-tokens", "8192"]
+        for name, measured in (("long", long), ("passkey", ["--only", "passkey", "--suite", "full"])):
+            parts.append(linearize("eval", tuned, *measured, "--data", arguments.book, "-o", folder / name))
     manifest = json.loads((tuned / "linearize.json").read_text())
     row = {
         "method": name,

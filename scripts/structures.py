@@ -5,7 +5,7 @@
     python scripts/structures.py render --work FOLDER                       adds what FOLDER has to that file, and
                                                                             renders the table of scripts/results/README.md
 
-All share window 256 and 4 sinks on every head, `outside` (hedgehog: `joint`), the `lora` recipe, and text. Gates that
+All share window 256 and 4 sinks on every head, `outside` (hedgehog, vq: `joint`), the `lora` recipe, and text. Gates that
 have a normaliser get 64, so that they remember past the window. Stopped and started again, `run` goes on where it was.
 """
 
