@@ -180,6 +180,57 @@ def test_single_tokens_are_written_in_place_where_that_is_allowed():
     pieces[-1].sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("trained", "plan"),
+    [
+        ("v_proj", LayerPlan((), NO_BRANCH, window=4, sinks=0, mix=NO_BRANCH)),
+        ("gate_projection", LayerPlan((), "gla", window=4, sinks=0, gate="learned", mix_options=LOUD)),
+    ],
+)
+def test_what_has_left_the_window_has_left_the_graph(trained, plan):
+    student = tiny_student(Plan("llama", (plan,)), tiny_base("gqa", num_hidden_layers=1)).double()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(trained in name)
+    ids, gradients = tokens(1), []
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            cache = student(ids[:, :8], use_cache=True).past_key_values
+        with torch.no_grad():
+            for piece in ids[:, 8:16].split(1, dim=1):
+                student(piece, past_key_values=cache, use_cache=True)
+        held = cache.layers[0].linear
+        held.recurrent_state = None if held.recurrent_state is None else held.recurrent_state.detach()
+        loss = student(ids[:, 16:17], past_key_values=cache, use_cache=True).logits.square().sum()
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", ["outside", NO_BRANCH])
+def test_a_prefill_under_autocast_decodes_without(plan):
+    student = tiny_student(plan_for(plan, 2), tiny_base("gqa"))
+    ids = tokens(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = student(ids[:, :20], use_cache=True)
+    pieces = [
+        student(piece, past_key_values=output.past_key_values, use_cache=True).logits
+        for piece in ids[:, 20:].split(1, dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1), student(ids, use_cache=False).logits[:, 20:], rtol=0.02, atol=0.02)
+
+
+@torch.no_grad()
+def test_sinks_of_a_padded_row_shorter_than_their_number():
+    plan = LayerPlan((), NO_BRANCH, window=2, sinks=6, mix=NO_BRANCH)
+    student = tiny_student(Plan("llama", (plan,)), tiny_base("gqa", num_hidden_layers=1))
+    ids, mask = tokens(1)[:, :6], torch.tensor([[0, 1, 1, 1, 1, 1]])
+    alone = student(ids[:, 1:], use_cache=False).logits
+    torch.testing.assert_close(
+        student(ids, attention_mask=mask, use_cache=False).logits[:, 1:], alone, rtol=1e-4, atol=1e-5
+    )
+
+
 def left_padded(lengths=(40, 33, 5)):
     ids, mask = tokens(len(lengths)), torch.ones(len(lengths), 40, dtype=torch.long)
     for row, length in enumerate(lengths):

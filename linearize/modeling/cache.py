@@ -158,7 +158,8 @@ def context_of(
     ordinals = ordinals_of(padding_mask, segments, keys.shape[1], keys.device)
     sink_keys = sink_values = sink_slots = sink_segments = None
     if sinks:
-        sink_slots = _sink_slots(ordinals, sinks)
+        plain = padding_mask is None and segments is None
+        sink_slots = ordinals[:, :sinks] if plain else _sink_slots(ordinals, sinks)
         index = sink_slots.clamp(min=0).expand(keys.shape[0], -1)
         sink_keys, sink_values = _take(keys, index), _take(values, index)
         sink_segments = None if segments is None else segments.gather(1, index)
@@ -169,8 +170,6 @@ def context_of(
 
 def _sink_slots(ordinals: Tensor, sinks: int) -> Tensor:
     """Slots of the tokens with ordinal < sinks, ascending, padded with -1: [B or 1, N]."""
-    if ordinals.shape[0] == 1 and ordinals.shape[1] <= sinks:
-        return ordinals
     is_sink = (ordinals >= 0) & (ordinals < sinks)
     count = int(is_sink.sum(-1).max())
     slots = torch.arange(ordinals.shape[1], device=ordinals.device).expand_as(ordinals)
@@ -208,7 +207,7 @@ class WindowCache:
 
         Keeps the last `window` slots: a token leaves the window cache when it enters the recurrent state.
         """
-        if padding_mask is None and keys.shape[1] == 1 and self._can_step():
+        if padding_mask is None and keys.shape[1] == 1 and self._can_step(keys, values, raw_keys):
             return self._step(keys, values, raw_keys)
         B, T = keys.shape[:2]
         if self.seen is None:
@@ -253,24 +252,32 @@ class WindowCache:
         self.ordinals = ordinals[:, -self.window :].clone()
         return context
 
-    def _can_step(self) -> bool:
-        """Whether the window is full and has lost all sinks, and its tensors can be written to."""
-        if self.padded or self.length < self.window + self.sinks or torch.is_grad_enabled() or self.keys.requires_grad:
+    def _held_and_new(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the window keeps of its tokens, each beside that of new ones."""
+        pairs = [(self.keys, keys), (self.values, values)]
+        return [*pairs, (self.raw_keys, raw_keys)] if self.keep_raw_keys else pairs
+
+    def _can_step(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> bool:
+        """Whether the window is full and has lost all sinks, and its tensors can take what a new token has."""
+        if self.padded or self.length < self.window + self.sinks or torch.is_grad_enabled():
+            return False
+        if any(
+            held.requires_grad or held.dtype != new.dtype for held, new in self._held_and_new(keys, values, raw_keys)
+        ):
             return False
         return torch.is_inference_mode_enabled() or not self.keys.is_inference()
 
     def _step(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> Step:
         place = self.steps % self.window
-        held = [(self.keys, keys, self.sinks + place), (self.values, values, self.sinks + place)]
-        if self.keep_raw_keys:
-            held.append((self.raw_keys, raw_keys, place))
-        slots = [tensor[:, place : place + 1] for tensor, _, place in held]
-        leaving = Slots(*(slot.clone() for slot in slots), *() if self.keep_raw_keys else (raw_keys,))
-        for slot, (_, new, _) in zip(slots, held):
+        leaving = []
+        for held, new in self._held_and_new(keys, values, raw_keys):
+            slot = held[:, -self.window :][:, place : place + 1]  # sinks come before the window
+            leaving.append(slot.clone())
             slot.copy_(new)
         self.steps += 1
         self.length += 1
-        return Step(self.keys, self.values, Slots(keys, values, raw_keys), leaving, self.window + 1, self.length)
+        left = Slots(*leaving) if self.keep_raw_keys else Slots(*leaving, raw_keys)
+        return Step(self.keys, self.values, Slots(keys, values, raw_keys), left, self.window + 1, self.length)
 
     def _put_in_order(self) -> None:
         """The window by age again, after single steps."""
