@@ -18,7 +18,7 @@ from pathlib import Path
 
 from commands import linearize
 
-from linearize.recipe import tokens_of
+from linearize.recipe import load_config, tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "methods.json"
@@ -47,7 +47,7 @@ OURS = ("--config", CONFIG)
 PURE = (*OURS, "--keep-softmax", "none")
 CONSTANT = ("--softmax-window", "2048")
 # those of the config, for methods with a config of their own
-TWELVE = ("--keep-softmax", "7:2,8:0,17:1,18:2,19:1,20:1,20:2,21:0,21:2,22:1,23:0,23:2")
+TWELVE = ("--keep-softmax", load_config(CONFIG).keep_softmax)
 # by random copies alone, before facts were asked for too
 COPIES = ("--keep-softmax", "0:0,2:2,7:2,14:1,16:0,17:1,18:2,19:1,20:2,23:0,23:2,24:0")
 NO_FACTS = ("--set", "scoring.fact_rows=0")

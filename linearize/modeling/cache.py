@@ -126,7 +126,6 @@ class Step:
     length: int
     end: int
     is_plain = True
-    segments = None
 
     def behind(self, count: int, delay: int) -> Slots:
         """As in `Context`."""

@@ -36,7 +36,8 @@ def softmax_attention(
             bias = bias.expand(-1, q.shape[1], -1, -1)
         attend = _FusedAttention.apply if torch.is_grad_enabled() else _fused
         output, log_sum, *_ = attend(q, k, v, bias, scale, causal)
-        return output, log_sum[..., : q.shape[2], None]  # CUDA's is padded
+        # a device's kernel pads it
+        return output, log_sum[..., : q.shape[2], None]
     if causal:
         triangle = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         bias = triangle if bias is None else bias + triangle
@@ -86,7 +87,7 @@ class _FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, output, log_sum, *random)
         ctx.scale, ctx.causal = scale, causal
         ctx.set_materialize_grads(False)
-        return output, log_sum[..., : q.shape[2]]
+        return output, log_sum[..., : q.shape[2]]  # as long as its gradient will be
 
     @staticmethod
     def backward(ctx, d_output, d_log_sum):

@@ -210,7 +210,15 @@ def single_query_attention(
     learned_sinks: Tensor | None = None,
     with_log_sum: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for one query, T = 1, that sees every key, in whatever order they are."""
+    """The same function for one query that sees every key, in whatever order they are.
+
+    Args:
+        q: [B, 1, H, K]. k: [B, S, J, K]. v: [B, S, J, V], sinks among them.
+        scale, softcap, learned_sinks, with_log_sum: as in `window_attention_naive`.
+
+    Returns:
+        output [B, 1, H, V], and [B, 1, H, 1] or None.
+    """
     rows = q[:, 0].unflatten(1, (k.shape[2], -1))
     output, log_sum = _attention(
         rows, k.transpose(1, 2), v.transpose(1, 2), None, scale, softcap, learned_sinks, with_log_sum
