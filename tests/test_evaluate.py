@@ -281,6 +281,18 @@ def test_a_passkey_needs_a_text_as_long_as_its_context(converted, tmp_path):
         evaluate(converted, Suite(data=(str(text),), lengths=(), recall=(), passkey=(200,)), progress=quiet)
 
 
+def test_lengths_and_numbers_of_passkeys(converted, cli):
+    flags = ["--only", "passkey,associative", "--passkey", "64,96", "--passkey-rows", 3, "--associative", 40]
+    code, out, _ = cli("eval", converted, *flags, "--recall-rows", 1, "--json")
+    metrics = {metric["name"]: metric for metric in json.loads(out)["metrics"]}
+    assert code == 0 and {name.partition("@")[0] for name in metrics} == {"passkey", "associative"}
+    # at three depths each
+    assert [metrics[name]["values"]["student"]["n"] for name in ("passkey@64", "passkey@96")] == [9, 9]
+    for flag, value in (("--passkey", "63"), ("--passkey-rows", "0"), ("--associative", "0")):
+        code, _, err = cli("eval", converted, flag, value)
+        assert code == 2 and f"{flag}: got {value}, allowed are numbers of at least" in err
+
+
 def test_figures_without_a_spread(converted):
     """Every unit the same, or a single one: figures, tables, pictures and comparisons say so instead of failing."""
     flat = make_metric("recall@8", "higher", {name: [0.5, 0.5, 0.5] for name in (BASE, STUDENT, WINDOW)})

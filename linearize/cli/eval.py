@@ -64,12 +64,26 @@ def evaluate(
     recall: Annotated[
         str | None, typer.Option("--recall", help="Distances for copy recall, in tokens.", rich_help_panel=MEASURE)
     ] = None,
+    associative: Annotated[
+        str | None,
+        typer.Option("--associative", help="Distances for associative recall, in tokens.", rich_help_panel=MEASURE),
+    ] = None,
+    passkey: Annotated[
+        str | None,
+        typer.Option("--passkey", help="Lengths of the prompts that hide a number, in tokens.", rich_help_panel=MEASURE),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Text tokens for each length.", rich_help_panel=MEASURE)
     ] = None,
     recall_rows: Annotated[
         int | None,
         typer.Option("--recall-rows", help="Rows of random tokens for each distance.", rich_help_panel=MEASURE),
+    ] = None,
+    passkey_rows: Annotated[
+        int | None,
+        typer.Option(
+            "--passkey-rows", help="Prompts for each of three depths of every length.", rich_help_panel=MEASURE
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -113,7 +127,7 @@ def evaluate(
             rich_help_panel=MEASURE,
         ),
     ] = Hold.auto,
-    seed: Annotated[int, typer.Option("--seed", help="Of the recall rows.", rich_help_panel=MEASURE)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the recall rows and the hidden numbers.", rich_help_panel=MEASURE)] = 0,
     min_recovery: Annotated[
         float | None,
         typer.Option(
@@ -160,8 +174,11 @@ def evaluate(
         data=tuple(data) if data else None,
         lengths=whole_numbers("--lengths", lengths, least=2) if lengths else None,
         recall=whole_numbers("--recall", recall, least=1) if recall else None,
+        associative=whole_numbers("--associative", associative, least=1) if associative else None,
+        passkey=whole_numbers("--passkey", passkey, least=64) if passkey else None,
         max_tokens=max_tokens,
         recall_rows=recall_rows,
+        passkey_rows=passkey_rows,
         tasks=tuple(name.strip() for name in tasks.split(",")) if tasks else None,
         tasks_dir=str(tasks_dir) if tasks_dir else None,
         task_limit=task_limit,
