@@ -345,7 +345,7 @@ def _text_ids(suite: Suite, tokenizer):
     from linearize.training.data import documents
 
     longest = max([2, *suite.lengths, *suite.passkey])
-    needed = max(suite.max_tokens, longest)
+    needed = max(suite.max_tokens, longest, suite.passkey_rows * max(suite.passkey, default=0))
     ids: list[int] = []
     for name in suite.data:
         for document, _ in documents(name, tokenizer, text_field=suite.text_field, completion_only=False, seed=None):

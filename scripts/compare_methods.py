@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- methods: scripts/compare_methods.py render -->\n", "<!-- end of methods -->\n"
 CONFIG = "smollm2-135m"
 # perplexity in other units, and what has no ratio to the base
-NOT_SHOWN = ("word_", "byte_", "bits_", "kl", "agreement")
+NOT_SHOWN = ("word_", "byte_", "bits_", "kl", "agreement", "passkey_loss")
 CONTEXT = 32768
 NO_BRANCH = ("--mixer", "none")
 LORA = ("--recipe", "lora")

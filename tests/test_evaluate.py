@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import AutoTokenizer
 
 from linearize.convert import convert
 from linearize.errors import ConfigError, LinearizeError
-from linearize.evaluate import evaluate
+from linearize.evaluate import _text_ids, evaluate
+from linearize.evaluation.passkey import DEPTHS, passkey_task
 from linearize.evaluation.perplexity import position_buckets, windows_of
 from linearize.evaluation.recall import accuracy, recall_task
 from linearize.evaluation.suite import Suite
@@ -285,12 +287,58 @@ def test_lengths_and_numbers_of_passkeys(converted, cli):
     flags = ["--only", "passkey,associative", "--passkey", "64,96", "--passkey-rows", 3, "--associative", 40]
     code, out, _ = cli("eval", converted, *flags, "--recall-rows", 1, "--json")
     metrics = {metric["name"]: metric for metric in json.loads(out)["metrics"]}
-    assert code == 0 and {name.partition("@")[0] for name in metrics} == {"passkey", "associative"}
+    asked = [f"{name}@{length}" for length in (64, 96) for name in ("passkey", "passkey_loss")]
+    assert code == 0 and metrics.keys() == {*asked, "associative@40"}
     # at three depths each
-    assert [metrics[name]["values"]["student"]["n"] for name in ("passkey@64", "passkey@96")] == [9, 9]
+    assert [metrics[name]["values"]["student"]["n"] for name in asked] == [9] * 4
     for flag, value in (("--passkey", "63"), ("--passkey-rows", "0"), ("--associative", "0")):
         code, _, err = cli("eval", converted, flag, value)
         assert code == 2 and f"{flag}: got {value}, allowed are numbers of at least" in err
+
+
+class _Greeting:
+    """A tokenizer that begins whatever it is given with token 0, as many do."""
+
+    bos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[0] * add_special_tokens + [1 + b for b in text.encode()])
+
+
+def test_a_passkey_prompt_and_what_would_follow():
+    text = torch.full((1000,), 300)
+    lab = SimpleNamespace(tokenizer=_Greeting(), text=text, seed=0)
+    for depth in (0.1, 0.9):
+        task = passkey_task(lab, 256, depth, rows=2)
+        for prompt, answer, continuation in zip(task.prompts, task.answers, task.continuations):
+            assert prompt.numel() == 256 and prompt[0] == 0 and (prompt[1:] > 0).all()
+            said = bytes(i - 1 for i in prompt[prompt != 300][1:].tolist()).decode()
+            assert said.startswith(f" The pass key is {answer}. ") and said.endswith("The pass key is")
+            assert bytes(i - 1 for i in continuation.tolist()).decode() == f" {answer}"
+            # the needle's place among the rest of the text
+            hay = (prompt[: (prompt == 1 + ord("R")).nonzero()[0]] == 300).sum() / (prompt == 300).sum()
+            assert abs(hay - depth) < 0.02
+
+
+def test_what_a_passkey_costs(converted, in_float32, tmp_path):
+    """The cross-entropy of the number after its prompt; and there is as much text as the prompts take."""
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": f"line {i} of many"}) + "\n" for i in range(200)))
+    suite = Suite(data=(str(short),), lengths=(), recall=(), passkey=(200,), passkey_rows=2, max_tokens=64)
+    results = evaluate(converted, suite, progress=quiet)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    text = _text_ids(suite, tokenizer)
+    assert 400 <= text.numel() < 500
+    lab = SimpleNamespace(tokenizer=tokenizer, text=text, seed=0)
+    tasks = [passkey_task(lab, 200, depth, 2) for depth in DEPTHS]
+    base, costs = tiny_base(), []
+    for prompt, continuation in ((p, c) for task in tasks for p, c in zip(task.prompts, task.continuations)):
+        logs = base(torch.cat([prompt, continuation])[None]).logits[0].log_softmax(-1)
+        costs.append(-sum(logs[prompt.numel() - 1 + i, token].item() for i, token in enumerate(continuation)))
+        costs[-1] /= continuation.numel()
+    value = results.metric("passkey_loss@200").values[BASE]
+    assert value.n == 6 and math.isclose(value.mean, sum(costs) / 6, rel_tol=1e-5)
+    assert results.metric("passkey_loss@200").better == "lower"
 
 
 def test_figures_without_a_spread(converted):

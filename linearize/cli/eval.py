@@ -70,7 +70,9 @@ def evaluate(
     ] = None,
     passkey: Annotated[
         str | None,
-        typer.Option("--passkey", help="Lengths of the prompts that hide a number, in tokens.", rich_help_panel=MEASURE),
+        typer.Option(
+            "--passkey", help="Lengths of the prompts that hide a number, in tokens.", rich_help_panel=MEASURE
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Text tokens for each length.", rich_help_panel=MEASURE)
@@ -127,7 +129,9 @@ def evaluate(
             rich_help_panel=MEASURE,
         ),
     ] = Hold.auto,
-    seed: Annotated[int, typer.Option("--seed", help="Of the recall rows and the hidden numbers.", rich_help_panel=MEASURE)] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the recall rows and the hidden numbers.", rich_help_panel=MEASURE)
+    ] = 0,
     min_recovery: Annotated[
         float | None,
         typer.Option(

@@ -62,8 +62,9 @@ class Suite:
             for length in self.lengths
             for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl", "agreement")
         ]
-        for kind in ("recall", "associative", "passkey"):
+        for kind in ("recall", "associative"):
             names += [f"{kind}@{distance}" for distance in getattr(self, kind)]
+        names += [f"{kind}@{length}" for length in self.passkey for kind in ("passkey", "passkey_loss")]
         for path in self.choice:
             names += [f"letters_{metric_stem(path)}", f"letters_consistent_{metric_stem(path)}"]
         if self.generation:
