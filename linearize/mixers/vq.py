@@ -79,8 +79,9 @@ class VectorQuantized(Structure):
     def arrive(self, k):
         k, codes, bias = (x.to(state_dtype(k)) for x in (k, self.key_codes, self.key_bias))
         s = (torch.einsum("...k,...ck->...c", k, codes) + bias).softmax(-1)
+        rounded = (s * STEPS).round() / STEPS
         # gradients pass the rounding as if it were not there
-        return s + ((s * STEPS).round() / STEPS - s).detach()
+        return s + (rounded - s).detach() if s.requires_grad else rounded
 
     def arrival_bytes(self):
         return self.codes // 2
