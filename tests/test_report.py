@@ -5,6 +5,7 @@ import math
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 from dataclasses import replace
 
@@ -240,7 +241,7 @@ def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):  # noqa: F
     (data / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
     from conftest import ROOT
 
-    maker = [shutil.which("python"), ROOT / "scripts" / "make_tasks.py", data, tmp_path / "tasks"]
+    maker = [sys.executable, ROOT / "scripts" / "make_tasks.py", data, tmp_path / "tasks"]
     subprocess.run(maker, check=True, capture_output=True)
     flags = [
         "--only",
