@@ -104,7 +104,7 @@ def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
     for part in wanted:
         if part not in parts:
             raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
-    for part in ("tasks", "choice"):
+    for part in ("tasks", "choice", "associative", "passkey"):
         if changes.get(part) and part not in wanted:
             raise ConfigError(f"--{part}: given, but --only leaves '{part}' out")
     empty = {field.name: type(getattr(suite, field.name))() for field in fields(suite)}
