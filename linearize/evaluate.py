@@ -69,26 +69,16 @@ def evaluate(
     import torch
 
     from linearize.device import compute_dtype, pick_device
-    from linearize.evaluation.harness import load_tasks
     from linearize.evaluation.lab import Lab
-    from linearize.evaluation.letters import read_items
     from linearize.modeling.loading import load_tokenizer, open_base, read_manifest
     from linearize.training.data import data_fingerprint
 
     started = time.monotonic()
     manifest = read_manifest(model)
-    expressions = expand_gates(list(gates or []))
-    if min_recovery is not None:
-        # inside the window there is nothing to recover
-        beyond = [length for length in suite.lengths if length > manifest["settings"]["window"]]
-        expressions += [f"perplexity@{length}.recovery>={min_recovery}" for length in beyond]
-    check_gates(expressions, suite.metric_names(), open_ended=bool(suite.tasks))
+    window = manifest["settings"]["window"]
+    expressions, older, tasks = check_request(suite, window, gates=gates, min_recovery=min_recovery, compare=compare)
     if out is not None:
         check_writable(out)
-    older = read_older(compare) if compare else None
-    for path in suite.choice:
-        read_items(Path(path), suite.task_limit)
-    tasks = load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None) if suite.tasks else {}
     tokenizer = load_tokenizer(model)
     dtype, device = compute_dtype(precision), pick_device()
     kept = None if out is None else out / UNFINISHED
@@ -151,6 +141,37 @@ def evaluate(
         if out.resolve() == (model / "eval").resolve() and card.is_file():
             add_evaluation(card, results)
     return results
+
+
+def check_request(
+    suite: Suite,
+    window: int,
+    *,
+    gates: list[str] | None = None,
+    min_recovery: float | None = None,
+    compare: Path | None = None,
+) -> tuple[list[str], dict | None, dict[str, Any]]:
+    """What is asked for and needs no weights to be refused: the gates, the older results and the harness's tasks.
+
+    Args:
+        window: the student's; within it there is nothing to recover.
+
+    Raises:
+        ConfigError: a gate on what is not measured, an unreadable file, an unknown task.
+    """
+    from linearize.evaluation.harness import load_tasks
+    from linearize.evaluation.letters import read_items
+
+    expressions = expand_gates(list(gates or []))
+    if min_recovery is not None:
+        beyond = [length for length in suite.lengths if length > window]
+        expressions += [f"perplexity@{length}.recovery>={min_recovery}" for length in beyond]
+    check_gates(expressions, suite.metric_names(), open_ended=bool(suite.tasks))
+    older = read_older(compare) if compare else None
+    for path in suite.choice:
+        read_items(Path(path), suite.task_limit)
+    tasks = load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None) if suite.tasks else {}
+    return expressions, older, tasks
 
 
 def write_results(results: Results, out: Path) -> None:

@@ -12,15 +12,17 @@ the same inputs, is not done again; `finetune` and `eval` resume inside a step.
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError, nearest
+from linearize.evaluation.suite import Suite, choose_suite
 from linearize.recipe import ConversionConfig, Recipe, load_config, load_recipe
 
 STATE = "pipeline.json"
@@ -46,11 +48,18 @@ class FinetuneStep(Part):
 
 
 class EvalStep(Part):
+    """The options of `linearize eval`."""
+
     suite: str = "quick"
     only: str | None = None
     data: list[str] | None = None
-    lengths: list[int] | None = None
-    recall: list[int] | None = None
+    lengths: list[Annotated[int, Field(ge=2)]] | None = None
+    recall: list[Annotated[int, Field(ge=1)]] | None = None
+    associative: list[Annotated[int, Field(ge=1)]] | None = None
+    passkey: list[Annotated[int, Field(ge=64)]] | None = None
+    recall_rows: int | None = None
+    passkey_rows: int | None = None
+    seed: int | None = None
     max_tokens: int | None = None
     tasks: list[str] | None = None
     tasks_dir: str | None = None
@@ -63,6 +72,12 @@ class EvalStep(Part):
     min_recovery: float | None = None
     compare: str | None = None
     summary_file: str | None = None
+
+    def chosen(self) -> Suite:
+        """Raises: ConfigError: an unknown suite or part, a number out of range."""
+        names = {field.name for field in fields(Suite)}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in self if name in names}
+        return choose_suite(self.suite, self.only, **{name: value for name, value in given.items() if value != ()})
 
 
 class Pipeline(Part):
@@ -93,6 +108,8 @@ def load_pipeline(path: Path) -> tuple[Pipeline, ConversionConfig, Recipe | None
         raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
     settings = load_config(pipeline.convert.config, pipeline.convert.model_extra)
     recipe = load_recipe(pipeline.finetune.recipe, pipeline.finetune.model_extra) if pipeline.finetune else None
+    if pipeline.eval is not None:
+        pipeline.eval.chosen()
     return pipeline, settings, recipe
 
 
@@ -108,6 +125,7 @@ def run_pipeline(
     out = Path(pipeline.out)
     done = _State(out / STATE)
     converted, tuned = out / "converted", out / "finetuned"
+    _check_inputs(pipeline.eval, settings.window, recipe.data if recipe and not tuned.is_dir() else [])
     inputs = {"model": pipeline.model, "revision": pipeline.convert.revision, "settings": settings.model_dump()}
     if done.has("convert", inputs, converted):
         progress(f"convert: {converted} is up to date")
@@ -139,28 +157,27 @@ def run_pipeline(
     return made
 
 
+def _check_inputs(step: EvalStep | None, window: int, data: list[str]) -> None:
+    """Refuses text, tasks, gates and older results that cannot be read before hours go into what comes before them."""
+    from linearize.evaluate import check_request
+    from linearize.training.data import open_dataset
+
+    if step is not None:
+        suite = step.chosen()
+        compare = Path(step.compare) if step.compare else None
+        check_request(suite, window, gates=step.gates, min_recovery=step.min_recovery, compare=compare)
+        data = [*data, *suite.data]
+    for name in data:
+        open_dataset(name)
+
+
 def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str], None]):
     from linearize.evaluate import evaluate
-    from linearize.evaluation.suite import choose_suite
     from linearize.report.markdown import append_summary
 
-    suite = choose_suite(
-        step.suite,
-        step.only,
-        data=tuple(step.data) if step.data else None,
-        lengths=tuple(step.lengths) if step.lengths else None,
-        recall=tuple(step.recall) if step.recall else None,
-        max_tokens=step.max_tokens,
-        tasks=tuple(step.tasks) if step.tasks else None,
-        tasks_dir=step.tasks_dir,
-        task_limit=step.task_limit,
-        choice=tuple(step.choice) if step.choice else None,
-        uniform=step.uniform,
-        control=step.control,
-    )
     results = evaluate(
         student,
-        suite,
+        step.chosen(),
         gates=step.gates,
         min_recovery=step.min_recovery,
         compare=Path(step.compare) if step.compare else None,

@@ -294,8 +294,10 @@ def test_lengths_and_numbers_of_passkeys(converted, cli):
     for flag, value in (("--passkey", "63"), ("--passkey-rows", "0"), ("--associative", "0")):
         code, _, err = cli("eval", converted, flag, value)
         assert code == 2 and f"{flag}: got {value}, allowed are numbers of at least" in err
-    code, _, err = cli("eval", converted, "--only", "perplexity", "--passkey", "64")
-    assert code == 2 and "--passkey: given, but --only leaves 'passkey' out" in err
+    parts = {"passkey": "passkey", "associative": "associative", "recall": "recall", "lengths": "perplexity"}
+    for flag, part in parts.items():
+        code, _, err = cli("eval", converted, "--only", "generation", f"--{flag}", "64")
+        assert code == 2 and f"--{flag}: given, but --only leaves '{part}' out" in err
 
 
 class _Greeting:

@@ -222,7 +222,7 @@ def test_results_of_an_older_schema_are_compared_where_they_mean_the_same(conver
 
 def test_the_card_carries_the_evaluation_once(converted, cli):  # noqa: F811
     for _ in range(2):
-        assert cli("eval", converted, *FLAGS, "--only", "perplexity")[0] == 0
+        assert cli("eval", converted, *FLAGS, "--only", "perplexity,recall")[0] == 0
     card = (converted / "README.md").read_text()
     assert card.count("## Evaluation") == 1 and "`linearize eval PATH` measures it" in card
     metadata = yaml.safe_load(card.split("---\n")[1])
@@ -298,6 +298,12 @@ def test_a_pipeline_goes_on_and_gates(base_folder, cli, tmp_path):
         ("model: x\n", ["out", "required"]),
         ("model: x\nout: y\nconvert: {windw: 3}\n", ["windw", "did you mean 'window'"]),
         ("model: x\nout: y\neval: {gate: []}\n", ["eval.gate", "did you mean 'gates'"]),
+        ("model: x\nout: y\neval: {suite: qick}\n", ["--suite: got 'qick'", "did you mean 'quick'"]),
+        ("model: x\nout: y\neval: {passkey: [20]}\n", ["eval.passkey.0", "greater than or equal to 64"]),
+        (
+            "model: x\nout: y\neval: {only: recall, lengths: [64]}\n",
+            ["--lengths: given, but --only leaves 'perplexity'"],
+        ),
         ("a: [", ["not valid YAML"]),
     ],
 )
@@ -306,6 +312,36 @@ def test_a_pipeline_with_mistakes(cli, tmp_path, text, words):
     path.write_text(text)
     code, out, err = cli("run", path)
     assert code == 2 and out == "" and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "replacement", "words"),
+    [
+        ("perplexity@512.ratio<={limit}", "recall@64>=0", "--gate: 'recall@64' is not measured here"),
+        ("max_tokens: 4096", "data: [gone.txt]", "gone.txt"),
+        ("recipe: lora", "recipe: lora, data: [gone.jsonl]", "gone.jsonl"),
+        ("max_tokens: 4096", "compare: older.json", "older.json"),
+    ],
+)
+def test_a_pipeline_that_cannot_end_does_not_start(base_folder, cli, tmp_path, wanted, replacement, words):
+    path, out = tmp_path / "pipeline.yaml", tmp_path / "made"
+    assert wanted in PIPELINE
+    path.write_text(PIPELINE.replace(wanted, replacement).format(base=base_folder(), out=out, limit=100))
+    code, _, err = cli("run", path)
+    assert code == 2 and words in err and not out.exists(), err
+
+
+def test_a_pipeline_asks_for_what_eval_can(tmp_path):
+    from linearize.evaluation.suite import SUITES
+    from linearize.pipeline import load_pipeline
+
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(
+        "model: x\nout: y\neval: {passkey: [64, 96], passkey_rows: 3, associative: [40], seed: 5, data: []}"
+    )
+    suite = load_pipeline(path)[0].eval.chosen()
+    assert (suite.passkey, suite.passkey_rows, suite.associative, suite.seed) == ((64, 96), 3, (40,), 5)
+    assert suite.data == SUITES["quick"].data and suite.recall == SUITES["quick"].recall
 
 
 def pixels(path) -> tuple[int, int, set]:

@@ -104,9 +104,9 @@ def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
     for part in wanted:
         if part not in parts:
             raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
-    for part in ("tasks", "choice", "associative", "passkey"):
-        if changes.get(part) and part not in wanted:
-            raise ConfigError(f"--{part}: given, but --only leaves '{part}' out")
+    for part, key in parts.items():
+        if changes.get(key) and part not in wanted:
+            raise ConfigError(f"--{key}: given, but --only leaves '{part}' out")
     empty = {field.name: type(getattr(suite, field.name))() for field in fields(suite)}
     return replace(suite, **{key: empty[key] for part, key in parts.items() if part not in wanted})
 
