@@ -3,18 +3,22 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHAPES
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from linearize.checkpoint.source import Source, local_fingerprint
 from linearize.checkpoint.weights import read_weights
 from linearize.checkpoint.writing import alone_in
 from linearize.convert import convert
@@ -392,3 +396,20 @@ def test_window_and_sinks_alone(base_folder, tmp_path, cli):
 def test_settings_that_a_window_alone_cannot_have(base_folder, cli, flags, wanted):
     code, _, err = cli("plan", base_folder(), *flags)
     assert code == 2 and wanted in err
+
+
+def test_a_base_is_known_by_its_values(base_folder, tmp_path):
+    """Also where config, names and shapes are the same; wherever it lies; and an adapter by the base under it."""
+    prints = [local_fingerprint(str(base_folder(name=f"seed{seed}", seed=seed))) for seed in (0, 1)]
+    assert prints[0] != prints[1]
+    (tmp_path / "seed0").rename(tmp_path / "moved")
+    assert local_fingerprint(str(tmp_path / "moved")) == prints[0] and local_fingerprint("owner/name") is None
+    with safe_open(tmp_path / "moved" / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name in tensors:
+        changed = {**tensors, name: tensors[name] * 1.01}
+        save_file(changed, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+        assert local_fingerprint(str(tmp_path / "moved")) != prints[0], name
+    shutil.rmtree(tmp_path / "moved")
+    adapter = Source(str(tmp_path / "seed1"), "adapter", tmp_path, "adapter", merged_into="one")
+    assert adapter.fingerprint() != replace(adapter, merged_into="other").fingerprint()

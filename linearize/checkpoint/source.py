@@ -15,6 +15,7 @@ from pathlib import Path
 
 from linearize.checkpoint.assets import asset_files
 from linearize.checkpoint.fingerprint import sha256
+from linearize.checkpoint.weights import sampled_values
 from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,6 +37,7 @@ class Source:
         folder: local folder with config.json and safetensors.
         name: for people and model cards.
         revision: commit of a hub model, if known.
+        merged_into: of an adapter, the fingerprint of its base model.
     """
 
     reference: str
@@ -43,6 +45,7 @@ class Source:
     folder: Path
     name: str
     revision: str | None = None
+    merged_into: str = ""
 
     def read_config(self) -> dict:
         path = self.folder / "config.json"
@@ -67,18 +70,27 @@ class Source:
         }
 
     def fingerprint(self) -> str:
-        """Changes when config, tensor names, shapes or sizes change; of a GGUF file, when its bytes do."""
-        if self.kind == "gguf":
-            return sha256(Path(self.reference))
-        headers = [(self.folder / "config.json").read_bytes()]
+        """Changes when the config or any tensor's name, shape or values change (see `sampled_values`); of a GGUF file, when
+        its bytes do.
+
+        Raises:
+            CheckpointError: a damaged safetensors file.
+        """
         if self.kind == "adapter":
-            headers.append((Path(self.reference) / ADAPTER_WEIGHTS).read_bytes())
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                headers.append(file.read(min(length, 100_000_000)))
-            headers.append(str(path.stat().st_size).encode())
-        return sha256(headers)
+            return sha256([self.merged_into.encode(), local_fingerprint(self.reference).encode()])
+        return local_fingerprint(self.reference if self.kind == "gguf" else str(self.folder))
+
+
+def local_fingerprint(model: str) -> str | None:
+    """Of a folder or file on this machine; None of a hub id."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return sha256(path) if path.is_file() else None
+    configs = [path / name for name in ("config.json", ADAPTER_CONFIG) if (path / name).is_file()]
+    pieces = [config.read_bytes() for config in configs]
+    for shard in sorted(path.glob("*.safetensors")):
+        pieces += [shard.name.encode(), *sampled_values(shard)]
+    return sha256(pieces)
 
 
 @contextlib.contextmanager
@@ -118,7 +130,7 @@ def open_source(
             tempfile.TemporaryDirectory(prefix="linearize-merged-") as folder,
         ):
             _merge(source, adapter, Path(folder))
-            yield Source(str(adapter), "adapter", Path(folder), adapter.name)
+            yield Source(str(adapter), "adapter", Path(folder), adapter.name, merged_into=source.fingerprint())
     elif path.is_dir():
         if revision is not None:
             raise ConfigError(f"--revision: got '{revision}', but {model} is a folder; allowed is a hub id")

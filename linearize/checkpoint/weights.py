@@ -1,12 +1,13 @@
 """Reading what a safetensors checkpoint holds, from its headers alone.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data,
-without gaps (https://github.com/huggingface/safetensors). Nothing here reads a weight.
+without gaps (https://github.com/huggingface/safetensors). No weight is read, but for what `sampled_values` takes of each.
 """
 
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from linearize.errors import CheckpointError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HEADER_LIMIT = 100_000_000
+SAMPLE = 4096
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -91,6 +93,23 @@ def read_weights(folder: Path) -> Weights:
             + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
         )
     return Weights(folder, tensors, files)
+
+
+def sampled_values(path: Path) -> Iterator[bytes]:
+    """The first, middle and last SAMPLE bytes of every tensor of a safetensors file, with its name, dtype and shape: to tell
+    weights of one architecture apart without reading gigabytes.
+
+    Raises:
+        CheckpointError: a damaged header.
+    """
+    header = read_header(path)
+    with open(path, "rb") as file:
+        for name, info in header.items():
+            yield f"{name} {info.dtype} {info.shape}".encode()
+            furthest = max(info.nbytes - SAMPLE, 0)
+            for start in sorted({0, furthest // 2, furthest}):
+                file.seek(info.offset + start)
+                yield file.read(min(SAMPLE, info.nbytes))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
