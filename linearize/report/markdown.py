@@ -20,7 +20,7 @@ def render_markdown(results: Results) -> str:
         "same run. Recovery is the share of what window + sinks lost that the student has: 0 is window + sinks without "
         "training, 1 is the base; over chance, where guessing scores something, it is (student - chance) / (base - chance). "
         "The difference is student minus base, paired (of log perplexity for perplexities), and p the probability of one as "
-        "large if there were none (exact McNemar for items, else a paired bootstrap).",
+        "large if there were none (exact McNemar for items, else flipped signs of the paired differences).",
         "",
     ]
     if results.checks:
@@ -112,6 +112,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def append_summary(path: Path, results: Results) -> None:
     """Adds verdict and table to a file, as CI systems show it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
 

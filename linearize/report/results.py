@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from linearize.report.statistics import bootstrap_error, mcnemar, paired_bootstrap
+from linearize.report.statistics import bootstrap_error, mcnemar, sign_flip_test, student_quantile
 
 SCHEMA_VERSION = 3
 GATE_FAILED = 3
@@ -42,7 +42,7 @@ class Metric:
         recovery: share of what window + sinks lost that the student has (1 is the base), None where it lost nothing that
             stands out from the noise.
         difference: student minus base paired unit by unit (of log perplexity for perplexities), with its error.
-        p_value: of that difference being nothing: exact McNemar for right-or-wrong items, else a paired bootstrap.
+        p_value: of that difference being nothing: exact McNemar for right-or-wrong items, else flipped signs.
         chance: what guessing scores. recovery_over_chance: (student - chance) / (base - chance).
         data: what it was measured on, with a fingerprint, where that is not the evaluation text of the whole run.
     """
@@ -173,7 +173,7 @@ def make_metric(
     if base and student:
         pairs = [s - b for s, b in zip(units[STUDENT], units[BASE], strict=True)]
         difference = mean_and_error(pairs)
-        p_value = mcnemar(units[STUDENT], units[BASE]) if items else paired_bootstrap(pairs)
+        p_value = mcnemar(units[STUDENT], units[BASE]) if items else sign_flip_test(pairs)
         if chance is not None and abs(base.mean - chance) > 1e-9:
             over_chance = (student.mean - chance) / (base.mean - chance)
     return Metric(name, better, values, ratio, _recovery(units, better), difference, p_value, chance, over_chance, data)
@@ -182,7 +182,7 @@ def make_metric(
 def _recovery(units: dict[str, list[float]], better: str) -> float | None:
     """(student - window) / (base - window): 0 is window + sinks without training, 1 is the base.
 
-    None where window + sinks is not worse than the base by more than twice the standard error of their pairs.
+    None where window + sinks is not worse than the base beyond chance (Student's t of their pairs, two-sided, 5%).
     """
     if not {BASE, STUDENT, WINDOW} <= units.keys():
         return None
@@ -191,7 +191,7 @@ def _recovery(units: dict[str, list[float]], better: str) -> float | None:
         mean_and_error([sign * (ours - base) for ours, base in zip(units[model], units[BASE], strict=True)])
         for model in (WINDOW, STUDENT)
     )
-    if lost.mean <= max(1e-9, 0.0 if math.isnan(lost.error) else 2 * lost.error):
+    if lost.n < 2 or lost.mean <= max(1e-9, student_quantile(lost.n - 1) * lost.error):
         return None
     return 1 - kept.mean / lost.mean
 
