@@ -131,8 +131,9 @@ def finetune(
     if teacher is None and recipe.lora.variant in OWN_START:
         teacher = manifest["base"]["reference"]
     teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
-    adapted = add_adapters(student, recipe.lora, steps=legs[-1].total).to(accelerator.device)
-    distiller = Distiller(adapted, teacher_model)
+    before_adapters = sum(leg.steps for leg in legs if leg.stage.loss.kind == "attention")
+    adapted = add_adapters(student, recipe.lora, steps=legs[-1].total - before_adapters).to(accelerator.device)
+    distiller = Distiller(adapted, teacher_model, before_adapters)
     trainable = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     progress(
         f"{recipe_name}: {trainable:,} trainable parameters, {legs[-1].total} steps ("
@@ -146,8 +147,8 @@ def finetune(
     accelerator.wait_for_everyone()
     started = time.monotonic()
     trained = 0
-    try:
-        with alone_in(work, out) if main else contextlib.nullcontext():
+    with alone_in(work, out) if main else contextlib.nullcontext():
+        try:
             for leg, leg_rows in zip(legs, rows):
                 distiller.start(leg.stage)
                 optimizers = optimizers_of(distiller, leg.stage.optimizer)
@@ -163,9 +164,9 @@ def finetune(
                     report=report,
                 )
                 trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
-    finally:
-        if main and not states(work):  # nothing to go on from
-            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            if main and not states(work):  # nothing to go on from
+                shutil.rmtree(work, ignore_errors=True)
     seconds = time.monotonic() - started
     if not main:
         accelerator.wait_for_everyone()
@@ -251,13 +252,19 @@ def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
         raise ConfigError(f"MODEL: {model} holds an adapter only; finetune its parent {manifest['finetune']['parent']}")
     positions = config.get("max_position_embeddings")
     settings = manifest["settings"]
-    shortest, longest = (pick(stage.seq_len for stage in recipe.plan()) for pick in (min, max))
+    longest = max(stage.seq_len for stage in recipe.plan())
     if positions and longest > positions:
         raise ConfigError(f"seq_len: got {longest}, the model has {positions} positions")
-    if settings["mix"] not in ("sum", NO_BRANCH) and shortest <= settings["window"] + settings["sinks"]:
+    check_leaves_window(recipe, settings["mix"], settings["window"], settings["sinks"])
+
+
+def check_leaves_window(recipe: Recipe, mix: str, window: int, sinks: int) -> None:
+    """Refuses rows that end before the recurrent branch has anything to add."""
+    shortest = min(stage.seq_len for stage in recipe.plan())
+    if mix not in ("sum", NO_BRANCH) and shortest <= window + sinks:
         raise ConfigError(
-            f"seq_len: got {shortest}, which never leaves the window of {settings['window']} keys and "
-            f"{settings['sinks']} sinks, so the recurrent branch would not train; use more"
+            f"seq_len: got {shortest}, which never leaves the window of {window} keys and {sinks} sinks, so the recurrent "
+            "branch would not train; use more"
         )
 
 
@@ -306,21 +313,19 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
 
 
 def _is_narrower(recipe: Recipe, trained: "torch.dtype", parent: Path) -> bool:
-    """Whether the model trained with fewer bits than its parent's checkpoint has."""
-    from safetensors import safe_open
+    """Whether the model trained with fewer bits, of range or of fraction, than its parent's checkpoint has."""
+    import torch
 
-    from linearize.checkpoint.weights import read_weights
+    from linearize.checkpoint.weights import FLOATING, read_weights
     from linearize.training.model import MIXER
 
     if recipe.quantization:
         return True
     if recipe.lora.variant in OWN_START or trained.itemsize >= 4:
         return False
-    for file in read_weights(parent).files:
-        with safe_open(parent / file, framework="pt") as shard:
-            if any(MIXER not in name and shard.get_slice(name).get_dtype() in ("F32", "F64") for name in shard.keys()):
-                return True
-    return False
+    own = {torch.bfloat16: "BF16", torch.float16: "F16"}[trained]
+    kept = {info.dtype for name, info in read_weights(parent).tensors.items() if MIXER not in name}
+    return bool(kept & FLOATING - {own})
 
 
 def _silent(message: str) -> None:

@@ -6,6 +6,7 @@ Unknown keys and wrong values are collected at every depth and reported together
 
 import importlib.resources
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -280,16 +281,12 @@ class Stage(Strict):
         return max(1, math.ceil(self.share * tokens / (self.seq_len * self.batch_size)))
 
 
-STAGE_LOSSES = {
-    "transfer": {"kind": "attention"},
-    "distill": {"kind": "kl"},
-    "longcontext": {"kind": "kl"},
-    "finetune": {"kind": "ce", "completion_only": True},
-}
+STAGE_LOSSES = {"transfer": "attention", "distill": "kl", "longcontext": "kl", "finetune": "ce"}
 
 
 class Recipe(Strict):
-    """What `linearize finetune` does: one stage as the keys here say, or the `stages`, which share out the tokens.
+    """What `linearize finetune` does: one stage as the keys here say, or the `stages`, which share out the tokens. A key given
+    beside the file, as `--lr` or `--set`, holds for every stage.
 
     `window_dropout` is the probability that a linear head's window is, for one step, a quarter as long (none at all in the
     mix `sum`), so that the recurrent branch has to do more. `copy_share` of the rows end with a copy of a span from outside
@@ -310,7 +307,7 @@ class Recipe(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     quantization: Literal["int8", "nf4"] | None = None
     checkpoint_every: int = Field(default=25, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
     copy_share: float = Field(default=0.0, ge=0, le=1)
     loss: Loss = Loss()
@@ -332,8 +329,10 @@ class Recipe(Strict):
         filled = []
         for stage in data["stages"]:
             if isinstance(stage, dict):
-                kind = STAGE_LOSSES.get(str(stage.get("name")), {})
-                loss = _over(data.get("loss", {}), kind, stage.get("loss", {}))
+                name = str(stage.get("name"))
+                kind = {"kind": STAGE_LOSSES[name]} if name in STAGE_LOSSES else {}
+                first = {"completion_only": True} if name == "finetune" else {}
+                loss = _over(first, data.get("loss", {}), kind, stage.get("loss", {}))
                 optimizer = _over(data.get("optimizer", {}), stage.get("optimizer", {}))
                 around = {key: data[key] for key in shared if key in data}
                 stage = {**around, **stage, "loss": loss, "optimizer": optimizer}
@@ -404,19 +403,19 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
     if name is not None:
         path = _find(kind, name)
         origin = str(path)
-        data = _read_yaml(path)
+        data = read_yaml(path)
     for key, value in (flags or {}).items():
         if value is not None:
             if value != data.get(key):
                 data.pop(f"{key}_options", None)  # another mixer or mix has other options
-            _assign(data, key, value)
+            _give(data, key, value)
             given.append(key)
     for item in sets or []:
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set: got '{item}', allowed is key=value, for example --set window=128")
         try:
-            _assign(data, key, _scalar(text))
+            _give(data, key, _scalar(text))
             given.append(key)
         except yaml.YAMLError:
             raise ConfigError(f"--set: got '{item}', whose value is not valid YAML") from None
@@ -438,9 +437,9 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
     return settings
 
 
-def _removed(data: Any, location: tuple) -> bool:
+def _removed(data: Any, location: Sequence) -> bool:
     """Takes the value at `location` out of nested dicts and lists; whether there was one."""
-    *parents, last = location or (None,)
+    *parents, last = location or [None]
     for key in parents:
         try:
             data = data[key]
@@ -476,7 +475,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -496,6 +495,20 @@ def _scalar(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _give(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets a key of the file; a mapping lies over what is there, and what a recipe's stages say otherwise goes."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            _give(data, f"{dotted}.{key}", item)
+        return
+    _assign(data, dotted, value)
+    stages = data.get("stages")
+    if isinstance(stages, list) and stages and dotted == "loss.kind":
+        raise ConfigError("--set loss.kind: in a recipe of stages their names decide it; set the stages themselves")
+    for stage in stages if isinstance(stages, list) else []:
+        _removed(stage, dotted.split("."))
 
 
 def _assign(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -20,7 +20,7 @@ from linearize.finetune import finetune
 from linearize.modeling.loading import load_student
 from linearize.modeling.readout import Readout
 from linearize.recipe import Recipe, load_config, load_recipe
-from linearize.training.data import IGNORED, Batch, documents, packed_rows, read_ahead, with_copies
+from linearize.training.data import IGNORED, Batch, data_fingerprint, documents, packed_rows, read_ahead, with_copies
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 from linearize.training.model import Distiller
 
@@ -43,14 +43,17 @@ def recipe(*sets: str) -> Recipe:
     return load_recipe("lora", {}, [*SETTINGS, *sets])
 
 
-@pytest.fixture
-def converted(base_folder, tmp_path):
-    out = tmp_path / "converted"
+def conversion(base, out):
     settings = load_config(
         None, {"mixer": "gla", "window": 12, "sinks": 2, "keep_softmax": "1:0"}, ["mix_options.log_mass=-1"]
     )
-    convert(str(base_folder(tie_word_embeddings=True)), settings, out=out, verify=False, progress=quiet)
+    convert(str(base), settings, out=out, verify=False, progress=quiet)
     return out
+
+
+@pytest.fixture
+def converted(base_folder, tmp_path):
+    return conversion(base_folder(tie_word_embeddings=True), tmp_path / "converted")
 
 
 def run(converted, out, settings=None, **options):
@@ -124,8 +127,10 @@ def test_finetuning_improves_and_writes_a_complete_checkpoint(converted, tmp_pat
     assert AutoTokenizer.from_pretrained(out).chat_template
 
 
-def test_training_in_bf16_leaves_untrained_digits_alone(converted, tmp_path):
-    """Of a float32 checkpoint: its weights are not rounded to what they were trained in."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_training_in_bf16_leaves_untrained_digits_alone(base_folder, tmp_path, dtype):
+    """The weights of a checkpoint with more digits are not rounded to what they were trained in."""
+    converted = conversion(base_folder(dtype=dtype, tie_word_embeddings=True), tmp_path / "converted")
     run(converted, tmp_path / "tuned", recipe("precision=bf16", "lora.targets=['q_proj']"))
     before, after = (load_student(folder, dtype=torch.float32) for folder in (converted, tmp_path / "tuned"))
     changed = 0
@@ -453,8 +458,32 @@ def test_two_processes_do_not_train_one_output(converted, tmp_path, cli):
     work = tmp_path / "out.training"
     work.mkdir()
     with alone_in(work, tmp_path / "out"):
-        code, _, err = cli("finetune", converted, "-o", tmp_path / "out", "--restart", "--recipe", "ci")
+        code, _, err = cli(
+            "finetune", converted, "-o", tmp_path / "out", "--restart", "--recipe", "ci", "--seq-len", 64
+        )
     assert code == 2 and "another process is writing" in err and work.exists()
+
+
+def test_who_is_refused_clears_nothing_away(converted, tmp_path, cli, monkeypatch):
+    """A second process that looked before the first had begun."""
+    work = tmp_path / "out.training"
+    monkeypatch.setattr("linearize.finetune.check_free", quiet)
+    work.mkdir()
+    (work / "metrics.jsonl").write_text("the first one's\n")
+    with alone_in(work, tmp_path / "out"):
+        code, _, err = cli("finetune", converted, "-o", tmp_path / "out", "--recipe", "ci", "--seq-len", 64)
+    assert code == 2 and "another process is writing" in err and (work / "metrics.jsonl").exists()
+
+
+def test_the_fingerprint_of_data_is_its_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows").mkdir()
+    for name, path in (("~/text.txt", "text.txt"), (str(tmp_path / "rows"), "rows/a.parquet")):
+        (tmp_path / path).write_bytes(b"one")
+        before = data_fingerprint([name])
+        (tmp_path / path).write_bytes(b"two")
+        assert data_fingerprint([name]) != before
+    assert data_fingerprint(["owner/name"]) == data_fingerprint(["owner/name"])
 
 
 def test_an_adapter_alone_can_be_evaluated(converted, tmp_path, cli):

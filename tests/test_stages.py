@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from linearize.convert import convert
 from linearize.errors import ConfigError, Interrupted
-from linearize.finetune import finetune
+from linearize.finetune import check_leaves_window, finetune
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.loading import load_student
 from linearize.recipe import Lora, Recipe, load_config, load_recipe, packaged
@@ -136,6 +136,16 @@ def test_adalora_shares_out_its_ranks_and_resumes(converted, tmp_path, stop):
     ranks = json.loads((tmp_path / "whole" / "adapter" / "adapter_config.json").read_bytes())["rank_pattern"]
     kept = [sum(row) for row in ranks.values()]
     assert len(kept) == 4 * 3 and sum(kept) == 2 * len(kept) and all(len(row) == 3 for row in ranks.values())
+
+
+def test_adalora_counts_from_where_adapters_train(converted, tmp_path):
+    """A transfer stage takes nothing from the steps in which the ranks are shared out."""
+    stages = [{"name": "transfer", "share": 0.7}, {"name": "distill", "share": 0.3}]
+    recipe = staged(stages=stages, lora={"variant": "adalora", "rank": 2}, tokens=1920)
+    run(converted, tmp_path / "out", recipe)
+    ranks = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_bytes())["rank_pattern"]
+    kept = [sum(row) for row in ranks.values()]
+    assert sum(kept) == 2 * len(kept) and "(loss attention, then kl)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_orthogonality_is_the_gradient_of_the_papers_penalty(converted):
@@ -264,6 +274,29 @@ def test_bad_stages(tmp_path, sets, message):
     path.write_text(yaml.safe_dump(sets))
     with pytest.raises(ConfigError, match=message):
         load_recipe(str(path))
+
+
+def test_what_is_given_beside_the_file_holds_for_every_stage():
+    given = load_recipe("lolcats", {"seq_len": 2048}, ["optimizer.lr=1e-3", "optimizer.mixer_lr=0.5"])
+    rates = [(stage.optimizer.lr, stage.optimizer.mixer_lr, stage.seq_len) for stage in given.plan()]
+    assert rates == [(1e-3, 0.5, 2048)] * 2
+    assert load_recipe("full", {"batch_size": 4}).plan()[-1].batch_size == 4
+    assert load_recipe("full").plan()[-1].batch_size == 8
+    with pytest.raises(ConfigError, match="in a recipe of stages their names decide"):
+        load_recipe("lolcats", {}, ["loss.kind=ce"])
+    # a mapping lies over what is there
+    merged = load_recipe("lora", {"optimizer": {"lr": 3e-4}, "lora": {"rank": 2}})
+    assert (merged.optimizer.lr, merged.optimizer.mixer_lr, merged.lora.alpha) == (3e-4, 1e-3, 32)
+    # completion_only is what a stage called finetune starts from, not what it insists on
+    stages = ["stages=[{name: finetune}]"]
+    assert load_recipe("lora", {}, stages).plan()[0].loss.completion_only
+    assert not load_recipe("lora", {}, [*stages, "loss.completion_only=false"]).plan()[0].loss.completion_only
+
+
+def test_every_packaged_recipe_trains_the_default_conversion():
+    default = load_config(None)
+    for name in packaged("recipes"):
+        check_leaves_window(load_recipe(name), default.mix, default.window, default.sinks)
 
 
 def test_every_packaged_recipe_and_config_loads():

@@ -25,9 +25,10 @@ def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
     recovery = ""
     if "finetune" in manifest:
         done = manifest["finetune"]
+        stages = done["recipe"]["stages"] or [done["recipe"]]
         recovery = (
             f"\nRecovered with recipe `{done['recipe_name']}` on {done['tokens']:,} tokens of "
-            f"{', '.join(done['recipe']['data'])} (loss {done['recipe']['loss']['kind']}).\n"
+            f"{', '.join(done['recipe']['data'])} (loss {', then '.join(stage['loss']['kind'] for stage in stages)}).\n"
         )
     fitted = manifest.get("calibration")
     if fitted and fitted["attention_error"]:

@@ -48,9 +48,18 @@ class Batch:
 
 
 def data_fingerprint(datasets: list[str]) -> str:
-    """Changes when a dataset's name, or a local file's bytes, change."""
-    paths = [SAMPLES.get(name, Path(name)) for name in datasets]
-    return fingerprint_of([[name, sha256(path) if path.is_file() else None] for name, path in zip(datasets, paths)])
+    """Changes when a dataset's name, or the bytes of a local file or of a folder's files, change."""
+    return fingerprint_of([[name, _local_fingerprint(SAMPLES.get(name, Path(name).expanduser()))] for name in datasets])
+
+
+def _local_fingerprint(path: Path) -> Any:
+    if path.is_dir():
+        return [[file.name, sha256(file)] for file in _parquet_files(path)]
+    return sha256(path) if path.is_file() else None
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
 
 
 def open_dataset(name: str) -> Any:
@@ -72,7 +81,7 @@ def open_dataset(name: str) -> Any:
         options = {"sample_by": "document"} if FORMATS[suffix] == "text" else {}
         return datasets.load_dataset(FORMATS[suffix], data_files=str(path), split="train", streaming=True, **options)
     if path.is_dir():
-        files = sorted(str(file) for file in path.glob("*.parquet"))
+        files = [str(file) for file in _parquet_files(path)]
         if not files:
             raise ConfigError(f"--data: the folder {name} holds no .parquet files")
         return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)

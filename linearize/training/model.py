@@ -112,8 +112,10 @@ class Distiller(nn.Module):
     The teacher is the student's own instance in softmax mode with its adapters off, or a model of its own.
     """
 
-    def __init__(self, student: PeftModel, teacher: PreTrainedModel | None = None):
+    def __init__(self, student: PeftModel, teacher: PreTrainedModel | None = None, before_adapters: int = 0):
+        """`before_adapters`: how many steps come before those that train adapters."""
         super().__init__()
+        self.before_adapters = before_adapters
         self.student, self.loss = student, Loss()
         self.trainable = [name for name, value in self.named_parameters() if value.requires_grad]
         # not a submodule: it neither trains nor is saved
@@ -165,7 +167,7 @@ class Distiller(nn.Module):
     def after_update(self, step: int) -> None:
         """While they are still there."""
         if self.allots_ranks:
-            allot(self.student, step)
+            allot(self.student, step - self.before_adapters)
 
     def memory(self) -> dict[str, Tensor]:
         """What has to be saved beside parameters and optimizers, and `restore` takes back."""
