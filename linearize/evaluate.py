@@ -37,7 +37,7 @@ from linearize.report.gates import (
     read_older,
     regression_gates,
 )
-from linearize.report.markdown import render_markdown
+from linearize.report.markdown import append_summary, render_markdown
 from linearize.report.results import CONTROL, SCHEMA_VERSION, STUDENT, UNIFORM, Findings, Results
 
 UNFINISHED = ".stages"
@@ -54,6 +54,7 @@ def evaluate(
     min_recovery: float | None = None,
     compare: Path | None = None,
     out: Path | None = None,
+    summary_file: Path | None = None,
     precision: str = "auto",
     hold: str = "auto",
     progress: Callable[[str], None] = print,
@@ -61,6 +62,7 @@ def evaluate(
     """Measures and, where `out` is given, writes the report there. See the module's list.
 
     Args:
+        summary_file: verdict and table are added to it.
         hold: "together" has all weights in memory at once, "in-turn" one set at a time, "auto" what memory allows.
 
     Raises:
@@ -76,7 +78,9 @@ def evaluate(
     started = time.monotonic()
     manifest = read_manifest(model)
     window = manifest["settings"]["window"]
-    expressions, older, tasks = check_request(suite, window, gates=gates, min_recovery=min_recovery, compare=compare)
+    expressions, older, tasks = check_request(
+        suite, window, gates=gates, min_recovery=min_recovery, compare=compare, summary_file=summary_file
+    )
     if out is not None:
         check_writable(out)
     tokenizer = load_tokenizer(model)
@@ -140,6 +144,8 @@ def evaluate(
         card = model / "README.md"  # an adapter alone has none
         if out.resolve() == (model / "eval").resolve() and card.is_file():
             add_evaluation(card, results)
+    if summary_file is not None:
+        append_summary(summary_file, results)
     return results
 
 
@@ -150,6 +156,7 @@ def check_request(
     gates: list[str] | None = None,
     min_recovery: float | None = None,
     compare: Path | None = None,
+    summary_file: Path | None = None,
 ) -> tuple[list[str], dict | None, dict[str, Any]]:
     """What is asked for and needs no weights to be refused: the gates, the older results and the harness's tasks.
 
@@ -161,13 +168,24 @@ def check_request(
     """
     from linearize.evaluation.harness import load_tasks
     from linearize.evaluation.letters import read_items
+    from linearize.modeling.loading import read_manifest
 
     expressions = expand_gates(list(gates or []))
     if min_recovery is not None:
         beyond = [length for length in suite.lengths if length > window]
+        if not beyond:
+            raise ConfigError(
+                f"--min-recovery: got {min_recovery}, but perplexity is measured at "
+                f"{', '.join(map(str, suite.lengths)) or 'no length'}, and only beyond the window of {window} is there "
+                "anything to recover"
+            )
         expressions += [f"perplexity@{length}.recovery>={min_recovery}" for length in beyond]
     check_gates(expressions, suite.metric_names(), open_ended=bool(suite.tasks))
     older = read_older(compare) if compare else None
+    if summary_file is not None:
+        check_writable(summary_file, "--summary-file")
+    if suite.control is not None:
+        read_manifest(Path(suite.control))
     for path in suite.choice:
         read_items(Path(path), suite.task_limit)
     tasks = load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None) if suite.tasks else {}
@@ -365,7 +383,7 @@ def _text_ids(suite: Suite, tokenizer):
 
     from linearize.training.data import documents
 
-    longest = max([2, *suite.lengths, *suite.passkey])
+    longest = max([16 if suite.parity else 2, *suite.lengths, *suite.passkey])
     needed = max(suite.max_tokens, longest, suite.passkey_rows * max(suite.passkey, default=0))
     ids: list[int] = []
     for name in suite.data:

@@ -16,14 +16,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.checkpoint.fingerprint import fingerprint_of
+from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError, nearest
 from linearize.evaluation.suite import Suite, choose_suite
-from linearize.recipe import ConversionConfig, Recipe, load_config, load_recipe
+from linearize.recipe import ConversionConfig, Recipe, load_config, load_recipe, read_yaml
 
 STATE = "pipeline.json"
 
@@ -79,6 +79,12 @@ class EvalStep(Part):
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in self if name in names}
         return choose_suite(self.suite, self.only, **{name: value for name, value in given.items() if value != ()})
 
+    def demands(self) -> dict[str, Any]:
+        """What the evaluation is judged by and reported to, as `evaluate` takes it."""
+        files = {"compare": self.compare, "summary_file": self.summary_file}
+        paths = {name: Path(file) if file else None for name, file in files.items()}
+        return {"gates": self.gates, "min_recovery": self.min_recovery, **paths}
+
 
 class Pipeline(Part):
     """The file. Without `finetune` the conversion itself is evaluated."""
@@ -96,14 +102,10 @@ def load_pipeline(path: Path) -> tuple[Pipeline, ConversionConfig, Recipe | None
     Raises:
         ConfigError: no such file, unknown keys, wrong values.
     """
+    if not path.is_file():
+        raise ConfigError(f"PIPELINE: no file '{path}'")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"PIPELINE: no file '{path}'") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        pipeline = Pipeline.model_validate(data)
+        pipeline = Pipeline.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
     settings = load_config(pipeline.convert.config, pipeline.convert.model_extra)
@@ -121,12 +123,15 @@ def run_pipeline(
     Raises:
         LinearizeError: what a step raises. A gate that fails is in the results, not raised.
     """
+    from linearize.training.data import data_fingerprint
+
     pipeline, settings, recipe = load_pipeline(path)
     out = Path(pipeline.out)
     done = _State(out / STATE)
     converted, tuned = out / "converted", out / "finetuned"
-    _check_inputs(pipeline.eval, settings.window, recipe.data if recipe and not tuned.is_dir() else [])
+    _check_inputs(pipeline.eval, settings, None if tuned.is_dir() else recipe)
     inputs = {"model": pipeline.model, "revision": pipeline.convert.revision, "settings": settings.model_dump()}
+    inputs["local"] = local_fingerprint(pipeline.model)
     if done.has("convert", inputs, converted):
         progress(f"convert: {converted} is up to date")
     else:
@@ -139,7 +144,7 @@ def run_pipeline(
         done.record("convert", inputs, converted)
     student = converted
     if recipe is not None:
-        inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump()}
+        inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump(), "data": data_fingerprint(recipe.data)}
         if done.has("finetune", inputs, tuned):
             progress(f"finetune: {tuned} is up to date")
         else:
@@ -153,41 +158,32 @@ def run_pipeline(
         student = tuned
     made = {"converted": str(converted), "student": str(student), "results": None}
     if pipeline.eval is not None:
-        made["results"] = _evaluate(pipeline.eval, student, out / "eval", progress)
+        from linearize.evaluate import evaluate
+
+        made["results"] = evaluate(
+            student, pipeline.eval.chosen(), **pipeline.eval.demands(), out=out / "eval", hold=pipeline.eval.hold,
+            progress=progress,
+        )  # fmt: skip
     return made
 
 
-def _check_inputs(step: EvalStep | None, window: int, data: list[str]) -> None:
-    """Refuses text, tasks, gates and older results that cannot be read before hours go into what comes before them."""
+def _check_inputs(step: EvalStep | None, settings: ConversionConfig, recipe: Recipe | None) -> None:
+    """Refuses text, tasks, gates and older results that cannot be read, and rows that train nothing, before hours go into
+    what comes before them."""
     from linearize.evaluate import check_request
+    from linearize.finetune import check_leaves_window
     from linearize.training.data import open_dataset
 
+    data = []
+    if recipe is not None:
+        data += recipe.data
+        check_leaves_window(recipe, settings.mix, settings.window, settings.sinks)
     if step is not None:
         suite = step.chosen()
-        compare = Path(step.compare) if step.compare else None
-        check_request(suite, window, gates=step.gates, min_recovery=step.min_recovery, compare=compare)
-        data = [*data, *suite.data]
+        check_request(suite, settings.window, **step.demands())
+        data += suite.data
     for name in data:
         open_dataset(name)
-
-
-def _evaluate(step: EvalStep, student: Path, out: Path, progress: Callable[[str], None]):
-    from linearize.evaluate import evaluate
-    from linearize.report.markdown import append_summary
-
-    results = evaluate(
-        student,
-        step.chosen(),
-        gates=step.gates,
-        min_recovery=step.min_recovery,
-        compare=Path(step.compare) if step.compare else None,
-        out=out,
-        hold=step.hold,
-        progress=progress,
-    )
-    if step.summary_file:
-        append_summary(Path(step.summary_file), results)
-    return results
 
 
 class _State:

@@ -137,7 +137,9 @@ def test_errors_ratios_recovery_and_pairs():
 )
 def test_gates(expression, passed):
     metrics = (
-        make_metric("perplexity@8", "lower", {BASE: [1.5], STUDENT: [2.0], WINDOW: [2.5]}, exponentiate=True),
+        make_metric(
+            "perplexity@8", "lower", {BASE: [1.5] * 2, STUDENT: [2.0] * 2, WINDOW: [2.5] * 2}, exponentiate=True
+        ),
         make_metric("recall@8", "higher", {BASE: [0.0], STUDENT: [0.5]}),
     )
     assert evaluate_gates([expression], metrics)[0].passed == passed
@@ -217,6 +219,12 @@ def test_a_base_that_changed_or_went_is_noticed(converted, base_folder, tmp_path
     code, _, err = cli("eval", converted, *FLAGS)
     assert code == 2 and "has changed since the conversion" in err
     config.write_text(text)
+    weights = tmp_path / "base" / "model.safetensors"
+    kept = weights.read_bytes()
+    base_folder(seed=1)  # the same shapes, other values
+    code, _, err = cli("eval", converted, *FLAGS)
+    assert code == 2 and "has changed since the conversion" in err
+    weights.write_bytes(kept)
     (tmp_path / "base").rename(tmp_path / "moved")
     code, _, err = cli("eval", converted, *FLAGS)
     assert code == 2 and "is gone" in err

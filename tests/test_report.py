@@ -24,8 +24,8 @@ from linearize.evaluation.suite import SUITES, Suite
 from linearize.modeling.readout import Readout
 from linearize.report.html import render_html
 from linearize.report.plots import plots_of
-from linearize.report.results import BASE, STUDENT, json_schema, make_metric
-from linearize.report.statistics import bootstrap_error, mcnemar, paired_bootstrap
+from linearize.report.results import BASE, STUDENT, WINDOW, json_schema, make_metric
+from linearize.report.statistics import bootstrap_error, mcnemar, sign_flip_test, student_quantile
 
 WHOLE = replace(
     SUITES["quick"], lengths=(32, 64), recall=(8, 40), associative=(8, 40), passkey=(100,), efficiency=(32, 64),
@@ -38,13 +38,30 @@ def test_bootstrap_and_paired_tests():
     mean = sum(values) / 200
     classical = math.sqrt(sum((v - mean) ** 2 for v in values) / 199 / 200)
     assert bootstrap_error(values) == pytest.approx(classical, rel=0.1)
+    assert bootstrap_error([0.0, 2.0]) == pytest.approx(1.0, rel=0.1)  # and so for few
     assert bootstrap_error(values) == bootstrap_error(values)
-    assert paired_bootstrap([0.0] * 5) == 1.0 and paired_bootstrap([1.0]) is None
-    assert paired_bootstrap([1.0, 1.1, 0.9, 1.2]) == 0.001
-    assert paired_bootstrap([1.0, -1.1, 0.9, -0.8]) > 0.3
+    assert sign_flip_test([0.0] * 5) == 1.0 and sign_flip_test([1.0]) is None
+    # of 16 choices of signs two are as far from 0, and of 4 that many
+    assert sign_flip_test([1.0, 1.1, 0.9, 1.2]) == 2 / 16 and sign_flip_test([1.0, 1.1]) == 2 / 4
+    assert sign_flip_test([1.0, -1.1, 0.9, -0.8]) == 1  # their sum is 0
+    many = [0.3 + math.sin(i) for i in range(60)]
+    normal = math.erfc(math.sqrt(60) * 0.3 / (0.7071 * math.sqrt(2)))
+    assert sign_flip_test(many) == sign_flip_test(many) and sign_flip_test(many) == pytest.approx(normal, abs=0.005)
+    # tables of Student's t
+    for freedom, quantile in ((3, 3.182), (4, 2.776), (7, 2.365), (15, 2.131), (60, 2.000)):
+        assert student_quantile(freedom) == pytest.approx(quantile, abs=0.03 if freedom == 3 else 0.01)
     # 1 against 9 discordant items: 2 (C(10,0) + C(10,1)) / 2^10
     assert mcnemar([1.0] + [0.0] * 9 + [1.0] * 4, [0.0] + [1.0] * 9 + [1.0] * 4) == pytest.approx(22 / 1024)
     assert mcnemar([1.0, 0.0], [1.0, 0.0]) == 1.0
+
+
+def test_recovery_needs_a_loss_that_stands_out():
+    losses = {BASE: [1.0, 1.2, 0.9, 1.1], STUDENT: [1.1, 1.3, 1.0, 1.2]}
+    for window, recovery in (([1.2, 1.41, 1.09, 1.3], 0.5), ([1.0, 1.2, 1.5, 1.3], None)):
+        metric = make_metric("perplexity@64", "lower", {**losses, WINDOW: window})
+        assert metric.recovery == (recovery if recovery is None else pytest.approx(recovery, abs=0.01))
+    alone = {name: values[:1] for name, values in {**losses, WINDOW: [9.0]}.items()}
+    assert make_metric("perplexity@64", "lower", alone).recovery is None
 
 
 def test_chance():
@@ -304,6 +321,7 @@ def test_a_pipeline_goes_on_and_gates(base_folder, cli, tmp_path):
             "model: x\nout: y\neval: {only: recall, lengths: [64]}\n",
             ["--lengths: given, but --only leaves 'perplexity'"],
         ),
+        ("model: x\nout: y\neval: {gates: [a<=1], gates: []}\n", ["'gates' stands twice"]),
         ("a: [", ["not valid YAML"]),
     ],
 )
@@ -321,6 +339,10 @@ def test_a_pipeline_with_mistakes(cli, tmp_path, text, words):
         ("max_tokens: 4096", "data: [gone.txt]", "gone.txt"),
         ("recipe: lora", "recipe: lora, data: [gone.jsonl]", "gone.jsonl"),
         ("max_tokens: 4096", "compare: older.json", "older.json"),
+        ("max_tokens: 4096", "control: gone", "gone"),
+        ("max_tokens: 4096", "summary_file: {base}/config.json/x", "--summary-file"),
+        ("lengths: [512]", "lengths: [12], min_recovery: 0.9", "--min-recovery"),
+        ("seq_len: 32", "seq_len: 14", "never leaves the window of 12 keys and 2 sinks"),
     ],
 )
 def test_a_pipeline_that_cannot_end_does_not_start(base_folder, cli, tmp_path, wanted, replacement, words):
@@ -329,6 +351,20 @@ def test_a_pipeline_that_cannot_end_does_not_start(base_folder, cli, tmp_path, w
     path.write_text(PIPELINE.replace(wanted, replacement).format(base=base_folder(), out=out, limit=100))
     code, _, err = cli("run", path)
     assert code == 2 and words in err and not out.exists(), err
+
+
+def test_a_pipeline_does_again_what_other_files_would_change(base_folder, cli, tmp_path):
+    path, corpus = tmp_path / "pipeline.yaml", tmp_path / "corpus.txt"
+    corpus.write_text("one thing after another " * 80)
+    text = PIPELINE.replace("recipe: lora", f"recipe: lora, data: [{corpus}]").partition("eval:")[0]
+    path.write_text(text.format(base=base_folder(), out=tmp_path / "made"))
+    assert cli("run", path)[0] == 0
+    corpus.write_text("the other thing before one " * 80)
+    code, _, err = cli("run", path)
+    assert code == 0 and "converted is up to date" in err and "finetuned is up to date" not in err
+    base_folder(seed=1)  # other weights in the same folder
+    code, _, err = cli("run", path)
+    assert code == 0 and "up to date" not in err
 
 
 def test_a_pipeline_asks_for_what_eval_can(tmp_path):
@@ -444,6 +480,16 @@ def test_the_pipeline_of_the_readme_loads(tmp_path):
     ("command", "words"),
     [
         (["list"], "Missing argument 'kind'. Choose from: mixers, families"),
+        (
+            ["eval", ".", "--min-recovery", "0.9", "--only", "recall"],
+            "--min-recovery: got 0.9, but perplexity is measured at no",
+        ),
+        (["eval", ".", "--seed", "99999999999999"], "--seed: got 99999999999999"),
+        (
+            ["eval", ".", "--choice", "a/test.jsonl", "--choice", "b/test.jsonl"],
+            "--choice: got 'a/test.jsonl' and another",
+        ),
+        (["finetune", ".", "--set", "seed=4294967296"], "command line: seed: got 4294967296"),
         (["eval", ".", "--gate", "nofile.txt"], "--gate: 'nofile.txt' is neither a file here nor a gate"),
         (["eval", ".", "--only", "perplexity", "--tasks", "piqa"], "--tasks: given, but --only leaves 'tasks' out"),
         (["finetune", ".", "--lr", "-3"], "command line: optimizer.lr: got -3.0"),
@@ -453,3 +499,19 @@ def test_the_pipeline_of_the_readme_loads(tmp_path):
 def test_one_line_that_names_what_was_given(converted, cli, command, words):  # noqa: F811
     code, _, err = cli(*(str(converted) if part == "." else part for part in command))
     assert code == 2 and words in err and len([line for line in err.splitlines() if "error:" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "words"),
+    [
+        ("--gate", b"# none yet\n", "holds no gate"),
+        ("--gate", b"\xff\xfe", "cannot be read as a file of gates"),
+        ("--compare", b'{"schema_version": 3, "metrics": []}', "is not a results.json"),
+        ("--data", b"three short words", "fewer than one window"),
+    ],
+)
+def test_files_that_say_nothing(converted, cli, tmp_path, option, content, words):  # noqa: F811
+    path = tmp_path / "given.txt"
+    path.write_bytes(content)
+    code, _, err = cli("eval", converted, "--only", "parity", option, path)
+    assert code == 2 and words in err, err

@@ -103,15 +103,15 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--out: {out} was not written by linearize (no linearize.json), so it is not overwritten")
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, option: str = "--out") -> None:
     """Refuses an OUT in a folder without permission, or below something that is not a folder."""
     above = out.absolute().parent
     while not above.exists():
         above = above.parent
     if not above.is_dir():
-        raise ConfigError(f"--out: cannot write in {above}: Not a directory")
+        raise ConfigError(f"{option}: cannot write in {above}: Not a directory")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out: no permission to write in {above}")
+        raise ConfigError(f"{option}: no permission to write in {above}")
 
 
 def raise_if_full(error: OSError, where: Path) -> None:

@@ -169,7 +169,7 @@ def evaluate(
     from linearize.device import keep_freed_memory
     from linearize.evaluate import evaluate as run
     from linearize.evaluation.suite import choose_suite
-    from linearize.report.markdown import append_summary, summary_table
+    from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
 
     chosen = choose_suite(
@@ -204,11 +204,10 @@ def evaluate(
         min_recovery=min_recovery,
         compare=compare,
         out=out or model / "eval",
+        summary_file=summary_file,
         hold=hold.value,
         progress=progress_line,
     )
-    if summary_file:
-        append_summary(summary_file, results)
     if json_:
         emit_json(results.to_dict())
     else:

@@ -97,6 +97,14 @@ def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
         if changes.get(key) is not None and changes[key] < 1:
             raise ConfigError(f"--{key.replace('_', '-')}: got {changes[key]}, allowed are numbers of at least 1")
     suite = replace(SUITES[name], **{key: value for key, value in changes.items() if value is not None})
+    if not 0 <= suite.seed < 2**32:
+        raise ConfigError(f"--seed: got {suite.seed}, allowed are 0 to {2**32 - 1}")
+    stems = [metric_stem(path) for path in suite.choice]
+    for path, stem in zip(suite.choice, stems):
+        if stems.count(stem) > 1:
+            raise ConfigError(
+                f"--choice: got '{path}' and another file whose figures would be named letters_{stem}, too"
+            )
     if only is None:
         return suite
     parts = {"perplexity": "lengths", **{part: part for part in PARTS}}

@@ -52,14 +52,23 @@ def expand_gates(given: list[str]) -> list[str]:
         if any(sign in item for sign in "<>"):
             expressions.append(item)
         elif Path(item).is_file():
-            lines = (line.partition("#")[0].strip() for line in Path(item).read_text(encoding="utf-8").splitlines())
-            expressions += [line for line in lines if line]
+            expressions += _gates_of(Path(item))
         else:
             raise ConfigError(
                 f"--gate: '{item}' is neither a file here nor a gate, METRIC[.FIELD]<=NUMBER (or >=, <, >), for example "
                 "'perplexity@2048.ratio<=1.05'"
             )
     return expressions
+
+
+def _gates_of(path: Path) -> list[str]:
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--gate: {path} cannot be read as a file of gates ({error})") from None
+    if not any(lines):
+        raise ConfigError(f"--gate: {path} holds no gate")
+    return [line for line in lines if line]
 
 
 def read_older(path: Path) -> dict:
@@ -81,15 +90,16 @@ def read_older(path: Path) -> dict:
             }
             for item in older["metrics"]
         }
+        data = dict(older["data"])
     except OSError:
         raise ConfigError(f"--compare: no file '{path}'") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"--compare: {path} is not a results.json of `linearize eval`") from None
     if version > SCHEMA_VERSION:
         raise ConfigError(
             f"--compare: {path} has schema version {version}, this linearize reads 1 to {SCHEMA_VERSION}; use a newer one"
         )
-    return {"metrics": metrics, "data": older["data"], "version": version, "path": str(path)}
+    return {"metrics": metrics, "data": data, "version": version, "path": str(path)}
 
 
 def check_comparable(older: dict, data: dict) -> None:
