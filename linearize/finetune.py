@@ -132,7 +132,8 @@ def finetune(
         teacher = manifest["base"]["reference"]
     teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
     before_adapters = sum(leg.steps for leg in legs if leg.stage.loss.kind == "attention")
-    adapted = add_adapters(student, recipe.lora, steps=legs[-1].total - before_adapters).to(accelerator.device)
+    adapter_steps = max(legs[-1].total - before_adapters, 1)
+    adapted = add_adapters(student, recipe.lora, steps=adapter_steps).to(accelerator.device)
     distiller = Distiller(adapted, teacher_model, before_adapters)
     trainable = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     progress(

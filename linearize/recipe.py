@@ -476,6 +476,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises: ConfigError: it is none, or a key stands twice."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -506,7 +507,7 @@ def _give(data: dict[str, Any], dotted: str, value: Any) -> None:
     _assign(data, dotted, value)
     stages = data.get("stages")
     if isinstance(stages, list) and stages and dotted == "loss.kind":
-        raise ConfigError("--set loss.kind: in a recipe of stages their names decide it; set the stages themselves")
+        raise ConfigError("loss.kind: in a recipe of stages their names decide it; set the stages themselves")
     for stage in stages if isinstance(stages, list) else []:
         _removed(stage, dotted.split("."))
 

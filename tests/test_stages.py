@@ -148,6 +148,14 @@ def test_adalora_counts_from_where_adapters_train(converted, tmp_path):
     assert sum(kept) == 2 * len(kept) and "(loss attention, then kl)" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_adalora_beside_transfer_alone_changes_no_weight(converted, tmp_path):
+    recipe = staged(stages=[{"name": "transfer"}], lora={"variant": "adalora", "rank": 2})
+    run(converted, tmp_path / "out", recipe)
+    before, after = (load_student(folder, dtype=torch.float32).state_dict() for folder in (converted, tmp_path / "out"))
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed and all(".mixer." in name for name in changed)
+
+
 def test_orthogonality_is_the_gradient_of_the_papers_penalty(converted):
     from linearize.training.adalora import ORTHOGONALITY, add_orthogonality
     from linearize.training.model import add_adapters
