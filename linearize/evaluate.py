@@ -91,10 +91,7 @@ def evaluate(
         if not any(layer.has_branch for layer in Plan.from_dict(manifest["plan"]).layers):
             suite = replace(suite, branch=False)
         _require_same_tokenizer(source, tokenizer)
-        text = _text_ids(suite, tokenizer)
-        data = _data_record(suite, text, dtype, device)
-        if older is not None:
-            check_comparable(older, data)
+        text, data = _read_text(suite, tokenizer, older, dtype, device)
         loaders, folders = _weights(model, manifest, source, suite, dtype)
         together = hold == "together" or (hold == "auto" and _fit(folders, dtype, device))
         if not together:
@@ -190,6 +187,21 @@ def check_request(
         read_items(Path(path), suite.task_limit)
     tasks = load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None) if suite.tasks else {}
     return expressions, older, tasks
+
+
+def check_text(model: Path, suite: Suite, compare: Path | None = None) -> None:
+    """What needs a conversion's tokenizer to be refused, though no weights: text, and older results of other text.
+
+    Raises:
+        ConfigError: text shorter than a window that is asked for, older results that cannot be compared.
+    """
+    from linearize.device import compute_dtype, pick_device
+    from linearize.modeling.loading import load_tokenizer
+
+    # a conversion has its base's positions
+    suite, _ = within_positions(suite, json.loads((model / "config.json").read_bytes()))
+    older = read_older(compare) if compare else None
+    _read_text(suite, load_tokenizer(model), older, compute_dtype("auto"), pick_device())
 
 
 def write_results(results: Results, out: Path) -> None:
@@ -375,6 +387,15 @@ def _kept(folder: Path | None, name: str, identity: dict, run: Callable, lab, pr
     except PermissionError:
         raise ConfigError(f"--out: no permission to write in {folder.parent}") from None
     return found
+
+
+def _read_text(suite: Suite, tokenizer, older: dict | None, dtype, device: str):
+    """The token ids of the text, and what the report says of it, which must fit that of the older results."""
+    text = _text_ids(suite, tokenizer)
+    data = _data_record(suite, text, dtype, device)
+    if older is not None:
+        check_comparable(older, data)
+    return text, data
 
 
 def _text_ids(suite: Suite, tokenizer):

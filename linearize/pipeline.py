@@ -123,6 +123,7 @@ def run_pipeline(
     Raises:
         LinearizeError: what a step raises. A gate that fails is in the results, not raised.
     """
+    from linearize.evaluate import check_text, evaluate
     from linearize.training.data import data_fingerprint
 
     pipeline, settings, recipe = load_pipeline(path)
@@ -142,6 +143,8 @@ def run_pipeline(
             progress=progress,
         )  # fmt: skip
         done.record("convert", inputs, converted)
+    if pipeline.eval is not None:
+        check_text(converted, pipeline.eval.chosen(), pipeline.eval.demands()["compare"])
     student = converted
     if recipe is not None:
         inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump(), "data": data_fingerprint(recipe.data)}
@@ -158,8 +161,6 @@ def run_pipeline(
         student = tuned
     made = {"converted": str(converted), "student": str(student), "results": None}
     if pipeline.eval is not None:
-        from linearize.evaluate import evaluate
-
         made["results"] = evaluate(
             student, pipeline.eval.chosen(), **pipeline.eval.demands(), out=out / "eval", hold=pipeline.eval.hold,
             progress=progress,

@@ -353,6 +353,24 @@ def test_a_pipeline_that_cannot_end_does_not_start(base_folder, cli, tmp_path, w
     assert code == 2 and words in err and not out.exists(), err
 
 
+def test_a_pipeline_reads_its_text_before_it_trains(base_folder, cli, tmp_path):
+    path, short = tmp_path / "pipeline.yaml", tmp_path / "short.txt"
+    short.write_text("too little")
+    older = tmp_path / "first" / "eval" / "results.json"
+    base = base_folder()
+    path.write_text(PIPELINE.format(base=base, out=tmp_path / "first", limit=100))
+    assert cli("run", path)[0] == 0
+    for given, words in (
+        (f"data: [{short}]", "fewer than one window of 512"),
+        (f"max_tokens: 2048, compare: {older}", "was measured on other data"),
+    ):
+        out = tmp_path / given[:4]
+        path.write_text(PIPELINE.replace("max_tokens: 4096", given).format(base=base, out=out, limit=100))
+        code, _, err = cli("run", path)
+        assert code == 2 and words in err, err
+        assert (out / "converted").is_dir() and not (out / "finetuned").exists()
+
+
 def test_a_pipeline_does_again_what_other_files_would_change(base_folder, cli, tmp_path):
     path, corpus = tmp_path / "pipeline.yaml", tmp_path / "corpus.txt"
     corpus.write_text("one thing after another " * 80)
