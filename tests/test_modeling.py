@@ -1,5 +1,6 @@
 """The linearized model: against a plain loop, against the base, cached against full, padded, packed, batched, reloaded."""
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -178,6 +179,44 @@ def test_single_tokens_are_written_in_place_where_that_is_allowed():
         # not under gradients, and not what gradients or inference mode have made
         assert (held.keys is before) == (then != torch.enable_grad and first in (torch.no_grad, then)), (first, then)
     pieces[-1].sum().backward()
+
+
+def test_softmax_heads_take_tokens_in_place_where_that_is_allowed(monkeypatch):
+    from linearize.modeling import cache as module
+
+    monkeypatch.setattr(module, "SPARE", 6)
+    plan = Plan("llama", (LayerPlan((0,), mixer="vq", window=8, sinks=2),) * 3)
+    student = tiny_student(plan, tiny_base("gqa"))
+    ids = tokens(2)
+    full = student(ids, use_cache=False).logits.detach()
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    for first, then in itertools.product(modes, modes):
+        with first():
+            output = student(ids[:, :20], use_cache=True)
+        cache, pieces, rooms = output.past_key_values, [output.logits.detach()], []
+        for step, piece in enumerate(ids[:, 20:].split(1, dim=1)):
+            if step == 15 and then != torch.enable_grad:
+                other, cache = cache, copy.deepcopy(cache)
+                with then():
+                    student(tokens(2, 1), past_key_values=other, use_cache=True)
+                    cache.reorder_cache(torch.tensor([0, 1]))
+            with then():
+                pieces.append(student(piece, past_key_values=cache, use_cache=True).logits.detach())
+            layer = cache.layers[0]
+            rooms.append(layer.rooms and layer.rooms[0].data_ptr())
+            held = layer.rooms or (layer.keys, layer.values)
+            assert layer.nbytes() == sum(x.nbytes for x in held) + _nbytes(layer.linear)
+        torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-5)
+        if then == torch.enable_grad:
+            assert not any(rooms), first
+        else:  # the first of 7 tokens makes room for 6 others; what another mode has made is copied once more
+            made = rooms[first not in (torch.no_grad, then) :]
+            assert all(made) and len(set(made[:7])) == 1 and made[7] != made[6], first
+
+
+def _nbytes(cache) -> int:
+    held = (getattr(cache, name) for name in cache.TENSORS)
+    return sum(x.nbytes for x in held if x is not None)
 
 
 @pytest.mark.parametrize(

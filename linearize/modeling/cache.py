@@ -6,7 +6,7 @@ number within its document, -1 for padding. Left-padded rows share slots but not
 Shapes: B batch, S slots, J linear key/value heads, K head dim, N sink keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 # what models call their cache, as argument and in their output
 CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+# softmax heads' slots for tokens to come: at least so many, and one in so many of those that are there
+SPARE, SPARE_SHARE = 64, 32
 
 
 class Slots(NamedTuple):
@@ -181,6 +183,15 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
+def _can_write(held: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
+    """Whether what a cache holds can take new tokens in place: no gradient passes, and both are of one kind."""
+    if torch.is_grad_enabled() or any(x.requires_grad for x in held):
+        return False
+    if any(x.dtype != y.dtype or x.shape[0] != y.shape[0] for x, y in zip(held, new)):
+        return False
+    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in held)
+
+
 class WindowCache:
     """What some heads of one layer keep: the sinks, the last `window` slots and the float32 recurrent state. Its memory
     does not grow with the sequence.
@@ -258,13 +269,9 @@ class WindowCache:
 
     def _can_step(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> bool:
         """Whether the window is full and has lost all sinks, and its tensors can take what a new token has."""
-        if self.padded or self.length < self.window + self.sinks or torch.is_grad_enabled():
+        if self.padded or self.length < self.window + self.sinks:
             return False
-        if any(
-            held.requires_grad or held.dtype != new.dtype for held, new in self._held_and_new(keys, values, raw_keys)
-        ):
-            return False
-        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+        return _can_write(*zip(*self._held_and_new(keys, values, raw_keys)))
 
     def _step(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> Step:
         place = self.steps % self.window
@@ -311,7 +318,8 @@ class LinearizedLayer(CacheLayerMixin):
     where they have a window too, and then no memory grows with the sequence.
 
     `keys` and `values` are the softmax heads', in the layout of transformers, [B, heads, S, K]; None without any. In a
-    layer that has a sliding window of its own they are what DynamicSlidingWindowLayer keeps, so that masks fit both.
+    layer that has a sliding window of its own they are what DynamicSlidingWindowLayer keeps, so that masks fit both;
+    elsewhere they lie in `rooms`, [B, heads, capacity, K], so that a token more does not copy all that came before it.
     """
 
     is_croppable = False
@@ -330,7 +338,7 @@ class LinearizedLayer(CacheLayerMixin):
         for holder in self._holders():
             if holder is not self:
                 holder.clear()
-        self.keys = self.values = None
+        self.keys = self.values = self.rooms = None
         self.length = 0
         self.is_initialized = False
 
@@ -353,16 +361,36 @@ class LinearizedLayer(CacheLayerMixin):
 
     def extend_softmax(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Appends keys and values of the softmax heads, [B, heads, T, K], and returns all that are in reach."""
-        keys = key_states if self.keys is None else torch.cat([self.keys, key_states], dim=-2)
-        values = value_states if self.values is None else torch.cat([self.values, value_states], dim=-2)
+        new, held = (key_states, value_states), (self.keys, self.values)
+        if self.keys is None:
+            keys, values = new
+        elif self.sliding_window is None and _can_write(self.rooms or held, new):
+            keys, values = self._append(held, new)
+        else:
+            keys, values = (torch.cat(pair, dim=-2) for pair in zip(held, new))
+            self.rooms = None
         start = 0 if self.sliding_window is None else max(0, keys.shape[-2] - self.sliding_window + 1)
         self.keys, self.values = keys[:, :, start:], values[:, :, start:]
         return keys, values
 
+    def _append(self, held: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> list[Tensor]:
+        """What is held with the new behind it; where there is no room for it, all moves to larger rooms."""
+        old = held[0].shape[-2]
+        end = old + new[0].shape[-2]
+        if self.rooms is None or self.rooms[0].shape[-2] < end:
+            capacity = end + max(SPARE, end // SPARE_SHARE)
+            self.rooms = [x.new_empty(*x.shape[:2], capacity, x.shape[-1]) for x in held]
+            for room, x in zip(self.rooms, held):
+                room[:, :, :old] = x
+        for room, x in zip(self.rooms, new):
+            room[:, :, old:end] = x
+        return [room[:, :, :end] for room in self.rooms]
+
     def nbytes(self) -> int:
         """Bytes of every tensor held."""
-        tensors = [getattr(holder, name) for holder in self._holders() for name in holder.TENSORS]
-        return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+        tensors = self.rooms or [self.keys, self.values]
+        tensors = [*tensors, *(getattr(h, name) for h in (self.linear, self.kept) if h for name in h.TENSORS)]
+        return sum(x.nbytes for x in tensors if x is not None)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -380,6 +408,7 @@ class LinearizedLayer(CacheLayerMixin):
                 tensor = getattr(holder, name)
                 if tensor is not None:
                     setattr(holder, name, function(tensor))
+        self.rooms = None
 
     def offload(self) -> None:
         self._apply(lambda x: x.to("cpu", non_blocking=True))
