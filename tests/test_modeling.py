@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 from conftest import SHAPES, VOCABULARY, tiny_base, tiny_student
@@ -428,9 +429,9 @@ def test_planned_cache_bytes_are_the_real_ones(plan):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("segment", [7, 16, 39])
+@pytest.mark.parametrize("segment", [7, 13, 16, 39])
 def test_long_prefills_in_parts_equal_the_whole(pair, monkeypatch, segment):
-    """Plain, padded, packed and after a cached prefix."""
+    """Plain, padded, packed (a document may start where a part does) and after a cached prefix."""
     from linearize.modeling import branch
 
     _, student = pair
@@ -532,7 +533,64 @@ def test_what_cannot_work_is_refused():
     used = base(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="cache of its own"):
         student(ids, past_key_values=used)
+    with pytest.raises(RuntimeError, match="have to stay in memory"):
+        accelerate.cpu_offload(tiny_student(Plan("llama", (LayerPlan((), mixer="vq"),) * 3), base))(ids)
     assert not type(student).is_backend_compatible() and not student._can_set_attn_implementation()
+
+
+@torch.no_grad()
+def test_copies_and_pickles(pair, tmp_path):
+    _, student = pair
+    ids = tokens()
+    logits = student(ids).logits
+    twin = copy.deepcopy(student)
+    assert torch.equal(twin(ids).logits, logits)
+    twin.model.layers[0].self_attn.q_proj.weight.zero_()
+    assert torch.equal(student(ids).logits, logits)
+    torch.save({"model": student, "ids": ids, "logits": logits}, tmp_path / "whole.pt")
+    script = f"""
+import torch
+held = torch.load({str(tmp_path / "whole.pt")!r}, weights_only=False)
+with torch.no_grad():
+    torch.testing.assert_close(held["model"](held["ids"]).logits, held["logits"], rtol=1e-6, atol=1e-4)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@torch.no_grad()
+def test_switches_nest_and_the_decoder_takes_what_its_base_takes():
+    student = tiny_student(plan_for("outside", 3), tiny_base("gqa"))
+    ids = tokens()
+    with student.recurrent_branch_off():
+        off = student(ids).logits
+        with student.recurrent_branch_off():
+            pass
+        assert torch.equal(student(ids).logits, off)
+    with student.softmax_attention():
+        base = student(ids).logits
+        with student.softmax_attention():
+            pass
+        assert torch.equal(student(ids).logits, base)
+    assert not torch.equal(student(ids).logits, off) and not torch.equal(student(ids).logits, base)
+    cache = student(ids[:, :30], use_cache=True).past_key_values
+    again = student(ids[:, :30], use_cache=True).past_key_values
+    by_place = student.model(ids[:, 30:], None, None, cache).last_hidden_state
+    assert torch.equal(by_place, student.model(ids[:, 30:], past_key_values=again).last_hidden_state)
+
+
+@pytest.mark.parametrize("mixer", ["vq", "gla", "hedgehog"])
+def test_a_cache_that_is_filled_changes_no_gradient(mixer):
+    plan = Plan("llama", (LayerPlan((1,), mixer=mixer, mix="joint" if mixer == "vq" else "outside", window=9),) * 3)
+    student = tiny_student(plan, tiny_base("gqa"))
+    ids, found = tokens(), []
+    for use_cache in (False, True):
+        student.zero_grad()
+        student(ids, labels=ids, use_cache=use_cache).loss.backward()
+        found.append({name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @torch.no_grad()
@@ -546,6 +604,15 @@ def test_save_and_reload(pair, tmp_path, dtype):
     if dtype == torch.float32:
         assert torch.equal(again.eval()(tokens()).logits, student(tokens()).logits)
     assert (tmp_path / "modeling_linearized.py").is_file()
+
+
+def test_the_portable_file_counts_as_new_when_a_folder_is_uploaded(tmp_path):
+    student = tiny_student(plan_for("outside", 3), tiny_base("gqa"))
+    (tmp_path / "notes.txt").touch()
+    student.save_pretrained(tmp_path)
+    assert student._get_files_timestamps(tmp_path).keys() == {
+        "notes.txt", "config.json", "generation_config.json", "model.safetensors",
+    }  # fmt: skip
 
 
 def test_missing_mixer_parameters_start_at_their_initial_value(tmp_path):
@@ -598,12 +665,14 @@ assert "linearize" not in sys.modules
     assert (tmp_path / "again" / "modeling_linearized.py").is_file()
 
 
-@pytest.mark.parametrize("linearize_first", [True, False])
+@pytest.mark.parametrize("linearize_first", [True, False, "factory"])
 def test_importing_the_package_registers_the_classes(tmp_path, linearize_first):
     base = tiny_base("gqa")
     tiny_student(plan_for("outside", 3), base).save_pretrained(tmp_path)
     imports = ["import linearize", "from transformers import AutoModelForCausalLM"]
     lines = imports if linearize_first else imports[::-1]
+    if linearize_first == "factory":
+        lines = ["import linearize.modeling.factory", imports[1]]
     script = ";".join([*lines, f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"])
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.stdout.strip() == "LinearizedLlamaForCausalLM", run.stderr[-2000:]

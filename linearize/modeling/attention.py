@@ -105,7 +105,7 @@ class LinearizedAttention:
         self.query_group = site.group
         self.partial_rotary, self.rotates = family.partial_rotary, rotates
         base = next(base for base in type(self).__mro__ if base.__module__.startswith("transformers.models"))
-        self.family_module = sys.modules[base.__module__]
+        self.family_module_name = base.__module__  # a module itself could be neither copied nor pickled
         self.call_names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
         self.cache_name = next(name for name in CACHE_ARGUMENTS if name in self.call_names)
         self.handed_on: dict[str, Tensor | None] = {}
@@ -114,6 +114,11 @@ class LinearizedAttention:
         order = [*self.softmax_heads, *self.linear_heads]
         self.places = [order.index(head) for head in range(site.total_heads)]
         self.set_linear(True)
+
+    @property
+    def family_module(self):
+        """The family's modelling module, for its own rotary and its eager attention."""
+        return sys.modules[self.family_module_name]
 
     def set_linear(self, linear: bool) -> None:
         """Switches between the linearized layer and the family's softmax attention on the same weights."""
@@ -236,11 +241,15 @@ class LinearizedAttention:
         self, heads: WindowHeads, q, q_rotary, k, k_rotary, v, call: AttentionCall, cache: WindowCache | None, scores
     ) -> Tensor:
         padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
-        k = heads.recurrent_keys(k, k_rotary, call.hidden_states, cached=cache is not None)
+        noted = heads.recurrent_keys(k, k_rotary, call.hidden_states)
         if cache is None:
-            context = context_of(k_rotary, v, k, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments)
+            context = context_of(
+                k_rotary, v, noted, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments
+            )
             return heads(q, q_rotary, context, scores=scores, state=None)[0]
-        context = cache.extend(k_rotary, v, k, padding_mask)
+        context = cache.extend(k_rotary, v, heads.packed(noted), padding_mask)
+        if noted.requires_grad:
+            context = heads.with_gradients(context, noted)
         output, cache.recurrent_state = heads(q, q_rotary, context, scores=scores, state=cache.recurrent_state)
         return output
 

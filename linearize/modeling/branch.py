@@ -85,9 +85,17 @@ class WindowHeads(nn.Module):
         recurrent branch."""
         return 0
 
-    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor, *, cached: bool = False) -> Tensor:
+    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor) -> Tensor:
         """What the recurrent branch reads of each token besides its value, where there is one."""
         return k_rotary
+
+    def packed(self, noted: Tensor) -> Tensor:
+        """What `recurrent_keys` says of tokens, as a cache keeps it."""
+        return noted
+
+    def with_gradients(self, context: Context, noted: Tensor) -> Context:
+        """A cache's context with what was noted of its last tokens, [B, T, J, ·], in place of what packing has left of it."""
+        return context
 
     def forward(
         self, q: Tensor, q_rotary: Tensor, context: Context | Step, *, scores: Scores, state: Tensor | None
@@ -111,6 +119,9 @@ class WindowHeads(nn.Module):
         for start in range(0, T, longest):
             end = min(start + longest, T)
             part = context.part(max(0, cached + start - self.window), cached + end)
+            if start and state is not None and context.segments is not None:
+                goes_on = context.segments[:, cached + start] == context.segments[:, cached + start - 1]
+                state = state * goes_on.to(state.dtype).view(-1, *(1,) * (state.dim() - 1))
             output, state = self._attend(q[:, start:end], q_rotary[:, start:end], part, scores, state)
             outputs.append(output)
         return torch.cat(outputs, dim=1), state
@@ -217,21 +228,25 @@ class LinearHeads(WindowHeads):
             return width * self.site.head_dim
         return 4 * (self.site.head_dim + self.structure.gate_width())  # key and gate logits in float32
 
-    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor, *, cached: bool = False) -> Tensor:
+    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor) -> Tensor:
         """What the recurrent branch reads of each token besides its value: [B, T, J, K], or with a learned gate
         [B, T, J, K + gate_width()], the projection of the hidden states [B, T, D] behind the key. Behind rotary, what it
-        reads besides the key that the window has anyway, for a cache packed."""
+        reads besides the key that the window has anyway."""
         if self.structure.rotary:
             if not self.structure.arrival_bytes():
                 return k_rotary
+            _require_in_memory(next(self.structure.parameters()))
             with torch.autocast(k.device.type, enabled=False):
-                arrived = self.structure.arrive(k)
-            return self.structure.pack(arrived) if cached else arrived
+                return self.structure.arrive(k)
         if self.gate_projection is None:
             return k
+        _require_in_memory(self.gate_projection)
         dtype = state_dtype(hidden)
         offset = F.linear(hidden.to(dtype), self.gate_projection.to(dtype)).unflatten(-1, (k.shape[2], -1))
         return torch.cat([k.to(dtype), offset], dim=-1)
+
+    def packed(self, noted: Tensor) -> Tensor:
+        return self.structure.pack(noted) if self.structure.arrival_bytes() else noted
 
     def _attend(
         self, q: Tensor, q_rotary: Tensor, context: Context | Step, scores: Scores, state: Tensor | None
@@ -347,8 +362,7 @@ class LinearHeads(WindowHeads):
         values, keys = read.values.to(dtype), (read.keys if self.structure.rotary else read.raw_keys).to(dtype)
         offset = keys[..., q.shape[-1] :] if self.gate_projection is not None else None
         if self.structure.arrival_bytes():
-            noted = read.raw_keys
-            offset = self.structure.unpack(noted, dtype) if noted.dtype == torch.uint8 else noted.to(dtype)
+            offset = self._unpacked(read.raw_keys, dtype)
         normalised = not self.shared and self.structure.normalization == "sum"
         if self.shared or normalised:
             values = F.pad(values, (0, 1), value=1.0)
@@ -380,12 +394,29 @@ class LinearHeads(WindowHeads):
             output = _rms_norm(output)
         return output, state
 
+    def _unpacked(self, noted: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.structure.unpack(noted, dtype) if noted.dtype == torch.uint8 else noted.to(dtype)
+
+    def with_gradients(self, context: Context, noted: Tensor) -> Context:
+        if context.raw_keys.dtype != torch.uint8:
+            return context
+        before = self._unpacked(context.raw_keys[:, : context.raw_keys.shape[1] - noted.shape[1]], noted.dtype)
+        return replace(context, raw_keys=torch.cat([before, noted], dim=1))
+
     def _branch_weights(self, like: Tensor) -> Tensor:
         """[2, H, 1]: the weights of window and recurrent branch."""
         if self.mix_options["learned"]:
             return self.branch_weights[..., None]
         pair = [self.mix_options["window_weight"], self.mix_options["recurrent_weight"]]
         return torch.tensor(pair, device=like.device)[:, None, None]
+
+
+def _require_in_memory(parameter: Tensor) -> None:
+    if parameter.is_meta:
+        raise RuntimeError(
+            "the added parameters of a linearized model (`mixer`) have to stay in memory; give a device_map that offloads "
+            "none of its layers"
+        )
 
 
 def _rms_norm(x: Tensor) -> Tensor:

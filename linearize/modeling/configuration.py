@@ -4,8 +4,6 @@ import importlib
 from collections.abc import Callable
 from typing import ClassVar
 
-from transformers import AutoConfig
-
 from linearize.families.family import Family
 from linearize.modeling.plan import PREFIX, Plan
 
@@ -34,6 +32,9 @@ class LinearizedConfig:
 
 def config_class(family: Family) -> type:
     """Builds and registers the config class of one family; needs none of its modelling code."""
+    # here, since importing it may lead to this very function (modeling/register.py)
+    from transformers import AutoConfig
+
     if family.model_type in _CONFIGS:
         return _CONFIGS[family.model_type]
     module = importlib.import_module(family.import_path("configuration"))

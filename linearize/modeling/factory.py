@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from linearize.families.family import Family
-from linearize.families.registry import find_family
+from linearize.families.registry import FAMILIES, find_family
 from linearize.mixers.structure import Site
 from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention, Observation
 from linearize.modeling.branch import LinearHeads
@@ -46,7 +47,9 @@ class LinearizedDecoder:
 
     _keep_in_fp32_modules_strict = {"mixer"}
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
+        if args:
+            kwargs |= zip(list(inspect.signature(super().forward).parameters)[3:], args)
         if self.layers_linear:
             kwargs["padding_mask"] = padding_mask = _padding_mask(attention_mask)
             if padding_mask is not None and position_ids is None:
@@ -92,9 +95,16 @@ class LinearizedForCausalLM:
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves as transformers does, with the portable file and `auto_map` beside the weights."""
-        if PORTABLE_WRITER is not None:  # of a model loaded from a portable file transformers copies that file itself
+        # of a model loaded from a portable file transformers copies that file itself
+        if PORTABLE_WRITER is not None and kwargs.get("is_main_process", True):
             self.config.auto_map = PORTABLE_WRITER(Path(save_directory), self.config.plan)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir):
+        """Of files that were there before saving and need no upload: not the portable file, which is written first."""
+        written = {f"{name.partition('.')[0]}.py" for name in (getattr(self.config, "auto_map", None) or {}).values()}
+        stamps = super()._get_files_timestamps(working_dir)
+        return {name: stamp for name, stamp in stamps.items() if name not in written}
 
     def linear_attentions(self) -> Iterator[tuple[str, LinearizedAttention]]:
         """Every layer's attention that has linear heads, with its module name."""
@@ -105,11 +115,12 @@ class LinearizedForCausalLM:
     @contextlib.contextmanager
     def softmax_attention(self) -> Iterator[None]:
         """Inside, every layer is the base model's own softmax attention on the same weights."""
+        before = self.base_model.layers_linear
         self._set_linear(False)
         try:
             yield
         finally:
-            self._set_linear(True)
+            self._set_linear(before)
 
     @contextlib.contextmanager
     def observed(self, observer: Callable[[Observation], Tensor | None]) -> Iterator[None]:
@@ -137,15 +148,15 @@ class LinearizedForCausalLM:
     @contextlib.contextmanager
     def _branches(self, **switches: bool) -> Iterator[None]:
         mixers = [module for module in self.modules() if isinstance(module, LinearHeads)]
-        for name, value in switches.items():
-            for module in mixers:
+        before = [(module, name, getattr(module, name)) for module in mixers for name in switches]
+        for module in mixers:
+            for name, value in switches.items():
                 setattr(module, name, value)
         try:
             yield
         finally:
-            for name, value in switches.items():
-                for module in mixers:
-                    setattr(module, name, not value)
+            for module, name, value in before:
+                setattr(module, name, value)
 
     def _set_linear(self, linear: bool) -> None:
         self.base_model.layers_linear = linear
@@ -210,6 +221,17 @@ def linearized_classes(family: Family) -> LinearizedClasses:
     return LinearizedClasses(config, attention, decoder, causal_lm)
 
 
+def __getattr__(name: str) -> type:
+    """The classes of a listed family by name, for pickles."""
+    for family in FAMILIES.values():
+        if name in {
+            f"Linearized{cls}" for cls in (family.causal_lm_class, family.decoder_class, family.attention_class)
+        }:
+            linearized_classes(family)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _hand_on(attention: LinearizedAttention, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Gives a layer's attention the keywords that the layer itself would drop."""
     attention.handed_on = {name: kwargs[name] for name in ("padding_mask", "segments") if name in kwargs}
@@ -222,7 +244,8 @@ def _padding_mask(attention_mask: Tensor | None) -> Tensor | None:
         return None
     if attention_mask.dim() != 2:
         raise ValueError(
-            f"linearized models take a 2-D attention mask [batch, tokens]; got {attention_mask.dim()} dimensions"
+            f"linearized models take a 2-D attention mask [batch, tokens]; got {attention_mask.dim()} dimensions, which a "
+            "static cache makes, too: the default of generate() is the one to use"
         )
     mask = attention_mask.bool()
     return None if bool(mask.all()) else mask

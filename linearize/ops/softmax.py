@@ -57,6 +57,8 @@ def softmax_attention_naive(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same with a full score matrix; see `softmax_attention`. What is causal is in the bias."""
+    if q.dtype == torch.float16:  # products of legal scores need not fit
+        q, k = q.float(), k.float()
     scores = (q @ k.transpose(-1, -2) * scale).to(state_dtype(q))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
