@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from linearize.checkpoint.source import Source
 from linearize.device import compute_dtype, pick_device
@@ -28,7 +28,7 @@ from linearize.evaluation.recall import SPAN, recall_task
 from linearize.modeling.attention import Observation
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import context_of
-from linearize.modeling.loading import load_unconverted
+from linearize.modeling.loading import load_unconverted, tokenizer_of
 from linearize.modeling.plan import Plan
 from linearize.modeling.readout import readout_of
 from linearize.ops.dispatch import without_kernels
@@ -36,7 +36,6 @@ from linearize.training.data import documents
 from linearize.training.losses import chunked_kl
 
 LONGEST = 2048
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # rows that nothing but the mix is fitted on: one of text, one of copying
 HELD = 2
 SEED = 777_002
@@ -89,7 +88,7 @@ def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | Non
     Raises:
         ConfigError: no such dataset.
     """
-    if (tokenizer := tokenizer_of(source)) is None:
+    if (tokenizer := tokenizer_of(source.folder)) is None:
         return None
     ids: list[int] = []
     for document, _ in documents(name, tokenizer, text_field="text", completion_only=False, seed=None):
@@ -100,16 +99,6 @@ def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | Non
     if length < 2 * window:
         return None
     return torch.tensor(ids[: rows * length]).view(rows, length)
-
-
-def tokenizer_of(source: Source):
-    """A checkpoint's tokenizer, None where it has none."""
-    if not any((source.folder / name).is_file() for name in TOKENIZERS):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:  # tokenizers raises bare ones
-        raise CheckpointError(f"{source.name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 @without_kernels()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.assets import asset_files
-from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.checkpoint.fingerprint import fingerprint_of, sha256, tokenizer_fingerprint
 from linearize.checkpoint.source import Source, open_source
 from linearize.checkpoint.weights import BITS, FLOATING, INDEX, SINGLE, TensorInfo, Weights, has_weights, read_weights
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
@@ -215,11 +215,16 @@ def _head_scores(
 ) -> list[list[float]]:
     """What recall or long text loses with each head, from running the base; kept for its next conversion."""
     from linearize.device import compute_dtype, pick_device
-    from linearize.modeling.loading import load_base
+    from linearize.modeling.loading import load_base, tokenizer_of
     from linearize.scoring import cached_scores, combined, eliminate, head_scores
+    from linearize.training.data import data_fingerprint
 
+    if not layers:  # nothing to choose from; what then converts nothing is refused where heads are counted
+        return [[0.0] * config["num_key_value_heads"]] * config["num_hidden_layers"]
     scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
     key = {"base": source.fingerprint(), "by": by, **reach, **scoring.model_dump(), "layers": list(layers)}
+    key["data"] = [data_fingerprint([scoring.text]), tokenizer_fingerprint(tokenizer_of(source.folder))]
+    key["precision"] = str(compute_dtype("auto"))
     first: list[list[float]] = []
     if eliminating := scoring.method == "elimination":
         keep = kept_count(scored_share(settings.keep_softmax)[1], len(layers) * config["num_key_value_heads"])
@@ -276,12 +281,13 @@ def _probe_groups(
 
 def _facts(source: Source, config: dict[str, Any], settings: ConversionConfig) -> "Probe | None":
     """Facts at the longest distance that fits; None without a tokenizer, or where neither text nor positions are long enough."""
-    from linearize.calibrate import text_rows, tokenizer_of
+    from linearize.calibrate import text_rows
+    from linearize.modeling.loading import tokenizer_of
     from linearize.scoring import BEFORE, facts_probe
 
     scoring, room = settings.scoring, 2 * BEFORE
     fitting = [n for n in scoring.distances if n > settings.window and n + room <= config["max_position_embeddings"]]
-    if not scoring.fact_rows or not fitting or (tokenizer := tokenizer_of(source)) is None:
+    if not scoring.fact_rows or not fitting or (tokenizer := tokenizer_of(source.folder)) is None:
         return None
     text = text_rows(source, settings.window, scoring.text, scoring.fact_rows)
     if text is None or text.numel() < max(fitting) + room:
@@ -415,8 +421,7 @@ def checked_model_type(source: Source) -> dict[str, Any]:
     model_type = raw.get("model_type")
     if "linearize" in raw or str(model_type).startswith("linearized_"):
         raise UnsupportedModelError(f"{source.name}: is already linearized; convert its base model instead")
-    if "quantization_config" in raw:
-        quantization = raw["quantization_config"]
+    if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{source.name}: is quantised ({method}); convert the original floating-point checkpoint (or a GGUF file, "
@@ -440,6 +445,7 @@ def _full_config(source: Source, raw: dict[str, Any]) -> dict[str, Any]:
     try:
         config = AutoConfig.for_model(**raw).to_dict()
         config |= find_family(raw["model_type"]).heads(config)
+        find_family(raw["model_type"]).sliding_windows(config)
     except Exception as error:  # strict configs raise their own types for impossible values
         raise CheckpointError(f"{source.folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
     _check_heads(source, config)

@@ -291,7 +291,7 @@ def cached_scores(key: dict[str, Any], compute: Callable[[], list[list[float]]])
     """Scores kept under the base's fingerprint and the settings in `key`, computed where there are none yet."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize" / "scores"
     path = folder / f"{fingerprint_of(key)}.json"
-    if path.is_file():
+    with contextlib.suppress(OSError, ValueError, LookupError):  # none yet, or a damaged file
         return json.loads(path.read_bytes())["scores"]
     scores = compute()
     folder.mkdir(parents=True, exist_ok=True)

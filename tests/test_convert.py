@@ -178,6 +178,28 @@ def test_existing_output(base_folder, tmp_path):
     assert (foreign / "thesis.tex").read_text() == "irreplaceable"
 
 
+def test_of_a_link_the_folder_is_written(base_folder, tmp_path, cli):
+    base = base_folder()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for window in ("8", "9"):
+        code, _, err = cli("convert", base, "-o", tmp_path / "link", "--window", window, "--no-verify", "--overwrite")
+        assert code == 0, err
+        assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
+        assert json.loads((tmp_path / "disk" / "linearize.json").read_bytes())["settings"]["window"] == int(window)
+    code, _, err = cli("convert", base, "-o", ".", "--window", "8")
+    assert code == 2 and "is the current folder" in err
+
+
+@pytest.mark.parametrize("keep", ["auto", "text:25%", "both:25%"])
+def test_a_base_of_sliding_windows_alone_has_nothing_to_score(base_folder, tmp_path, cli, keep):
+    config = json.loads((base := base_folder(num_hidden_layers=2) / "config.json").read_bytes())
+    base.write_text(json.dumps({**config, "model_type": "mistral", "sliding_window": 24}))
+    flags = ["--window", "12", "--set", "scoring.distances=[40]", "--keep-softmax", keep]
+    code, _, err = cli("convert", base.parent, "-o", tmp_path / "out", *flags)
+    assert code == 1 and "nothing to convert" in err and "--layers all" in err and "Traceback" not in err, err
+
+
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(base_folder, tmp_path):
     base, out = base_folder(), tmp_path / "out"
     process = subprocess.Popen(

@@ -230,6 +230,10 @@ def test_convert_by_scores(by, base_folder, cli, tmp_path, monkeypatch):
     assert kept == set(sorted(scores, key=lambda at: -scores[at])[:3])
     code, text, err = cli("plan", base, *flags)
     assert "scoring key/value heads" not in err and "scores " in text
+    for path in (tmp_path / "cache" / "linearize" / "scores").iterdir():
+        path.write_text("damaged")
+    code, _, err = cli("plan", base, *flags)
+    assert code == 0 and "scoring key/value heads" in err
     code, out, err = cli("convert", base, *flags, "-o", tmp_path / "out", "--json")
     assert code == 0, err
     assert {
@@ -237,6 +241,19 @@ def test_convert_by_scores(by, base_folder, cli, tmp_path, monkeypatch):
         for number, layer in enumerate(json.loads(out)["plan"]["layers"])
         for head in layer["softmax_heads"]
     } == kept
+
+
+def test_scores_are_those_of_the_text(base_folder, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    flags = ["--keep-softmax", "text:30%", "--window", "12", "--set", f"scoring.text={text}"]
+    base, found = base_folder(), []
+    for words in ("one after the other ", "one after the other ", "something else entirely "):
+        text.write_text(words * 400)
+        code, out, err = cli("plan", base, *flags, "--json")
+        assert code == 0, err
+        found.append(json.loads(out)["layers"])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("by", SCORED)

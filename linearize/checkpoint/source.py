@@ -15,9 +15,11 @@ from pathlib import Path
 
 from linearize.checkpoint.assets import asset_files
 from linearize.checkpoint.fingerprint import sha256
-from linearize.checkpoint.weights import sampled_values
+from linearize.checkpoint.weights import read_header, sampled_values
 from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError
 
+# adapters that put tokens or keys before a text's own
+UNMERGEABLE = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB_SECONDS = 8
 HUB_FILES = [
@@ -225,9 +227,16 @@ def hub_answers() -> bool:
 def _adapter_base(adapter: Path, merge: bool) -> str:
     """The base model that a PEFT adapter names, if the adapter may and can be merged into it."""
     try:
-        base = json.loads((adapter / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+        config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+        base, kind = config["base_model_name_or_path"], config.get("peft_type")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{adapter / ADAPTER_CONFIG}: damaged ({error})") from None
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"{adapter / ADAPTER_CONFIG}: names no base model (base_model_name_or_path: {base}); write it in"
+        )
+    if kind in UNMERGEABLE:
+        raise UnsupportedModelError(f"{adapter}: is a PEFT adapter of type {kind}, which no weights can be merged with")
     if not merge:
         raise UnsupportedModelError(
             f"{adapter}: is a PEFT adapter of '{base}', not a model; --merge-adapter merges the two and converts the result"
@@ -240,13 +249,41 @@ def _adapter_base(adapter: Path, merge: bool) -> str:
 
 
 def _merge(base: Source, adapter: Path, folder: Path) -> None:
-    """Writes `base` with the adapter merged in."""
-    from peft import PeftModel
+    """Writes `base` with the adapter merged in, every tensor of it accounted for."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
+    from linearize.convert import checked_model_type
+
+    checked_model_type(base)
+    # what a file says of a layer below an adapter is the base's own
+    given = {name.replace(".base_layer.", ".") for name in read_header(adapter / ADAPTER_WEIGHTS)}
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto")
+    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
+    own = {f"base_model.model.{name}" for name in model.state_dict()}
     try:
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+        adapted = PeftModel.from_pretrained(model, adapter)
+        wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{adapter}: cannot be merged: {' '.join(str(error).split())[:300]}") from None
+    if model.config.tie_word_embeddings and any(
+        isinstance(module, BaseTunerLayer)
+        and not isinstance(module, TrainableTokensLayer)
+        and module.get_base_layer() in embeddings
+        for module in adapted.modules()
+    ):
+        raise UnsupportedModelError(
+            f"{adapter}: changes the input or the output embeddings alone, which its base ties together; untie them first"
+        )
+    for kind, names in (("lacks", wanted - given), ("has, but the base has no place for", given - wanted - own)):
+        if names:
+            raise CheckpointError(
+                f"{adapter}: {kind} {len(names)} tensors, first '{min(names)}'; is it of another base?"
+            )
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{adapter}: cannot be merged: {' '.join(str(error).split())[:300]}") from None
     merged.save_pretrained(folder, max_shard_size="4GB")

@@ -26,11 +26,13 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     The unfinished folder is hidden and named after `out`, so that whatever a killed run left is cleared by the next.
     """
     check_target(out, overwrite=overwrite)
+    out = out.resolve()  # of a link the folder itself is replaced
     partial = out.parent / f".{out.name}.partial"
-    check_free(partial, out)
-    make_folder(partial, empty=True)
-    try:
-        with alone_in(partial, out):
+    make_folder(partial)
+    with alone_in(partial, out):
+        try:
+            for left_over in partial.iterdir():
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
             yield partial
             _sync(partial)
             if out.exists():
@@ -41,11 +43,11 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 shutil.rmtree(replaced)
             else:
                 partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise_if_full(error, out.parent)
-        raise
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise_if_full(error, out.parent)
+            raise
 
 
 @contextlib.contextmanager
@@ -73,13 +75,10 @@ def check_free(folder: Path, out: Path) -> None:
             pass
 
 
-def make_folder(folder: Path, *, empty: bool = False) -> None:
-    """Makes a folder of an output and those above it; with `empty`, what was in it goes."""
+def make_folder(folder: Path) -> None:
+    """Makes a folder of an output and those above it."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if empty and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except PermissionError:
         raise ConfigError(f"--out: no permission to write in {folder.parent}") from None
     except OSError as error:
@@ -93,6 +92,8 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     check_writable(out)
     if not out.exists():
         return
+    if out.resolve() == Path.cwd():
+        raise ConfigError(f"--out: {out} is the current folder, which cannot be replaced; name another")
     if not out.is_dir():
         raise ConfigError(f"--out: {out} exists and is not a folder")
     if not any(out.iterdir()):

@@ -28,7 +28,7 @@ REFUSED: dict[str, str] = {model_type: why for why, types in _REASONS.items() fo
 
 def reason_to_refuse(config: Settings) -> str | None:
     """Why a model with this config.json cannot be converted; None where nothing in it says so."""
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type in REFUSED:
         return REFUSED[model_type]
     if config.get("is_encoder_decoder"):
@@ -38,7 +38,8 @@ def reason_to_refuse(config: Settings) -> str | None:
             f"it wraps the text model {inner.get('model_type', '(unnamed)')} for other inputs; --text-model takes that one "
             "out and converts it"
         )
-    kinds = set(config.get("layer_types") or ()) - {FULL, SLIDING}
+    kinds = config.get("layer_types") or ()
+    kinds = set(map(str, kinds)) - {FULL, SLIDING} if isinstance(kinds, list | tuple) else set()
     if kinds & {"chunked_attention"}:
         return "some of its layers attend within chunks, which is not supported"
     return LINEAR if kinds else None

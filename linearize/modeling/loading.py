@@ -23,6 +23,7 @@ from linearize.modeling.register import register_checkpoint
 
 MANIFEST = "linearize.json"
 ADAPTER = "adapter"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # beside finetuned weights: the added parameters before any training
 UNTRAINED_FILE = "untrained.safetensors"
 
@@ -94,10 +95,32 @@ def merged(adapted: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer (an adapter-only folder's is its parent's)."""
+    """The checkpoint's tokenizer (an adapter-only folder's is its parent's).
+
+    Raises:
+        ConfigError: there is none. CheckpointError: it is damaged.
+    """
     folder = weights_folder(folder)
     register_checkpoint(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    if (tokenizer := tokenizer_of(folder)) is None:
+        raise ConfigError(f"MODEL: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); put the base's into it")
+    return tokenizer
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """A folder's tokenizer, None where it has none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare ones
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def weights_folder(folder: Path) -> Path:
@@ -175,7 +198,9 @@ def untrained_parameters(folder: Path, manifest: dict[str, Any]) -> dict[str, to
         return None
     if (folder / UNTRAINED_FILE).is_file():
         return load_file(folder / UNTRAINED_FILE)
-    return added_of(weights_folder(folder))
+    if (parent := weights_folder(folder)) != folder:
+        return untrained_parameters(parent, read_manifest(parent))
+    return added_of(folder)
 
 
 def added_of(folder: Path) -> dict[str, torch.Tensor]:
