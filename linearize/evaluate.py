@@ -28,13 +28,16 @@ from linearize.convert import versions
 from linearize.errors import ConfigError, Interrupted
 from linearize.evaluation.suite import Suite, within_positions
 from linearize.modeling.plan import Plan
+from linearize.placement import spread_evenly
 from linearize.report.card import add_evaluation
 from linearize.report.gates import (
+    check_common,
     check_comparable,
     check_gates,
     evaluate_gates,
     expand_gates,
     read_older,
+    recovery_gates,
     regression_gates,
 )
 from linearize.report.markdown import append_summary, render_markdown
@@ -99,7 +102,8 @@ def evaluate(
                 "models took turns in memory; the base's final hidden states waited on disk, in the precision they were "
                 "computed in"
             )
-        lab = Lab(loaders, tokenizer, text, device, suite.seed, together, work, progress)
+        vocabulary = min(len(tokenizer), source.read_config()["vocab_size"])
+        lab = Lab(loaders, tokenizer, vocabulary, text, device, suite.seed, together, work, progress)
         identity = {name: _fingerprint(folders[name]) for name in (STUDENT, CONTROL) if name in folders}
         identity |= {"base": source.fingerprint(), "dtype": str(dtype), "suite": asdict(suite)}
         identity |= {"data": data_fingerprint([*suite.data, *suite.choice])}
@@ -133,6 +137,9 @@ def evaluate(
         command=shlex.join(["linearize", *sys.argv[1:]]),
         notes=(*notes, *(note for found in findings for note in found.notes)),
     )
+    if min_recovery is not None:
+        recovered = recovery_gates(min_recovery, _beyond(suite, window), metrics)
+        results = replace(results, gates=(*results.gates, *recovered))
     if older is not None:
         regressions, remarks = regression_gates(older, results)
         results = replace(results, gates=(*results.gates, *regressions), notes=(*results.notes, *remarks))
@@ -168,17 +175,16 @@ def check_request(
     from linearize.modeling.loading import read_manifest
 
     expressions = expand_gates(list(gates or []))
-    if min_recovery is not None:
-        beyond = [length for length in suite.lengths if length > window]
-        if not beyond:
-            raise ConfigError(
-                f"--min-recovery: got {min_recovery}, but perplexity is measured at "
-                f"{', '.join(map(str, suite.lengths)) or 'no length'}, and only beyond the window of {window} is there "
-                "anything to recover"
-            )
-        expressions += [f"perplexity@{length}.recovery>={min_recovery}" for length in beyond]
-    check_gates(expressions, suite.metric_names(), open_ended=bool(suite.tasks))
+    if min_recovery is not None and not _beyond(suite, window):
+        raise ConfigError(
+            f"--min-recovery: got {min_recovery}, but perplexity is measured at "
+            f"{', '.join(map(str, suite.lengths)) or 'no length'}, and only beyond the window of {window} is there "
+            "anything to recover"
+        )
+    check_gates(expressions, suite.figures(), open_ended=bool(suite.tasks))
     older = read_older(compare) if compare else None
+    if older is not None and not suite.tasks:
+        check_common(older, suite.figures())
     if summary_file is not None:
         check_writable(summary_file, "--summary-file")
     if suite.control is not None:
@@ -189,17 +195,24 @@ def check_request(
     return expressions, older, tasks
 
 
-def check_text(model: Path, suite: Suite, compare: Path | None = None) -> None:
-    """What needs a conversion's tokenizer to be refused, though no weights: text, and older results of other text.
+def _beyond(suite: Suite, window: int) -> list[int]:
+    """The lengths at which there is something to recover."""
+    return [length for length in suite.lengths if length > window]
+
+
+def check_text(model: Path, suite: Suite, *, gates: list[str], compare: Path | None = None, **demands) -> None:
+    """What needs a conversion to be refused, though no weights: text, older results of other text, and gates on what its
+    positions do not hold. Arguments as in `evaluate`.
 
     Raises:
-        ConfigError: text shorter than a window that is asked for, older results that cannot be compared.
+        ConfigError: one of these.
     """
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_tokenizer
 
     # a conversion has its base's positions
     suite, _ = within_positions(suite, json.loads((model / "config.json").read_bytes()))
+    check_gates(expand_gates(gates), suite.figures(), open_ended=bool(suite.tasks))
     older = read_older(compare) if compare else None
     _read_text(suite, load_tokenizer(model), older, compute_dtype("auto"), pick_device())
 
@@ -226,8 +239,6 @@ def _weights(
     """The sets of weights of an evaluation: functions that load them, and the folders they come from."""
     from linearize.evaluation.lab import REFERENCE
     from linearize.modeling.loading import load_student, load_unconverted, read_manifest, untrained_parameters
-    from linearize.modeling.plan import Plan
-    from linearize.placement import spread_evenly
 
     plan = Plan.from_dict(manifest["plan"])
     vocabulary = source.read_config()["vocab_size"]
@@ -238,14 +249,7 @@ def _weights(
     folders = {REFERENCE: source.folder, STUDENT: model}
     if suite.uniform:
         heads = manifest["coverage"]["heads"] // len(plan.layers)
-        kept = [layer.softmax_heads for layer in plan.layers]
-        if sum(map(len, kept)) in (0, len(kept) * heads):
-            raise ConfigError(
-                "--uniform: the student keeps none or all of its heads softmax; there is nothing to spread"
-            )
-        evenly = spread_evenly(sum(map(len, kept)), len(kept), heads)
-        layers = tuple(layer.with_softmax_heads(chosen) for layer, chosen in zip(plan.layers, evenly))
-        uniform = replace(plan, layers=layers)
+        uniform = _spread(plan, heads)
         loaders[UNIFORM] = lambda: load_unconverted(
             source, uniform, dtype=dtype, added=_calibrated(source, uniform, manifest)
         )
@@ -267,14 +271,26 @@ def _weights(
     return loaders, folders
 
 
+def _spread(plan: Plan, heads: int) -> Plan:
+    """The plan with as many softmax heads at even distances, of `heads` in each of the layers that are not the base's own."""
+    ours = [i for i, layer in enumerate(plan.layers) if not layer.native]
+    kept = sum(len(plan.layers[i].softmax_heads) for i in ours)
+    if kept in (0, len(ours) * heads):
+        raise ConfigError("--uniform: the student keeps none or all of its heads softmax; there is nothing to spread")
+    layers = list(plan.layers)
+    for i, chosen in zip(ours, spread_evenly(kept, len(ours), heads)):
+        layers[i] = layers[i].with_softmax_heads(chosen)
+    return replace(plan, layers=tuple(layers))
+
+
 def _calibrated(source: Source, plan: Plan, manifest: dict[str, Any]):
     """Added parameters of another plan, calibrated as the student's were."""
     if not manifest.get("calibration"):
         return None
-    from linearize.calibrate import calibrate, calibration_rows
+    from linearize.calibrate import calibrate, text_rows
 
     settings = manifest["settings"]["calibration"]
-    rows = calibration_rows(source, plan, settings["text"], settings["rows"])
+    rows = text_rows(source, max(layer.window for layer in plan.layers), settings["text"], settings["rows"])
     return calibrate(source, plan, rows, settings["text"]).tensors
 
 
@@ -355,8 +371,8 @@ def _stages(suite: Suite, tasks: dict[str, Any], base_fingerprint: str) -> Itera
             )
     for length in suite.passkey:
         yield f"passkey@{length}", partial(measure_passkey, length=length, rows=suite.passkey_rows)
-    if suite.branch and suite.lengths:
-        yield "branch", partial(measure_branch_share, length=max(suite.lengths))
+    if suite.branch:
+        yield "branch", partial(measure_branch_share, length=suite.branch_length)
     if suite.generation:
         yield "generation", partial(measure_generation, tokens=suite.generation)
     for path in suite.choice:
@@ -406,12 +422,20 @@ def _text_ids(suite: Suite, tokenizer):
 
     longest = max([16 if suite.parity else 2, *suite.lengths, *suite.passkey])
     needed = max(suite.max_tokens, longest, suite.passkey_rows * max(suite.passkey, default=0))
-    ids: list[int] = []
+    texts: list[list[int]] = []
     for name in suite.data:
+        texts.append([])
         for document, _ in documents(name, tokenizer, text_field=suite.text_field, completion_only=False, seed=None):
-            ids += document
-            if len(ids) >= needed:
+            texts[-1] += document
+            if len(texts[-1]) >= needed:
                 break
+    ids = texts[0]
+    if len(texts) > 1:  # each its share, and of what the short ones lack the others' more
+        left, shares = needed, {}
+        for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+            shares[i] = min(len(texts[i]), -(-left // (len(texts) - len(shares))))
+            left -= shares[i]
+        ids = [token for i, text in enumerate(texts) for token in text[: shares[i]]]
     if len(ids) < longest:
         raise ConfigError(
             f"--data: {', '.join(suite.data)} hold {len(ids)} tokens, fewer than one window of {longest} (--lengths)"

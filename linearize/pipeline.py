@@ -144,7 +144,7 @@ def run_pipeline(
         )  # fmt: skip
         done.record("convert", inputs, converted)
     if pipeline.eval is not None:
-        check_text(converted, pipeline.eval.chosen(), pipeline.eval.demands()["compare"])
+        check_text(converted, pipeline.eval.chosen(), **pipeline.eval.demands())
     student = converted
     if recipe is not None:
         inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump(), "data": data_fingerprint(recipe.data)}

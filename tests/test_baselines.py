@@ -11,10 +11,11 @@ from test_evaluate import SUITE, quiet
 
 from linearize.convert import convert
 from linearize.errors import ConfigError
-from linearize.evaluate import evaluate
+from linearize.evaluate import _spread, evaluate
 from linearize.evaluation import letters
 from linearize.evaluation.suite import Suite
 from linearize.modeling import loading
+from linearize.modeling.plan import LayerPlan, Plan
 from linearize.placement import spread_evenly
 from linearize.recipe import load_config
 
@@ -98,6 +99,27 @@ def test_the_uniform_layout_and_the_control_are_columns(in_float32, student, tmp
         assert "uniform layout, untrained" in text and "control: base, same recipe" in text
 
 
+def test_the_uniform_layout_of_a_calibrated_student(in_float32, base_folder, tmp_path):
+    out, even = tmp_path / "linearized" / "fitted", tmp_path / "linearized" / "even"
+    base = str(base_folder())
+    for folder, keep in ((out, "1:0,1:2,2:1"), (even, "0:0,1:0,2:0")):
+        convert(base, load_config(None, {**WINDOWED, "keep_softmax": keep}), out=folder, verify=False, progress=quiet)
+    suite = replace(SUITE, recall=(), lengths=(64,))
+    value = evaluate(out, replace(suite, uniform=True), progress=quiet).metric("kl@64").values["uniform"].mean
+    wanted = evaluate(even, suite, progress=quiet).metric("kl@64").values["student"].mean
+    assert value == pytest.approx(wanted, rel=1e-4) and value > 0
+
+
+def test_layers_of_the_base_take_no_part_in_the_uniform_layout():
+    native = LayerPlan((0, 1), native=True)
+    plan = Plan("gemma2", (native, LayerPlan((1,)), native, LayerPlan(())))
+    spread = _spread(plan, 2)
+    assert spread.layers[0] == spread.layers[2] == native
+    assert [layer.softmax_heads for layer in spread.layers[1::2]] == [(0,), ()]
+    with pytest.raises(ConfigError, match="nothing to spread"):
+        _spread(Plan("gemma2", (native, LayerPlan(()))), 2)
+
+
 def test_baselines_that_would_say_nothing_are_refused(student, base_folder, tmp_path, cli):
     linear = make(tmp_path / "base", tmp_path / "linearized" / "linear", "none")
     code, _, err = cli("eval", linear, "--only", "recall", "--recall", "8", "--uniform")
@@ -172,6 +194,8 @@ def test_a_habit_of_a_letter_shows(student, tmp_path, monkeypatch):
         ('{"query": "a", "choices": ["b"], "gold": 0}', "1 choices"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold 2"),
         ('{"question": "a"}', "line 1"),
+        ('{"query": "a", "choices": "yes", "gold": 0}', "choices (a list)"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 1.0}', "gold (a whole number)"),
         ("nonsense", "line 1"),
     ],
 )
@@ -179,6 +203,8 @@ def test_files_of_items_with_mistakes(student, cli, tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
     code, _, err = cli("eval", student, "--only", "choice", "--choice", tmp_path / "bad.jsonl")
     assert code == 2 and "--choice" in err and words in err
+    (tmp_path / "line.jsonl").write_text('{"query": "a\u2028b", "choices": ["b", "c"], "gold": 0}', encoding="utf-8")
+    assert letters.read_items(tmp_path / "line.jsonl", None)[0].query == "a\u2028b"
     with pytest.raises(ConfigError, match="no text file"):
         letters.read_items(tmp_path / "missing.jsonl", None)
 
@@ -230,6 +256,31 @@ def test_generation_tasks_are_scored_by_every_reading(harness, student, cli, tmp
     for metric in metrics.values():
         assert {value["n"] for value in metric["values"].values()} == {4} and metric["data"].startswith("sums ")
     assert metrics["sums_exact_match_strict_match"]["values"]["base"]["mean"] == 0
+
+
+def test_the_answers_of_a_base_are_those_of_its_tokenizer(harness, student, cli, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"question": "1", "answer": "2"}\n' * 2)
+    (tmp_path / "tasks").mkdir()
+    task = GENERATION_TASK.format(data=json.dumps(str(tmp_path / "sums.jsonl")))
+    (tmp_path / "tasks" / "sums.yaml").write_text(task)
+    flags = ["--only", "tasks", "--tasks", "sums", "--tasks-dir", tmp_path / "tasks"]
+    said = "the base's answers are at hand"
+    assert [said in cli("eval", student, *flags, "-o", tmp_path / name)[2] for name in "ab"] == [False, True]
+    for folder in (student, tmp_path / "base"):
+        rules = json.loads((folder / "tokenizer.json").read_bytes())
+        start = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+        rules["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        }
+        (folder / "tokenizer.json").write_text(json.dumps(rules))
+    assert loading.load_tokenizer(student)("a").input_ids[0] == 0
+    assert said not in cli("eval", student, *flags, "-o", tmp_path / "c")[2]
+    (tmp_path / "tasks" / "sums.yaml").write_text(task.replace("exact_match", "bleu").partition("filter_list")[0])
+    code, _, err = cli("eval", student, *flags)
+    assert code == 2 and "scores none of acc" in err
 
 
 def test_tasks_that_need_a_hub_fail_at_once_without_one(harness, student, cli, monkeypatch, tmp_path):

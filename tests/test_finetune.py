@@ -397,6 +397,53 @@ def test_data_formats(tmp_path, tokenizer_folder, kind, suffix):
     assert answer == ("one two three</s>" if kind == "text" else "four</s>")
 
 
+def test_rows_that_say_nothing_are_passed_over(tmp_path, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    path, user = tmp_path / "rows.jsonl", {"role": "user", "content": "Add 2 2."}
+    answer = {"role": "assistant", "content": "four"}
+
+    def answers() -> list[str]:
+        found = documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None)
+        return [tokenizer.decode([i for i, c in zip(ids, counted) if c]) for ids, counted in found]
+
+    conversations = [[], [user, answer], [answer], [user, answer, user, answer, user]]
+    for template in (tokenizer.chat_template, None):
+        tokenizer.chat_template = template
+        path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations))
+        first, alone, last = answers()
+        assert first == last == "four</s>" and alone.endswith("four</s>")
+    path.write_text('{"text": null}\n{"text": "one"}\n')
+    assert answers() == ["one</s>"]
+
+
+def test_the_end_that_a_tokenizer_puts_behind_a_prompt_is_taken_off(tmp_path, tokenizer_folder):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(DATA_ROWS["instruction"]) + "\n")
+    ((ids, counted),) = documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None)
+    assert tokenizer.decode([i for i, c in zip(ids, counted) if c]) == "four</s>"
+
+
+def test_a_long_text_is_read_in_pieces_and_names_are_taken_as_they_are(tmp_path, tokenizer_folder, monkeypatch):
+    from linearize.training import data
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    path = tmp_path / "a[1]*.txt"
+    lines = [f"line {i} of some words\n" for i in range(40)]
+    path.write_text("".join(lines))
+    options = {"text_field": "text", "completion_only": False, "seed": None}
+    ((whole, _),) = documents(str(path), tokenizer, **options)
+    monkeypatch.setattr(data, "LONGEST_TEXT", 200)
+    pieces = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in documents(str(path), tokenizer, **options)]
+    assert "".join(pieces) == tokenizer.decode(whole, skip_special_tokens=True) == "".join(lines)
+    assert len(pieces) == 4 and all(piece.endswith("\n") for piece in pieces)
+    assert len(list(documents(str(path), tokenizer, **{**options, "seed": 1}))) == 4
+
+
 def test_short_documents_are_left_out(tmp_path, tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     path = tmp_path / "mixed.jsonl"

@@ -24,7 +24,7 @@ from linearize.evaluation.suite import SUITES, Suite
 from linearize.modeling.readout import Readout
 from linearize.report.html import render_html
 from linearize.report.plots import plots_of
-from linearize.report.results import BASE, STUDENT, WINDOW, json_schema, make_metric
+from linearize.report.results import BASE, MODELS, STUDENT, WINDOW, json_schema, make_metric
 from linearize.report.statistics import bootstrap_error, mcnemar, sign_flip_test, student_quantile
 
 WHOLE = replace(
@@ -84,6 +84,15 @@ def test_associative_rows():
         assert associative_accuracy(perfect.roll(1, 0), head, task.ids[0], pairs) == 0.0
 
 
+def test_associative_rows_longer_than_the_vocabulary():
+    task = associative_task(1000, 2, 320, 7, seed=0)
+    row, pairs = task.ids[0].tolist(), task.counted
+    assert len(row) == 1 + 1000 + 2 * pairs and pairs == 32
+    told = set(row[1 : 1 + 2 * pairs])
+    assert not told & set(row[1 + 2 * pairs : -2 * pairs]) and set(row[-2 * pairs :]) == told
+    assert associative_task(100, 1, 40, None, seed=0).counted == 10
+
+
 def test_health():
     stuck, lively = health([1, 2] * 10, stopped=False), health(list(range(20)), stopped=True)
     assert stuck["repetition"] > 0.8 and stuck["distinct2"] < 0.2 and stuck["stopped"] == 0
@@ -99,7 +108,9 @@ def whole(converted, tmp_path):  # noqa: F811
 
 def test_everything_is_measured_written_and_valid(whole):
     results, out = whole
-    assert set(WHOLE.metric_names()) <= {metric.name for metric in results.metrics}
+    measured = {metric.name: metric.values.keys() for metric in results.metrics}
+    for name, fields in WHOLE.figures().items():
+        assert measured[name] == fields & MODELS.keys(), name
     assert {"efficiency", "branch_share", "samples", "passkey@100"} <= results.tables.keys()
     assert len(results.checks) == 5 and results.passed
     metric = results.metric("perplexity@64")

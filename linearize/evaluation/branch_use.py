@@ -16,7 +16,8 @@ def measure_branch_share(lab: Lab, length: int) -> Findings:
 
 @torch.no_grad()
 def _shares(lab: Lab, model: PreTrainedModel, length: int) -> Findings:
-    ids = lab.text[:length][None].to(lab.device)
+    positions = model.config.max_position_embeddings or length
+    ids = lab.text[: min(length, positions)][None].to(lab.device)
     attentions = [attention for _, attention in model.linear_attentions()]
     branches = [module for module in model.modules() if isinstance(module, LinearHeads)]
     for branch in branches:

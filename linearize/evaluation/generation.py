@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab
-from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
+from linearize.report.results import ASKED, Findings, make_metric
+from linearize.training.data import prompt_tokens
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",
@@ -31,10 +32,12 @@ def measure_generation(lab: Lab, tokens: int) -> Findings:
         lab.progress(f"generation: {name}")
         return lab.greedy(model, prompts, tokens)
 
-    produced = lab.measure([BASE, STUDENT, WINDOW, UNIFORM, CONTROL], answers)
+    produced = lab.measure(ASKED, answers)
     figures = {name: [health(*answer) for answer in found] for name, found in produced.items()}
     metrics = tuple(
-        make_metric(key, better, {name: [row[key] for row in rows] for name, rows in figures.items()})
+        make_metric(
+            key, better, {name: [row[key] for row in rows] for name, rows in figures.items()}, data=f"{tokens} tokens"
+        )
         for key, better in BETTER.items()
     )
     samples = [
@@ -54,7 +57,7 @@ def prompt_ids(lab: Lab, prompt: str) -> torch.Tensor:
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         return encoded["input_ids"][0]
-    return lab.tokenizer(prompt, return_tensors="pt").input_ids[0]
+    return torch.tensor(prompt_tokens(lab.tokenizer, prompt))
 
 
 def health(tokens: list[int], stopped: bool) -> dict[str, float]:

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from linearize.checkpoint.fingerprint import fingerprint_of
+from linearize.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint
 from linearize.checkpoint.source import HUB_SECONDS, hub_answers
 from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError, nearest
 from linearize.evaluation.lab import Lab
-from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
+from linearize.report.results import ASKED, BASE, STUDENT, Findings, make_metric
 
 # what the harness calls its per-item figures; the first that a task has leads
 FIGURES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "f1")
@@ -32,8 +32,16 @@ def load_tasks(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
     is loaded.
 
     Raises:
-        ConfigError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+        ConfigError: lm-eval is not installed, a task is unknown, its data cannot be had, or it has no figure for an item.
     """
+    tasks = _loaded(names, folder)
+    for name, task in tasks.items():
+        if not set(task.aggregation()) & set(FIGURES):
+            raise ConfigError(f"--tasks: {name} scores none of {', '.join(FIGURES)} item by item")
+    return tasks
+
+
+def _loaded(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
     manager = _manager(folder)
     for name in names:
         if name not in manager.all_tasks:
@@ -60,6 +68,7 @@ def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerp
     data = fingerprint_of([*itertools.islice(task.eval_docs, limit)])
     key = {
         "base": base_fingerprint,
+        "tokenizer": tokenizer_fingerprint(lab.tokenizer),
         "task": task.dump_config(),
         "data": data,
         "limit": limit,
@@ -80,7 +89,7 @@ def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerp
             write_json(kept, found)
         return found
 
-    found = lab.measure([BASE, STUDENT, WINDOW, UNIFORM, CONTROL], answers)
+    found = lab.measure(ASKED, answers)
     metrics = []
     for figure, record in found[STUDENT].items():
         units = {model_name: figures[figure]["units"] for model_name, figures in found.items()}

@@ -6,14 +6,14 @@ a stage hands over what is to be done with a model instead of holding one.
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from linearize.errors import LinearizeError
 from linearize.report.results import BASE, BRANCH_OFF, CONTROL, STUDENT, UNIFORM, UNTRAINED, WINDOW, WINDOW_OFF
@@ -49,6 +49,7 @@ class Lab:
 
     Attributes:
         loaders: weights -> function that loads them.
+        vocabulary: how many token ids both the tokenizer and the models know.
         text: the evaluation text as one row of token ids, [N].
         together: whether all weights are held at once; else one set at a time.
         work: folder for what has to outlive the model that computed it.
@@ -56,6 +57,7 @@ class Lab:
 
     loaders: dict[str, Callable[[], PreTrainedModel]]
     tokenizer: Any
+    vocabulary: int
     text: Tensor
     device: str
     seed: int
@@ -94,7 +96,8 @@ class Lab:
     def greedy(self, model: PreTrainedModel, prompts: list[Tensor], tokens: int) -> list[tuple[list[int], bool]]:
         """At most `tokens` new token ids after every prompt [T], through the cache, and whether the model stopped by itself.
 
-        Prompts go in batches, padded on the left.
+        Prompts go in batches, padded on the left. Of a checkpoint's own settings for generating, beams and penalties
+        among them, the end tokens alone count.
         """
         longest = max(prompt.numel() for prompt in prompts)
         rows = max(1, BATCH_TOKENS // longest)
@@ -110,13 +113,14 @@ class Lab:
             for i, prompt in enumerate(batch):
                 ids[i, width - prompt.numel() :] = prompt
                 mask[i, width - prompt.numel() :] = 1
-            produced = model.generate(
-                ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=pad,
-            )
+            with _generation_config(model, GenerationConfig(eos_token_id=model.generation_config.eos_token_id)):
+                produced = model.generate(
+                    ids.to(self.device),
+                    attention_mask=mask.to(self.device),
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    pad_token_id=pad,
+                )
             for row in produced[:, width:].tolist():
                 end = next((i for i, token in enumerate(row) if token in stops), None)
                 answers.append((row[:end], end is not None))
@@ -143,6 +147,15 @@ class Lab:
             if needed == weights:
                 with mode(model):
                     require_finite(name, model(ids, use_cache=False).logits)
+
+
+@contextlib.contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def final_hidden(name: str, model: PreTrainedModel, ids: Tensor) -> Tensor:

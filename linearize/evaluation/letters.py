@@ -21,7 +21,8 @@ from linearize.errors import ConfigError
 from linearize.evaluation.lab import BATCH_TOKENS, Lab, final_hidden, require_finite
 from linearize.evaluation.suite import metric_stem
 from linearize.modeling.readout import readout_of
-from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
+from linearize.report.results import ASKED, Findings, make_metric
+from linearize.training.data import prompt_tokens
 
 HEAD = "The following is a multiple choice question. Answer with the letter of the right option.\n\n"
 
@@ -40,17 +41,20 @@ def read_items(path: Path, limit: int | None) -> list[Item]:
         ConfigError: no such file, none or malformed rows.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()][:limit]
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"--choice: no text file '{path}'") from None
     items = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            item = Item(str(row["query"]), tuple(map(str, row["choices"])), int(row["gold"]))
+            if not isinstance(row["choices"], list) or type(row["gold"]) is not int:
+                raise TypeError
+            item = Item(str(row["query"]), tuple(map(str, row["choices"])), row["gold"])
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"--choice: line {number} of {path} is not an item; needed are query, choices and gold"
+                f"--choice: line {number} of {path} is not an item; needed are query, choices (a list) and gold (a "
+                "whole number)"
             ) from None
         if not (2 <= len(item.choices) <= len(string.ascii_uppercase) and 0 <= item.gold < len(item.choices)):
             raise ConfigError(
@@ -77,7 +81,7 @@ def measure_letters(lab: Lab, path: Path, limit: int | None) -> Findings:
                 lab.progress(f"letters_{stem}: {name}, {number + 1} of {len(asked)}")
         return found
 
-    chosen = lab.measure([BASE, STUDENT, WINDOW, UNIFORM, CONTROL], letters)
+    chosen = lab.measure(ASKED, letters)
     right, consistent = {}, {}
     for name, found in chosen.items():
         drawn = [
@@ -113,13 +117,13 @@ def _rotations(lab: Lab, item: Item) -> tuple[list[Tensor], Tensor]:
     """Token ids up to the answer's letter for every rotation, and the letters' token ids."""
     letters = string.ascii_uppercase[: len(item.choices)]
     # the letter's own token is the last one of the whole text, whatever the tokenizer makes of the space before it
-    allowed = [lab.tokenizer(f"Answer: {letter}").input_ids[-1] for letter in letters]
+    allowed = [prompt_tokens(lab.tokenizer, f"Answer: {letter}")[-1] for letter in letters]
     if len(set(allowed)) < len(letters):
         raise ConfigError(
             "--choice: the tokenizer does not end the text 'Answer: A' in a token of its own for every letter"
         )
     rows = [
-        torch.tensor(lab.tokenizer(f"{question(item, rotation)} {letters[0]}").input_ids[:-1])
+        torch.tensor(prompt_tokens(lab.tokenizer, f"{question(item, rotation)} {letters[0]}")[:-1])
         for rotation in range(len(letters))
     ]
     return rows, torch.tensor(allowed)

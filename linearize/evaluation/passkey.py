@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab, final_hidden
 from linearize.modeling.readout import readout_of
-from linearize.report.results import BASE, CONTROL, STUDENT, UNIFORM, WINDOW, Findings, make_metric
+from linearize.report.results import ASKED, Findings, make_metric
 
 DEPTHS = (0.1, 0.5, 0.9)
 ANSWER_TOKENS = 8
@@ -71,7 +71,7 @@ def measure_passkey(lab: Lab, length: int, rows: int) -> Findings:
         lab.progress(f"passkey@{length}: {name}")
         return right, losses
 
-    found = lab.measure([BASE, STUDENT, WINDOW, UNIFORM, CONTROL], asked)
+    found = lab.measure(ASKED, asked)
     units, losses = ({name: both[i] for name, both in found.items()} for i in (0, 1))
     table = [
         {

@@ -23,18 +23,7 @@ from transformers import PreTrainedModel
 from linearize.checkpoint.writing import check_space
 from linearize.evaluation.lab import MODES, Lab, final_hidden
 from linearize.modeling.readout import Readout, readout_of
-from linearize.report.results import (
-    BASE,
-    BRANCH_OFF,
-    CONTROL,
-    STUDENT,
-    UNIFORM,
-    UNTRAINED,
-    WINDOW,
-    WINDOW_OFF,
-    Findings,
-    make_metric,
-)
+from linearize.report.results import ALL, BASE, WINDOW_OFF, Findings, make_metric
 
 CHUNK_TOKENS = 256
 
@@ -50,7 +39,7 @@ class WindowScores:
 
 def measure_perplexity(lab: Lab, length: int, max_tokens: int, *, window_off: bool) -> Findings:
     """Of every model, in all its units, with KL and top-1 agreement with the base."""
-    names = lab.at_hand([BASE, STUDENT, BRANCH_OFF, UNTRAINED, WINDOW, UNIFORM, CONTROL, *[WINDOW_OFF] * window_off])
+    names = lab.at_hand([*ALL, *[WINDOW_OFF] * window_off])
     scores = {name: WindowScores() for name in names}
     windows = windows_of(lab.text, length, max_tokens)
     kept = None if lab.together else BaseOutputs(lab.work / f"base-{length}")

@@ -19,18 +19,7 @@ from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import BATCH_TOKENS, Lab, final_hidden
 from linearize.modeling.readout import Readout, readout_of
-from linearize.report.results import (
-    BASE,
-    BRANCH_OFF,
-    CONTROL,
-    STUDENT,
-    UNIFORM,
-    UNTRAINED,
-    WINDOW,
-    WINDOW_OFF,
-    Findings,
-    make_metric,
-)
+from linearize.report.results import ALL, WINDOW_OFF, Findings, make_metric
 
 SPAN = 256
 SKIPPED = 8
@@ -68,13 +57,16 @@ PAIRS = 32
 
 
 def associative_task(distance: int, rows: int, vocabulary: int, start_token: int | None, seed: int) -> RecallTask:
-    """Rows of one distance: 32 pairs (fewer at short distances), filler, the pairs again, shuffled."""
+    """Rows of one distance: 32 pairs (fewer at short distances), filler, the pairs again, shuffled.
+
+    The filler says no token twice until it has said all that are in no pair.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + distance + 500_009)
-    pairs = max(1, min(PAIRS, distance // 2))
+    pairs = max(1, min(PAIRS, distance // 2, vocabulary // 4))
     made = []
     for _ in range(rows):
-        tokens = torch.randperm(vocabulary, generator=generator)[: 2 * pairs + max(0, distance - 2 * pairs)]
-        couples, filler = tokens[: 2 * pairs].view(pairs, 2), tokens[2 * pairs :]
+        couples, others = torch.randperm(vocabulary, generator=generator).split([2 * pairs, vocabulary - 2 * pairs])
+        couples, filler = couples.view(pairs, 2), others[torch.arange(max(0, distance - 2 * pairs)) % others.numel()]
         again = couples[torch.randperm(pairs, generator=generator)]
         start = [] if start_token is None else [start_token]
         made.append(torch.cat([torch.tensor(start, dtype=torch.long), couples.flatten(), filler, again.flatten()]))
@@ -94,7 +86,7 @@ KINDS = {"recall": (recall_task, accuracy), "associative": (associative_task, as
 def measure_recall(lab: Lab, kind: str, distance: int, rows: int, *, window_off: bool) -> Findings:
     """`kind` "recall" or "associative" at one distance, of every model."""
     make, score = KINDS[kind]
-    task = make(distance, rows, len(lab.tokenizer), lab.tokenizer.bos_token_id, lab.seed)
+    task = make(distance, rows, lab.vocabulary, lab.tokenizer.bos_token_id, lab.seed)
 
     def scored(name: str, model: PreTrainedModel) -> list[float]:
         units = []
@@ -106,6 +98,5 @@ def measure_recall(lab: Lab, kind: str, distance: int, rows: int, *, window_off:
         lab.progress(f"{kind}@{distance}: {name}")
         return units
 
-    names = [BASE, STUDENT, BRANCH_OFF, UNTRAINED, WINDOW, UNIFORM, CONTROL, *[WINDOW_OFF] * window_off]
-    units = lab.measure(names, scored)
+    units = lab.measure([*ALL, *[WINDOW_OFF] * window_off], scored)
     return Findings(metrics=(make_metric(f"{kind}@{distance}", "higher", units),))

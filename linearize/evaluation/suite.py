@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import ConfigError, nearest
+from linearize.report.results import ALL, ASKED, BASE, CONTROL, UNIFORM, WINDOW_OFF
 
+BRANCH_LENGTH = 2048
+# what a metric says of the student beside others, if it has a base
+DERIVED = {"ratio", "recovery", "p_value"}
 # beside perplexity
 PARTS = ("recall", "associative", "passkey", "choice", "tasks", "generation", "efficiency", "branch", "parity")
 
@@ -55,21 +59,36 @@ class Suite:
     uniform: bool = False
     control: str | None = None
 
-    def metric_names(self) -> list[str]:
-        """The metrics that will certainly be measured; a task's are known when it has run."""
-        names = [
-            f"{kind}@{length}"
-            for length in self.lengths
-            for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl", "agreement")
-        ]
-        for kind in ("recall", "associative"):
-            names += [f"{kind}@{distance}" for distance in getattr(self, kind)]
-        names += [f"{kind}@{length}" for length in self.passkey for kind in ("passkey", "passkey_loss")]
+    def figures(self) -> dict[str, set[str]]:
+        """The metrics that will certainly be measured, each with its models and what follows from them; a task's are known
+        when it has run."""
+        absent = {model for model, asked in ((UNIFORM, self.uniform), (CONTROL, self.control)) if not asked}
+        beside = {*ALL} - absent
+        every, asked = beside | DERIVED, {*ASKED} - absent | DERIVED
+        made = {}
+        for length in self.lengths:
+            window_off = {WINDOW_OFF} if self.branch and length == max(self.lengths) else set()
+            for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
+                made[f"{kind}@{length}"] = every | window_off
+            for kind in ("kl", "agreement"):
+                made[f"{kind}@{length}"] = beside - {BASE} | window_off
+        for distance in self.recall:
+            made[f"recall@{distance}"] = every | (
+                {WINDOW_OFF} if self.branch and distance == max(self.recall) else set()
+            )
+        made |= {f"associative@{distance}": every for distance in self.associative}
+        made |= {f"{kind}@{length}": asked for length in self.passkey for kind in ("passkey", "passkey_loss")}
         for path in self.choice:
-            names += [f"letters_{metric_stem(path)}", f"letters_consistent_{metric_stem(path)}"]
+            made[f"letters_{metric_stem(path)}"] = asked | {"recovery_over_chance"}
+            made[f"letters_consistent_{metric_stem(path)}"] = asked
         if self.generation:
-            names += ["repetition", "distinct2", "length", "stopped"]
-        return names
+            made |= dict.fromkeys(("repetition", "distinct2", "length", "stopped"), asked)
+        return made
+
+    @property
+    def branch_length(self) -> int:
+        """Tokens on which the recurrent branch's share is measured, as far as text and positions go."""
+        return max(self.lengths, default=BRANCH_LENGTH)
 
 
 SUITES = {
@@ -112,6 +131,8 @@ def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
     for part in wanted:
         if part not in parts:
             raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
+        if not getattr(suite, parts[part]):
+            raise ConfigError(f"--only: the suite {name} has no {part}; say which, or take a larger one")
     for part, key in parts.items():
         if changes.get(key) and part not in wanted:
             raise ConfigError(f"--{key}: given, but --only leaves '{part}' out")

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from linearize.errors import ConfigError, nearest
-from linearize.report.results import BASE, MODELS, SCHEMA_VERSION, STUDENT, Gate, Metric, Results
+from linearize.report.results import BASE, MODELS, SCHEMA_VERSION, STUDENT, Gate, Metric, Results, stands_out
 
 PATTERN = re.compile(r"^\s*([\w@]+?)(?:\.([a-z_]+))?\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*$")
 COMPARE = {"<=": float.__le__, ">=": float.__ge__, "<": float.__lt__, ">": float.__gt__}
@@ -160,18 +160,44 @@ def _same_base(before: dict, metric: Metric) -> bool:
     return known and math.isclose(was["mean"], now.mean, rel_tol=ROUNDING)
 
 
-def check_gates(expressions: list[str], names: list[str], *, open_ended: bool = False) -> None:
-    """Refuses gates on metrics that will not be measured, before anything is.
+def check_gates(expressions: list[str], figures: dict[str, set[str]], *, open_ended: bool = False) -> None:
+    """Refuses gates on figures that will not be measured, before anything is.
 
     Args:
-        open_ended: more may be measured than `names`; then a gate on what is not fails when it is judged.
+        figures: metric -> its fields (`Suite.figures`).
+        open_ended: more may be measured than these; then a gate on what is not fails when it is judged.
     """
     for expression in expressions:
-        metric = parse_gate(expression)[0]
-        if metric not in names and not open_ended:
+        metric, name, *_ = parse_gate(expression)
+        if metric not in figures and not open_ended:
             raise ConfigError(
-                f"--gate: '{metric}' is not measured here, allowed are {', '.join(names)}{nearest(metric, names)}"
+                f"--gate: '{metric}' is not measured here, allowed are {', '.join(figures)}{nearest(metric, figures)}"
             )
+        if name not in figures.get(metric, {name}):
+            allowed = [field for field in FIELDS if field in figures[metric]]
+            raise ConfigError(f"--gate: {metric} has no '{name}' here, allowed are {', '.join(allowed)}")
+
+
+def check_common(older: dict, figures: dict[str, set[str]]) -> None:
+    """Refuses older results that have no metric of these."""
+    if not older["metrics"].keys() & figures.keys():
+        raise ConfigError(f"--compare: {older['path']} and this run have no metric in common")
+
+
+def recovery_gates(least: float, lengths: list[int], metrics: tuple[Metric, ...]) -> tuple[Gate, ...]:
+    """Perplexity recovered at these lengths. Where window + sinks loses nothing that stands out there is nothing to
+    recover, and a student that loses nothing that stands out either passes."""
+    by_name = {metric.name: metric for metric in metrics}
+    gates = []
+    for length in lengths:
+        metric = by_name.get(f"perplexity@{length}")
+        value = metric and metric.recovery
+        if value is not None:
+            passed = value >= least
+        else:
+            passed = metric is not None and metric.difference.n > 1 and not stands_out(metric.difference)
+        gates.append(Gate(f"perplexity@{length}.recovery>={least}, or nothing lost", value, passed))
+    return tuple(gates)
 
 
 def evaluate_gates(expressions: list[str], metrics: tuple[Metric, ...]) -> tuple[Gate, ...]:

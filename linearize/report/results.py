@@ -20,6 +20,9 @@ MODELS = {
     UNIFORM: "uniform layout, untrained",
     CONTROL: "control: base, same recipe",
 }
+# those measured on text and recall, and those that are asked to answer
+ALL = (BASE, STUDENT, BRANCH_OFF, UNTRAINED, WINDOW, UNIFORM, CONTROL)
+ASKED = (BASE, STUDENT, WINDOW, UNIFORM, CONTROL)
 
 
 @dataclass(frozen=True)
@@ -191,9 +194,14 @@ def _recovery(units: dict[str, list[float]], better: str) -> float | None:
         mean_and_error([sign * (ours - base) for ours, base in zip(units[model], units[BASE], strict=True)])
         for model in (WINDOW, STUDENT)
     )
-    if lost.n < 2 or lost.mean <= max(1e-9, student_quantile(lost.n - 1) * lost.error):
-        return None
-    return 1 - kept.mean / lost.mean
+    return 1 - kept.mean / lost.mean if stands_out(lost) else None
+
+
+def stands_out(difference: Value) -> bool:
+    """Whether a mean of paired differences is above nothing beyond chance (Student's t, two-sided, 5%)."""
+    if difference.n < 2:
+        return False
+    return difference.mean > max(1e-9, student_quantile(difference.n - 1) * difference.error)
 
 
 def _finite(value: Any) -> Any:

@@ -1,9 +1,11 @@
 """Training text: reading documents, tokenising, and packing rows whose documents do not see one another.
 
 A dataset is the name `sample`, a file (.txt, .jsonl, .json, .parquet, each also compressed) or a hub id. Its rows hold a
-text field, `instruction`/`input`/`output`, or `messages` for the chat template. Reading streams, so size does not matter.
+text field, `instruction`/`input`/`output`, or `messages` for the chat template; rows whose text is null, or that have no
+messages, are passed over. Reading streams, so size does not matter.
 """
 
+import glob
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +26,8 @@ FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".p
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 SHUFFLE_BUFFER = 2000
 TOKENISED_TOGETHER = 64
+# characters of a text file that are one document and held in memory at once
+LONGEST_TEXT = 4 * 1024**2
 # tokens that a copying row says twice, if it is long enough
 COPIED = 256
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -78,10 +82,13 @@ def open_dataset(name: str) -> Any:
             raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
         if path.stat().st_size == 0:
             raise ConfigError(f"--data: {name} is empty")
+        if FORMATS[suffix] == "text" and path.suffix not in COMPRESSIONS and path.stat().st_size > LONGEST_TEXT:
+            return datasets.IterableDataset.from_generator(_pieces, gen_kwargs={"path": str(path)})
         options = {"sample_by": "document"} if FORMATS[suffix] == "text" else {}
-        return datasets.load_dataset(FORMATS[suffix], data_files=str(path), split="train", streaming=True, **options)
+        name = glob.escape(str(path))
+        return datasets.load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=True, **options)
     if path.is_dir():
-        files = [str(file) for file in _parquet_files(path)]
+        files = [glob.escape(str(file)) for file in _parquet_files(path)]
         if not files:
             raise ConfigError(f"--data: the folder {name} holds no .parquet files")
         return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
@@ -99,6 +106,13 @@ def open_dataset(name: str) -> Any:
         return datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # the library raises its own and its file systems' errors
         raise ConfigError(f"--data: cannot load '{name}' from the hub: {' '.join(str(error).split())[:200]}") from None
+
+
+def _pieces(path: str) -> Iterator[dict[str, str]]:
+    """A long text file in documents of LONGEST_TEXT characters and what is left of the line."""
+    with open(path, encoding="utf-8", newline="") as file:
+        while piece := file.read(LONGEST_TEXT):
+            yield {"text": piece + file.readline()}
 
 
 def documents(dataset: str, tokenizer, *, text_field: str, completion_only: bool, seed: int | None) -> Iterator[tuple]:
@@ -123,6 +137,8 @@ def _tokenise(
     texts = [row[text_field] for _, row in rows if isinstance(row.get(text_field), str)]
     of_text = iter(tokenizer(texts).input_ids if texts else [])
     for number, row in rows:
+        if (text_field in row and row[text_field] is None and len(row) == 1) or row.get("messages") == []:
+            continue
         if isinstance(row.get(text_field), str):
             prompt, ids = [], next(of_text)
         elif isinstance(row.get("messages"), list):
@@ -142,15 +158,25 @@ def _tokenise(
 
 
 def _chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of all turns before the last, with its opening, and of the whole conversation."""
+    """Token ids of all turns before the assistant's last, with its opening, and of the conversation up to its end."""
+    answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]
+    messages = messages[: answers[-1] + 1 if answers else None]
     if not tokenizer.chat_template:
         prompt = "\n\n".join(turn["content"] for turn in messages[:-1])
         prompt = ALPACA_PROMPT.format(instruction=prompt)
-        return tokenizer(prompt).input_ids, tokenizer(prompt + messages[-1]["content"]).input_ids
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        return prompt_tokens(tokenizer, prompt), tokenizer(prompt + messages[-1]["content"]).input_ids
+    prompt = ""
+    if messages[:-1]:
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
     ids = tokenizer(whole, add_special_tokens=False).input_ids
     return tokenizer(prompt, add_special_tokens=False).input_ids, ids
+
+
+def prompt_tokens(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that is to be continued: without the end that some tokenizers put behind every text."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def packed_rows(
