@@ -421,3 +421,12 @@ def test_window_never_makes_a_square():
     with torch.no_grad():
         window_attention(x, x, x, window=64, scale=1.0)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 2 * 2**20
+
+
+def test_products_of_legal_scores_need_not_fit_into_float16():
+    q = torch.full((1, 1, 3, 64), 40.0, dtype=torch.float16)  # 102,400 before scaling, 12,800 after
+    k = torch.cat([q, -q], dim=2)
+    v = torch.arange(6, dtype=torch.float16).view(1, 1, 6, 1).expand(-1, -1, -1, 64)
+    output, log_sum = softmax_attention_naive(q, k, v, None, scale=0.125)
+    torch.testing.assert_close(output, torch.ones_like(output))
+    assert log_sum.isfinite().all() and output.dtype == torch.float16
