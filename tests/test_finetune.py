@@ -412,7 +412,7 @@ def test_rows_that_say_nothing_are_passed_over(tmp_path, tokenizer_folder):
         path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations))
         first, alone, last = answers()
         assert first == last == "four</s>" and alone.endswith("four</s>")
-    path.write_text('{"text": null}\n{"text": "one"}\n')
+    path.write_text('{"text": null, "url": "a"}\n{"text": "one", "url": "b", "messages": []}\n')
     assert answers() == ["one</s>"]
 
 

@@ -137,16 +137,16 @@ def _tokenise(
     texts = [row[text_field] for _, row in rows if isinstance(row.get(text_field), str)]
     of_text = iter(tokenizer(texts).input_ids if texts else [])
     for number, row in rows:
-        if (text_field in row and row[text_field] is None and len(row) == 1) or row.get("messages") == []:
-            continue
         if isinstance(row.get(text_field), str):
             prompt, ids = [], next(of_text)
-        elif isinstance(row.get("messages"), list):
+        elif row.get("messages") and isinstance(row["messages"], list):
             prompt, ids = _chat(row["messages"], tokenizer)
         elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
             request = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
             turns = [{"role": "user", "content": request}, {"role": "assistant", "content": row["output"]}]
             prompt, ids = _chat(turns, tokenizer)
+        elif row.get(text_field, "") is None or row.get("messages", "") in (None, []):
+            continue
         else:
             raise ConfigError(
                 f"--data: row {number} of {dataset} has the fields {', '.join(row) or 'none'}; needed is '{text_field}' "
