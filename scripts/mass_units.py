@@ -25,7 +25,7 @@ from linearize.samples import SAMPLES
 
 @torch.no_grad()
 def main() -> None:
-    rows = [(name, []) for name, entry in MIXERS.items() if entry.shares_normaliser({})]
+    rows = [(name, []) for name, entry in MIXERS.items() if entry.shares_normaliser({}) and "outside" in entry.mixes]
     rows += [("linear", [f"mixer_options.feature_map={name}"]) for name in FEATURE_MAPS if name != "identity"]
     lines = SAMPLES["sample"].read_text(encoding="utf-8").splitlines()[:8]
     text = " ".join(json.loads(line)["text"] for line in lines)

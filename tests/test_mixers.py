@@ -3,6 +3,8 @@
 A new structure is one row of ROWS. The formulas are held against flash-linear-attention's in test_fla.py.
 """
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_base, tiny_student
@@ -224,7 +226,7 @@ def test_shared_normalisers_are_not_negative(row):
     assert built.positive
     (q, k, v), _ = inputs(built, 100)
     weights, _ = built(q, k, torch.ones_like(v))
-    assert (weights >= 0).all()
+    assert (weights[..., : v.shape[-1]] >= 0).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -307,6 +309,82 @@ def test_in_a_model(name, mix, gate):
 
     with student.recurrent_branch_off():
         assert (student(ids).logits - whole).abs().max() > 1e-3
+
+
+def heads_alone(name, mix, *, offset=0.0, size=1.0, T=70, **settings):
+    """Linear heads by themselves, and a function that runs them: output for random values, and for values of one.
+
+    `offset` is added to every score, by a channel that clusters do not see; `size` multiplies queries and keys.
+    """
+    heads = LinearHeads(
+        LayerPlan((), mixer=name, window=9, sinks=0, mix=mix, **settings), Site((0, 1), 2, 2, 8, 1, 4), 32
+    ).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (size * torch.randn(1, T, count, 8, generator=generator) for count in (4, 2, 2))
+    if name == "vq":
+        heads.structure.fit(q[0], q[0], k[0], 0.3)
+    if heads.log_mass is not None:
+        heads.log_mass.zero_()
+    noted = heads.recurrent_keys(k, k, torch.zeros(1, T, 32))
+    q[..., 0], k[..., 0] = 1.0, offset / 0.3
+
+    def run(values):
+        context = context_of(k, values, noted, sinks=0, padding_mask=None, segments=None)
+        return heads(q, q, context, scores=Scores(0.3), state=None)[0]
+
+    return heads, lambda: (run(v), run(torch.ones_like(v)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mix", ["joint", "sum"])
+@pytest.mark.parametrize("offset", [-1000.0, -90.0, -20.0, 60.0, 90.0, 1000.0])
+def test_what_all_scores_share_changes_nothing(mix, offset):
+    """As in softmax. Key biases of pretrained models (Qwen 2's) bring scores of this size."""
+    (_, plain), (_, moved) = (heads_alone("vq", mix, offset=x) for x in (0.0, offset))
+    torch.testing.assert_close(moved()[0], plain()[0], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1.0, 4.0, 8.0])
+@pytest.mark.parametrize(
+    ("name", "mix"),
+    [
+        (name, mix)
+        for name, mix, gate in IN_MODELS
+        if gate == "key" and mix != "sum" and MIXERS[name].shares_normaliser({})
+    ],
+)
+def test_window_and_past_share_one_normaliser(name, mix, size):
+    """Values of one come to one: with both, with the window off and with any mass of the past."""
+    heads, run = heads_alone(name, mix, size=size)
+    for mass in (-20.0, 0.0, 20.0, 200.0):
+        heads.log_mass.fill_(mass)
+        torch.testing.assert_close(run()[1], torch.ones(1, 70, 4, 8), rtol=1e-3, atol=1e-3)
+    heads.window_enabled = False
+    alone = run()[1]
+    assert (alone[:, :9] == 0).all()
+    torch.testing.assert_close(alone[:, 9:], torch.ones(1, 61, 4, 8), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("past", "window"), [(45.0, -45.0), (5.0, -84.0), (0.0, -100.0), (400.0, -400.0)])
+def test_a_past_that_outweighs_the_window_by_far(past, window):
+    heads = LinearHeads(LayerPlan((), mixer="vq", window=16, sinks=0, mix="joint"), Site((0,), 1, 1, 8, 0, 1), 8)
+    heads.structure.log_scale.fill_(math.log(0.25))
+    heads.log_mass.zero_()
+    q, k, v = torch.zeros(1, 96, 1, 8), torch.zeros(1, 96, 1, 8), torch.ones(1, 96, 1, 8)
+    q[..., 0] = 1.0
+    k[:, :80, 0, 0], k[:, 80:, 0, 0] = past / 0.25, window / 0.25
+    context = context_of(k, v, heads.recurrent_keys(k, k, None), sinks=0, padding_mask=None, segments=None)
+    output, _ = heads(q, q, context, scores=Scores(0.25), state=None)
+    torch.testing.assert_close(output[0, -1], torch.ones(1, 8))
+
+
+@torch.no_grad()
+def test_exponential_features_do_not_overflow():
+    for mix in ("sum", "outside", "joint"):
+        _, run = heads_alone("linear", mix, size=100.0, mixer_options={"feature_map": "exp"})
+        assert all(output.isfinite().all() for output in run()), mix
 
 
 @torch.no_grad()

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from linearize.mixers.structure import Structure, hold, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
+# of an exponent: the product of two, summed over a million tokens, fits into float32
+LARGEST = 30.0
 FEATURE_MAPS = {
     "elu": lambda x: F.elu(x) + 1,
     "relu": F.relu,
-    "exp": lambda x: x.exp(),
+    "exp": lambda x: x.clamp(max=LARGEST).exp(),
     "softmax": lambda x: x.softmax(-1),
     "identity": lambda x: x,
 }

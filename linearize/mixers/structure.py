@@ -5,10 +5,14 @@ dim (K, or K + 1 where a column of ones carries the normaliser).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# the logarithm of a weight of nothing, finite so that gradients stay so
+NEVER = -1e30
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,12 @@ class Site:
     layer: int
     layers: int
 
+    @classmethod
+    def of(cls, config: dict[str, Any], heads: tuple[int, ...], layer: int, layers: int) -> "Site":
+        """In a model with this config, its family's defaults filled in."""
+        total = config["num_key_value_heads"]
+        return cls(heads, total, config["num_attention_heads"] // total, config["head_dim"], layer, layers)
+
 
 class Structure(nn.Module):
     """A recurrence over keys and values that is read by queries.
@@ -43,6 +53,8 @@ class Structure(nn.Module):
         log_unit: logarithm of the sum of weights that a thousand tokens of text come to (SmolLM2-135M, scripts/
             mass_units.py); the mix `outside` counts the past's mass from there.
         normalization: what the paper does to the output: "none", "sum" (divide by the sum of the weights) or "rms".
+        log_normaliser: whether its output comes divided by the sum of the weights, with the logarithm of that sum as one more
+            column: of weights that are exponentials of scores, which float32 cannot hold.
     """
 
     gates: tuple[str, ...] = ()
@@ -50,6 +62,7 @@ class Structure(nn.Module):
     positive = False
     normalization = "none"
     log_unit = 0.0
+    log_normaliser = False
 
     def __init__(self, site: Site):
         super().__init__()
@@ -104,7 +117,7 @@ class Structure(nn.Module):
         raise NotImplementedError
 
     def read(self, before: Tensor, after: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What queries [B, J, G, K] read, [B, J, G, V], given the state before and after their token and its k and v."""
+        """What queries [B, J, G, K] read, [B, J, G, V or V + 1], given the state before and after their token and its k and v."""
         raise NotImplementedError
 
     def forward(
@@ -128,7 +141,7 @@ class Structure(nn.Module):
             segments: [B, T] document number of each token; the state is zeroed where it changes.
 
         Returns:
-            output [B, T, H, V], final state.
+            output [B, T, H, V], or with `log_normaliser` [B, T, H, V + 1]; final state.
         """
         raise NotImplementedError
 
@@ -160,7 +173,7 @@ class Structure(nn.Module):
                 key, value = key * written[:, None, None], value * written[:, None, None]
             outputs.append(self.read(state, after, q[:, t].unflatten(1, (J, -1)), key, value).flatten(1, 2))
             state = after
-        output = torch.stack(outputs, dim=1) if T else q.new_zeros(B, 0, q.shape[2], v.shape[-1])
+        output = torch.stack(outputs, dim=1) if T else q.new_zeros(B, 0, q.shape[2], v.shape[-1] + self.log_normaliser)
         return output, state
 
 

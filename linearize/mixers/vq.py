@@ -7,7 +7,8 @@
 Source: Transformer-VQ, arXiv 2309.16354, theorem 3.7, with two changes. The codes that stand for past keys are the running
 means of what was assigned to them, so they carry the positions they were read at (the two passes of gated slot attention,
 arXiv 2409.07146). And the assignment is a sharp softmax in fifteenths, so that gradients reach it and a cache keeps half a
-byte for each. With `mix: joint` the w share the window's normaliser in the base model's own unit. `fit` finds the clusters.
+byte for each. With `mix: joint` the w share the window's normaliser in the base model's own unit; their sum is handed on as
+its logarithm, so that what is common to all scores changes nothing, as in softmax. `fit` finds the clusters.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import ConfigError
-from linearize.mixers.structure import Structure, hold, outer
+from linearize.mixers.structure import NEVER, Structure, hold, outer
 from linearize.ops.chunks import state_dtype
 from linearize.ops.simple_gla import simple_gla
 
@@ -25,8 +26,8 @@ SHARPNESS = 8.0
 # an assignment of 0 to 1 in steps, two of them in a byte
 STEPS = 15
 ITERATIONS = 10
-LARGEST = 60.0
-LEAST_COUNT = 1e-6
+# no token was assigned to a cluster with less: half a step
+LEAST_COUNT = 0.5 / STEPS
 
 
 class VectorQuantized(Structure):
@@ -35,6 +36,7 @@ class VectorQuantized(Structure):
     rotary = True
     positive = True
     normalization = "sum"
+    log_normaliser = True
 
     def __init__(self, site, codes: int = 16):
         super().__init__(site)
@@ -102,7 +104,8 @@ class VectorQuantized(Structure):
     def read(self, before, after, q, k, v):
         keys, counts, values = after.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
         q = q * self.log_scale.to(q.dtype).exp().unflatten(0, (-1, self.site.group))[..., None]
-        return _weights(q @ keys.transpose(-1, -2), counts.transpose(-1, -2)) @ values
+        weights, log_sum = _weights(q @ keys.transpose(-1, -2), counts.transpose(-1, -2))
+        return torch.cat([weights @ values, log_sum], dim=-1)
 
     def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
         (s,) = hold(write_mask, *self.gate_logits(k, offset))
@@ -112,9 +115,11 @@ class VectorQuantized(Structure):
         keys, counts, values = initial_state.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
         scores, keys = simple_gla(q, k, s, initial_state=keys.transpose(-1, -2), segments=segments)
         seen, counts = _running_counts(s, counts.squeeze(-1), segments)
-        weights = _weights(scores, seen.repeat_interleave(self.site.group, 2))
+        weights, log_sum = _weights(scores, seen.repeat_interleave(self.site.group, 2))
         output, values = simple_gla(weights, s, v, initial_state=values, segments=segments)
-        return output, torch.cat([keys.transpose(-1, -2), counts[..., None], values], dim=-1)
+        return torch.cat([output, log_sum], dim=-1), torch.cat(
+            [keys.transpose(-1, -2), counts[..., None], values], dim=-1
+        )
 
 
 def _running_counts(s: Tensor, before: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -136,9 +141,13 @@ def _running_counts(s: Tensor, before: Tensor, segments: Tensor | None) -> tuple
     return counts, counts[:, -1] if counts.shape[1] else before
 
 
-def _weights(scores: Tensor, counts: Tensor) -> Tensor:
-    """Exponentials of the mean scores, from their sums over each code's keys and how many those are."""
-    return (scores / counts.clamp(min=LEAST_COUNT)).clamp(max=LARGEST).exp()
+def _weights(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """w_c / sum_c w_c N_c and the logarithm of that sum, [..., 1], from the sums of scores over each code's keys and how many
+    those are, [..., codes]."""
+    seen, counts = counts > LEAST_COUNT, counts.clamp(min=LEAST_COUNT)
+    means = scores / counts
+    log_sum = torch.where(seen, means + counts.log(), NEVER).logsumexp(-1, keepdim=True)
+    return torch.where(seen, means - log_sum, NEVER).exp(), log_sum
 
 
 def _rounded(x: Tensor) -> Tensor:

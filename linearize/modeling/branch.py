@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.mixers.registry import mixer_class
-from linearize.mixers.structure import Site
+from linearize.mixers.structure import NEVER, Site
 from linearize.modeling.cache import Context, Step
 from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH, LayerPlan
 from linearize.ops.chunks import state_dtype
@@ -178,7 +178,7 @@ class LinearHeads(WindowHeads):
             UNFITTED if self.structure.arrival_bytes() and "log_mass" not in plan.mix_options else 0.0
         )
         query_heads = len(site.heads) * site.group
-        # one normaliser for window and past, which a column of ones counts
+        # one normaliser for window and past
         self.shared = self.delayed and self.structure.positive and self.structure.normalization != "rms"
         for name, shape in {
             "log_mass": (query_heads,) if self.shared else None,
@@ -218,8 +218,12 @@ class LinearHeads(WindowHeads):
             self.gate_projection.zero_()
 
     def state_shape(self) -> tuple[int, ...]:
-        ones = self.shared or self.structure.normalization == "sum"
-        return self.structure.state_shape(self.site.head_dim + ones)
+        return self.structure.state_shape(self.site.head_dim + self._counts_weights)
+
+    @property
+    def _counts_weights(self) -> bool:
+        """Whether a column of ones beside the values counts the sum of the weights."""
+        return not self.structure.log_normaliser and (self.shared or self.structure.normalization == "sum")
 
     def noted_bytes(self, width: int) -> int:
         if self.structure.rotary or not self.keeps_raw_keys:
@@ -242,7 +246,8 @@ class LinearHeads(WindowHeads):
             return k
         _require_in_memory(self.gate_projection)
         dtype = state_dtype(hidden)
-        offset = F.linear(hidden.to(dtype), self.gate_projection.to(dtype)).unflatten(-1, (k.shape[2], -1))
+        with torch.autocast(k.device.type, enabled=False):
+            offset = F.linear(hidden.to(dtype), self.gate_projection.to(dtype)).unflatten(-1, (k.shape[2], -1))
         return torch.cat([k.to(dtype), offset], dim=-1)
 
     def packed(self, noted: Tensor) -> Tensor:
@@ -273,13 +278,21 @@ class LinearHeads(WindowHeads):
         """Window [B, T, H, K] and delayed recurrence [B, T, H, V] as one output [B, T, H, K]."""
         if not self.shared:
             return self._joined(windowed, self.branch_scale[:, None] * _rms_norm(past))
-        log_mass = self.log_mass[:, None]
-        if log_sum is not None:
-            log_mass = (log_mass - log_sum).clamp(max=80.0)
-        mass = log_mass.exp()
-        values, count = past.split([past.shape[-1] - 1, 1], dim=-1)
-        of_window = 1.0 / (self.window_enabled + mass * count).clamp(min=NORM_EPSILON)
-        return self._joined(of_window * windowed, (mass * of_window) * values)
+        values, log_count = self._normalised(past)
+        # the past's weight over the window's, whose sum is one where it is not that of the base model's own exponentials
+        odds = self.log_mass[:, None] + log_count - (0.0 if log_sum is None else log_sum)
+        if not self.window_enabled:
+            return self._joined(torch.zeros_like(windowed), values)
+        return self._joined((-odds).sigmoid() * windowed, odds.sigmoid() * values)
+
+    def _normalised(self, past: Tensor) -> tuple[Tensor, Tensor]:
+        """What a structure with positive weights read, [B, T, H, K], and the logarithm of its weights' sum, [B, T, H, 1]."""
+        values, total = past.split([past.shape[-1] - 1, 1], dim=-1)
+        if self.structure.log_normaliser:
+            return values, total
+        least = torch.finfo(total.dtype).tiny
+        seen, total = total > least, total.clamp(min=least)
+        return values / total, torch.where(seen, total.log(), NEVER)
 
     @torch.no_grad()
     def fit_mix(
@@ -363,8 +376,7 @@ class LinearHeads(WindowHeads):
         offset = keys[..., q.shape[-1] :] if self.gate_projection is not None else None
         if self.structure.arrival_bytes():
             offset = self._unpacked(read.raw_keys, dtype)
-        normalised = not self.shared and self.structure.normalization == "sum"
-        if self.shared or normalised:
+        if self._counts_weights:
             values = F.pad(values, (0, 1), value=1.0)
         write_mask = segments = None
         if self.delayed:
@@ -388,8 +400,9 @@ class LinearHeads(WindowHeads):
                 initial_state=state,
                 segments=segments,
             )
-        if normalised:
-            output = output[..., :-1] / (output[..., -1:] + NORM_EPSILON)
+        if not self.shared and self.structure.normalization == "sum":
+            total = 1.0 if self.structure.log_normaliser else output[..., -1:] + NORM_EPSILON
+            output = output[..., :-1] / total
         if self.mix == "sum" and self.structure.normalization == "rms":
             output = _rms_norm(output)
         return output, state

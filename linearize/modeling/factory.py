@@ -28,7 +28,7 @@ from linearize.modeling.branch import LinearHeads
 from linearize.modeling.configuration import config_class
 from linearize.modeling.plan import Plan
 
-# writes the portable file and returns its auto_map; set by modeling/export.py, which a portable file does without
+# writes the portable file and returns its auto_map; set by modeling/register.py, which a portable file does without
 PORTABLE_WRITER: Callable[[Path, Plan], dict[str, str]] | None = None
 
 
@@ -171,7 +171,6 @@ def linearize_layers(model: PreTrainedModel, plan: Plan) -> None:
     config = model.config.to_dict()
     config |= family.heads(config)
     heads = config["num_key_value_heads"]
-    group = config["num_attention_heads"] // heads
     routed = copy.copy(model.config)
     routed._attn_implementation_internal = IMPLEMENTATION
     decoder = model.base_model
@@ -182,7 +181,7 @@ def linearize_layers(model: PreTrainedModel, plan: Plan) -> None:
             continue
         attention = getattr(layer, family.attention_attribute)
         attention.__class__ = classes.attention
-        site = Site(layer_plan.linear_heads(heads), heads, group, config["head_dim"], i, len(plan.layers))
+        site = Site.of(config, layer_plan.linear_heads(heads), i, len(plan.layers))
         attention.setup(layer_plan, site, routed, family, rotates=family.rotates(config, i))
         if family.layers_drop_keywords:
             layer.register_forward_pre_hook(functools.partial(_hand_on, attention), with_kwargs=True)
