@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.source import Source
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import CheckpointError
@@ -154,7 +155,7 @@ def calibrate(
             f"calibrated: {part:g} of the shares fitted; KL from the base {divergence[1]:.4f} on text, {divergence[0]:.4f} with "
             "window + sinks"
         )
-    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if ".mixer." in name}
+    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if ADDED in name}
     return Calibration(tensors, errors, rows, length, name, part, divergence)
 
 

@@ -4,8 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+# weights that a CPU gets through in seconds to minutes
+CPU_LIMIT = 1 << 30
+
 
 def pick_device() -> str:
+    """ "cuda" where there is such a device, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,13 +48,27 @@ def available_memory(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total_memory()
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     free = [1024 * int(fields["MemAvailable"].split()[0])]
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit.is_file() and limit.read_text().strip() != "max":
         free.append(int(limit.read_text()) - int(used.read_text()))
     return min(free)
+
+
+def base_runs(nbytes: int) -> bool:
+    """Whether a base of so many bytes of weights can be run here in reasonable time: a GPU has room for it, or it is small."""
+    import torch
+
+    if torch.cuda.is_available():
+        return nbytes < 0.7 * torch.cuda.mem_get_info()[0]
+    return nbytes <= CPU_LIMIT
+
+
+def total_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def keep_freed_memory() -> None:

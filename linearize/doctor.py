@@ -1,11 +1,10 @@
 """What this machine has, and what will be slow on it."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from linearize.convert import versions
+from linearize.versions import versions
 
 
 def examine() -> dict[str, Any]:
@@ -13,13 +12,12 @@ def examine() -> dict[str, Any]:
     import torch
 
     from linearize.checkpoint.source import hub_answers
-    from linearize.device import bf16_is_fast, has_amx
+    from linearize.device import available_memory, bf16_is_fast, has_amx, total_memory
     from linearize.ops.dispatch import fla_available
 
     cuda = torch.cuda.is_available()
     hub = hub_answers()
     free_disk = shutil.disk_usage(Path.cwd()).free
-    memory = _memory()
     advice = []
     if not cuda:
         advice.append("no CUDA device: training runs at hundreds of tokens a second; budget 50K to 300K tokens")
@@ -42,20 +40,11 @@ def examine() -> dict[str, Any]:
             "compute dtype": "bfloat16" if bf16_is_fast() else "float32",
         },
         "kernels": {"flash-linear-attention": "usable" if cuda and fla_available() else "not used"},
-        "memory": {"total GiB": round(memory[0] / 2**30, 1), "available GiB": round(memory[1] / 2**30, 1)},
+        "memory": {
+            "total GiB": round(total_memory() / 2**30, 1),
+            "available GiB": round(available_memory("cpu") / 2**30, 1),
+        },
         "disk": {"free GiB here": round(free_disk / 2**30, 1)},
         "hub": {"answers": hub},
         "advice": advice or ["nothing stands out"],
     }
-
-
-def _memory() -> tuple[int, int]:
-    """Total and available bytes."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        fields = dict(line.split(":") for line in lines)
-        return total, int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return total, page * os.sysconf("SC_AVPHYS_PAGES")

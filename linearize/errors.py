@@ -42,6 +42,11 @@ class Interrupted(LinearizeError):
     exit_code = 130
 
 
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error's text without its line breaks, cut after `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the closest allowed name, or nothing."""
     names = list(allowed)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.writing import check_writable, write_json, write_text
-from linearize.convert import versions
 from linearize.errors import ConfigError, Interrupted
 from linearize.evaluation.suite import Suite, within_positions
 from linearize.modeling.plan import Plan
@@ -42,6 +42,7 @@ from linearize.report.gates import (
 )
 from linearize.report.markdown import append_summary, render_markdown
 from linearize.report.results import CONTROL, SCHEMA_VERSION, STUDENT, UNIFORM, Findings, Results
+from linearize.versions import versions
 
 UNFINISHED = ".stages"
 # what computing takes beside the weights
@@ -200,7 +201,7 @@ def _beyond(suite: Suite, window: int) -> list[int]:
     return [length for length in suite.lengths if length > window]
 
 
-def check_text(model: Path, suite: Suite, *, gates: list[str], compare: Path | None = None, **demands) -> None:
+def check_text(model: Path, suite: Suite, *, gates: list[str], compare: Path | None = None) -> None:
     """What needs a conversion to be refused, though no weights: text, older results of other text, and gates on what its
     positions do not hold. Arguments as in `evaluate`.
 
@@ -290,7 +291,7 @@ def _calibrated(source: Source, plan: Plan, manifest: dict[str, Any]):
     from linearize.calibrate import calibrate, text_rows
 
     settings = manifest["settings"]["calibration"]
-    rows = text_rows(source, max(layer.window for layer in plan.layers), settings["text"], settings["rows"])
+    rows = text_rows(source, plan.longest_window(), settings["text"], settings["rows"])
     return calibrate(source, plan, rows, settings["text"]).tensors
 
 
@@ -459,4 +460,4 @@ def _fingerprint(model: Path) -> str:
     """Of a student: its records, and names, sizes and times of its weights."""
     files = sorted(path for path in model.rglob("*.safetensors"))
     stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    return sha256([(model / "linearize.json").read_bytes(), *(line.encode() for line in stats)])
+    return sha256([(model / MANIFEST).read_bytes(), *(line.encode() for line in stats)])

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.names import ADDED, MANIFEST, METRICS
 from linearize.checkpoint.writing import (
     alone_in,
     atomic_folder,
@@ -24,15 +25,14 @@ from linearize.checkpoint.writing import (
     write_json,
     write_text,
 )
-from linearize.convert import OUTPUT_ROOT, versions
 from linearize.errors import ConfigError
 from linearize.modeling.plan import NO_BRANCH
+from linearize.outputs import default_output
 from linearize.recipe import OWN_START, Recipe
+from linearize.versions import versions
 
 if TYPE_CHECKING:
     import torch
-
-METRICS = "metrics.jsonl"
 
 
 def finetune(
@@ -76,7 +76,7 @@ def finetune(
 
     manifest = read_manifest(model)
     _check_recipe(recipe, manifest, model)
-    out = out or default_output(model, recipe_name)
+    out = out or default_output(model.resolve().name.removesuffix("-converted"), Path(recipe_name).stem)
     check_target(out, overwrite=overwrite)
     if merge:
         check_space(out.parent, manifest["weights"]["bytes"])
@@ -188,6 +188,7 @@ def finetune(
             "first_loss": metrics[0]["loss"],
             "last_loss": sum(m["loss"] for m in metrics[-10:]) / len(metrics[-10:]),
             "seconds": seconds,
+            "tokens_in_these_seconds": trained,
             "tokens_per_second": trained / seconds if trained else None,
             "processes": accelerator.num_processes,
             "data_fingerprint": fingerprint["data"],
@@ -207,7 +208,7 @@ def finetune(
             from linearize.report.card import conversion_card
 
             write_text(folder / "README.md", conversion_card(manifest, model))
-        write_json(folder / "linearize.json", manifest)
+        write_json(folder / MANIFEST, manifest)
     shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return {"output": str(out.resolve()), **manifest}
@@ -226,25 +227,6 @@ def run_fingerprint(manifest: dict, recipe: Recipe, teacher: str | None, process
         "data": data_fingerprint(recipe.data),
         "processes": processes,
     }
-
-
-def default_output(model: Path, recipe_name: str) -> Path:
-    """`linearized/<model>-<recipe>`, for a recipe file its stem."""
-    stem = model.resolve().name.removesuffix("-converted")
-    return OUTPUT_ROOT / f"{stem}-{Path(recipe_name).stem}"
-
-
-def newest_conversion() -> Path:
-    """The newest converted, not yet finetuned, checkpoint under ./linearized/."""
-    found = []
-    for path in OUTPUT_ROOT.glob("*/linearize.json"):
-        if not path.parent.name.startswith(".") and json.loads(path.read_bytes()).get("kind") == "converted":
-            found.append(path)
-    if not found:
-        raise ConfigError(
-            "MODEL: none given and no conversion under ./linearized/; run `linearize convert MODEL` first"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
@@ -291,7 +273,7 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from linearize.checkpoint.assets import asset_files
+    from linearize.checkpoint.assets import copy_assets
     from linearize.checkpoint.fingerprint import sha256
     from linearize.checkpoint.weights import INDEX, read_weights
     from linearize.modeling.export import PORTABLE_FILE
@@ -306,10 +288,7 @@ def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
                 # a tied head that the checkpoint leaves out is not in the shard either
                 tensors[name] = weights[name].to("cpu", original.dtype).contiguous() if name in weights else original
             save_file(tensors, folder / file, metadata={"format": "pt"})
-    for asset in [*asset_files(parent), Path("config.json"), Path(PORTABLE_FILE), Path(INDEX)]:
-        if (parent / asset).is_file():
-            (folder / asset).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(parent / asset, folder / asset)
+    copy_assets(parent, folder, "config.json", PORTABLE_FILE, INDEX)
     return {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()}
 
 
@@ -318,14 +297,13 @@ def _is_narrower(recipe: Recipe, trained: "torch.dtype", parent: Path) -> bool:
     import torch
 
     from linearize.checkpoint.weights import FLOATING, read_weights
-    from linearize.training.model import MIXER
 
     if recipe.quantization:
         return True
     if recipe.lora.variant in OWN_START or trained.itemsize >= 4:
         return False
     own = {torch.bfloat16: "BF16", torch.float16: "F16"}[trained]
-    kept = {info.dtype for name, info in read_weights(parent).tensors.items() if MIXER not in name}
+    kept = {info.dtype for name, info in read_weights(parent).tensors.items() if ADDED not in name}
     return bool(kept & FLOATING - {own})
 
 

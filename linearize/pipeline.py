@@ -16,38 +16,35 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from linearize.checkpoint.fingerprint import fingerprint_of
+from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import write_json
-from linearize.errors import ConfigError, nearest
+from linearize.errors import ConfigError
 from linearize.evaluation.suite import Suite, choose_suite
-from linearize.recipe import ConversionConfig, Recipe, load_config, load_recipe, read_yaml
+from linearize.recipe import ConversionConfig, Recipe, Strict, explain, load_config, load_recipe, read_yaml
 
 STATE = "pipeline.json"
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ConvertStep(Part):
+class ConvertStep(Strict):
     """`config` names a config or YAML file; every other key is a key of it, as with --set."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
     config: str | None = None
     revision: str | None = None
 
 
-class FinetuneStep(Part):
+class FinetuneStep(Strict):
     """`recipe` names a recipe or YAML file; every other key is a key of it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
     recipe: str = "lora"
 
 
-class EvalStep(Part):
+class EvalStep(Strict):
     """The options of `linearize eval`."""
 
     suite: str = "quick"
@@ -86,7 +83,7 @@ class EvalStep(Part):
         return {"gates": self.gates, "min_recovery": self.min_recovery, **paths}
 
 
-class Pipeline(Part):
+class Pipeline(Strict):
     """The file. Without `finetune` the conversion itself is evaluated."""
 
     model: str
@@ -107,18 +104,30 @@ def load_pipeline(path: Path) -> tuple[Pipeline, ConversionConfig, Recipe | None
     try:
         pipeline = Pipeline.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
-    settings = load_config(pipeline.convert.config, pipeline.convert.model_extra)
-    recipe = load_recipe(pipeline.finetune.recipe, pipeline.finetune.model_extra) if pipeline.finetune else None
+        raise ConfigError("\n".join(f"{path}: {explain(item, Pipeline)}" for item in error.errors())) from None
+    step = pipeline.convert
+    settings = load_config(step.config, step.model_extra, given_in=f"{path}: convert")
+    recipe = None
+    if (step := pipeline.finetune) is not None:
+        recipe = load_recipe(step.recipe, step.model_extra, given_in=f"{path}: finetune")
     if pipeline.eval is not None:
-        pipeline.eval.chosen()
+        try:
+            pipeline.eval.chosen()
+        except ConfigError as error:
+            raise ConfigError(f"{path}: eval: {str(error).removeprefix('--')}") from None
     return pipeline, settings, recipe
 
 
 def run_pipeline(
-    path: Path, *, progress: Callable[[str], None] = print, report: Callable | None = None
+    pipeline: Pipeline,
+    settings: ConversionConfig,
+    recipe: Recipe | None,
+    *,
+    progress: Callable[[str], None] = print,
+    report: Callable | None = None,
 ) -> dict[str, Any]:
-    """Runs the steps; returns what each made, and the results of the evaluation where there is one.
+    """Runs the steps of what `load_pipeline` read; returns what each made, and the results of the evaluation where there is
+    one.
 
     Raises:
         LinearizeError: what a step raises. A gate that fails is in the results, not raised.
@@ -126,7 +135,6 @@ def run_pipeline(
     from linearize.evaluate import check_text, evaluate
     from linearize.training.data import data_fingerprint
 
-    pipeline, settings, recipe = load_pipeline(path)
     out = Path(pipeline.out)
     done = _State(out / STATE)
     converted, tuned = out / "converted", out / "finetuned"
@@ -144,7 +152,8 @@ def run_pipeline(
         )  # fmt: skip
         done.record("convert", inputs, converted)
     if pipeline.eval is not None:
-        check_text(converted, pipeline.eval.chosen(), **pipeline.eval.demands())
+        demands = pipeline.eval.demands()
+        check_text(converted, pipeline.eval.chosen(), gates=demands["gates"], compare=demands["compare"])
     student = converted
     if recipe is not None:
         inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump(), "data": data_fingerprint(recipe.data)}
@@ -198,21 +207,11 @@ class _State:
             self.steps = {}
 
     def has(self, step: str, inputs: dict, out: Path) -> bool:
-        return (out / "linearize.json").is_file() and self.steps.get(step) == self._fingerprint(inputs, out)
+        return (out / MANIFEST).is_file() and self.steps.get(step) == self._fingerprint(inputs, out)
 
     def record(self, step: str, inputs: dict, out: Path) -> None:
         self.steps[step] = self._fingerprint(inputs, out)
         write_json(self.path, self.steps)
 
     def _fingerprint(self, inputs: dict, out: Path) -> str:
-        return fingerprint_of({"inputs": inputs, "made": json.loads((out / "linearize.json").read_bytes())})
-
-
-def _explain(path: Path, item: dict) -> str:
-    location = [str(part) for part in item["loc"]]
-    if item["type"] == "extra_forbidden":
-        group = Pipeline.model_fields if len(location) == 1 else EvalStep.model_fields
-        return (
-            f"{path}: {'.'.join(location)}: unknown key, allowed are {', '.join(group)}{nearest(location[-1], group)}"
-        )
-    return f"{path}: {'.'.join(location) or 'top'}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        return fingerprint_of({"inputs": inputs, "made": json.loads((out / MANIFEST).read_bytes())})

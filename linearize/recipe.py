@@ -8,12 +8,13 @@ import importlib.resources
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from linearize.errors import ConfigError, nearest
+from linearize.errors import ConfigError, nearest, one_line
 from linearize.mixers.registry import CHOICES
 from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH
 
@@ -385,21 +386,39 @@ def packaged(kind: Literal["recipes", "configs"]) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+COMMAND_LINE = "command line"
+
+
 def load_config(
-    name: str | None, flags: dict[str, Any] | None = None, sets: list[str] | None = None
+    name: str | None,
+    flags: dict[str, Any] | None = None,
+    sets: list[str] | None = None,
+    given_in: str = COMMAND_LINE,
 ) -> ConversionConfig:
-    """The config `name` (or a YAML file, or the defaults) with flags and `--set` applied."""
-    return _load(ConversionConfig, "configs", name, flags, sets)
+    """The config `name` (or a YAML file, or the defaults) with flags and `--set` applied.
+
+    Args:
+        given_in: where name, flags and sets stand, for the errors.
+
+    Raises:
+        ConfigError: one line for every wrong key and value.
+    """
+    return _load(ConversionConfig, "configs", name, flags, sets, given_in)
 
 
-def load_recipe(name: str, flags: dict[str, Any] | None = None, sets: list[str] | None = None) -> Recipe:
-    """The recipe `name` (or a YAML file) with flags and `--set` applied."""
-    return _load(Recipe, "recipes", name, flags, sets)
+def load_recipe(
+    name: str,
+    flags: dict[str, Any] | None = None,
+    sets: list[str] | None = None,
+    given_in: str = COMMAND_LINE,
+) -> Recipe:
+    """The recipe `name` (or a YAML file) with flags and `--set` applied; as `load_config`."""
+    return _load(Recipe, "recipes", name, flags, sets, given_in)
 
 
-def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: list[str] | None):
+def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: list[str] | None, given_in: str):
     data: dict[str, Any] = {}
-    origin, given = "command line", []
+    origin, given = given_in, []
     if name is not None:
         path = _find(kind, name)
         origin = str(path)
@@ -426,13 +445,13 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
             break
         except ValidationError as error:
             found = error.errors()
-            lines |= dict.fromkeys(line for item in found for line in _explain(item, schema).splitlines())
+            lines |= dict.fromkeys(line for item in found for line in explain(item, schema).splitlines())
             # what is checked last is only checked where all before it holds, so the wrong keys go and it is looked at again
             if not any([_removed(data, item["loc"]) for item in found]):
                 break
     if lines:
-        of_command_line = tuple(f"{key}{end}" for key in given for end in (":", "."))
-        places = ["command line" if line.startswith(of_command_line) else origin for line in lines]
+        of_these = tuple(f"{key}{end}" for key in given for end in (":", "."))
+        places = [given_in if line.startswith(of_these) else origin for line in lines]
         raise ConfigError("\n".join(f"{place}: {line}" for place, line in zip(places, lines)))
     return settings
 
@@ -480,7 +499,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -525,19 +544,22 @@ def _unknown(dotted: str, key: str, allowed) -> str:
     return f"{dotted}: unknown key, allowed are {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
 
 
-def _explain(item: dict, schema: type[BaseModel], prefix: str = "") -> str:
+def explain(item: dict, schema: type[BaseModel]) -> str:
     """One line for one pydantic error: the key, what was got, what is allowed, the nearest name."""
     location = [str(part) for part in item["loc"]]
-    dotted = prefix + ".".join(location)
+    dotted = ".".join(location)
     if item["type"] == "extra_forbidden":
         group = schema
         for part in item["loc"][:-1]:
             if isinstance(part, int):
                 continue  # the group is what the list holds
             group = LayerSettings if group is dict else group.model_fields[part].annotation
-            group = get_args(group)[0] if get_origin(group) is list else get_origin(group) or group
+            # of a list or of something that may be absent it is what stands inside
+            group = get_args(group)[0] if get_origin(group) in (list, UnionType) else get_origin(group) or group
         return _unknown(dotted, location[-1], group.model_fields)
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{dotted}: missing, and has no default"
     if not location:
         return message
     shown = repr(item["input"])

@@ -27,11 +27,8 @@ Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim.
 
 import contextlib
 import copy
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +36,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from linearize.checkpoint.fingerprint import fingerprint_of
-from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError
 from linearize.evaluation.recall import SPAN, recall_task
 from linearize.families.registry import find_family
@@ -285,18 +280,6 @@ def combined(*scores: list[list[float]]) -> list[list[float]]:
 def fitting_distances(distances: tuple[int, ...], window: int, positions: int) -> list[int]:
     """The distances outside the window whose rows the model's positions can hold."""
     return [n for n in distances if n > window and n + SPAN + 1 <= positions]
-
-
-def cached_scores(key: dict[str, Any], compute: Callable[[], list[list[float]]]) -> list[list[float]]:
-    """Scores kept under the base's fingerprint and the settings in `key`, computed where there are none yet."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize" / "scores"
-    path = folder / f"{fingerprint_of(key)}.json"
-    with contextlib.suppress(OSError, ValueError, LookupError):  # none yet, or a damaged file
-        return json.loads(path.read_bytes())["scores"]
-    scores = compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"key": key, "scores": scores})
-    return scores
 
 
 @contextlib.contextmanager

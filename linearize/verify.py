@@ -1,13 +1,15 @@
 """Checks a written checkpoint in a process of its own: `python -m linearize.verify FOLDER BASE`.
 
 (a) every tensor is finite, (b) with every head set to softmax the logits equal the base model's, (c) cached decode
-equals the full forward, (d) so does a left-padded row, and the family's readout of the hidden states. Large models are streamed from disk, a module at a time. Prints one JSON document; a "failure" in it
-says what differed.
+equals the full forward, (d) so does a left-padded row, (e) and the family's readout of the hidden states. A window too
+long for (c) to (e) to leave it in reasonable time is shortened for them; no parameter depends on it. Large models are
+streamed from disk, a module at a time. Prints one JSON document; a "failure" in it says what differed.
 """
 
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from linearize.checkpoint.weights import TensorInfo, read_weights
+from linearize.checkpoint.names import ADDED
+from linearize.checkpoint.weights import DTYPE_NAMES, TensorInfo, read_weights
 from linearize.device import has_amx, keep_freed_memory
-from linearize.modeling.cache import CACHE_NAME
+from linearize.modeling.agreement import TOLERANCES, difference, logits_behind_padding, logits_in_pieces
+from linearize.modeling.plan import Plan
 from linearize.modeling.readout import readout_of
 from linearize.modeling.register import register_checkpoint
 
 STREAM_ABOVE = 1 << 30
 BLOCK_BYTES = 1 << 24
-PADDING = 7
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# of the largest logit; float32 and two summation orders
-DECODE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+# tokens that (c) to (e) take at most, and the windows they leave: half a minute for a model of 1B parameters on 2 cores
+LONGEST, WINDOW, SOFTMAX_WINDOW = 600, 512, 560
+TORCH_DTYPES = {code: getattr(torch, name) for code, name in DTYPE_NAMES.items()}
 
 
 class VerificationFailure(Exception):
@@ -34,18 +37,19 @@ class VerificationFailure(Exception):
 
 
 def verify(folder: Path, base: Path) -> dict[str, Any]:
-    """Runs the three checks. Raises VerificationFailure with the first that does not hold."""
+    """Runs the checks. Raises VerificationFailure with the first that does not hold."""
     tensors = _check_finite(folder)
     register_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
-    linear = [layer for layer in config.plan.layers if layer.linear_heads(config.key_value_heads)]
+    plan = _shortened(config.plan)
+    linear = [layer for layer in plan.layers if layer.linear_heads(config.key_value_heads)]
     window = max((max(layer.window, layer.softmax_window or 0) for layer in linear), default=0)
     # beyond the window, so that sinks and recurrent branch take part, and a decode that leaves it again
-    length = min(max(window + 24, 48), 600, config.max_position_embeddings)
+    length = min(max(window + 24, 48), LONGEST, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix="linearize-verify-") as offload:
         softmax_difference = _softmax_difference(folder, base, ids, Path(offload))
-        decode_difference, padded_difference = _student_differences(folder, ids, Path(offload))
+        decode_difference, padded_difference = _student_differences(folder, plan, ids, Path(offload))
     return {
         "tokens": length,
         "tensors_finite": tensors,
@@ -53,6 +57,19 @@ def verify(folder: Path, base: Path) -> dict[str, Any]:
         "cached_decode_max_difference": decode_difference,
         "padded_max_difference": padded_difference,
     }
+
+
+def _shortened(plan: Plan) -> Plan:
+    """The plan with windows that LONGEST tokens leave."""
+    layers = (
+        replace(
+            layer,
+            window=min(layer.window, WINDOW),
+            softmax_window=layer.softmax_window and min(layer.softmax_window, SOFTMAX_WINDOW),
+        )
+        for layer in plan.layers
+    )
+    return replace(plan, layers=tuple(layers))
 
 
 def _check_finite(folder: Path) -> int:
@@ -90,7 +107,7 @@ def _load(folder: Path, offload: Path, *, dtype: torch.dtype | None = None, **kw
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [str(name) for name in info[kind] if "rotary_emb" not in str(name)]
         if softmax_only:  # a plan without linear heads has no place for what a conversion added
-            names = [name for name in names if ".mixer." not in name]
+            names = [name for name in names if ADDED not in name]
         if names:
             raise VerificationFailure(f"{kind.replace('_', ' ')} on loading {folder.name}, first {sorted(names)[0]}")
     return model.eval()
@@ -100,9 +117,7 @@ def _streamed(config: PretrainedConfig) -> dict[str, str]:
     """Every module's place: on disk until it is needed, but for what a conversion adds, which is small and read in parts."""
     with torch.device("meta"):
         names = AutoModelForCausalLM.from_config(config).state_dict()
-    modules = {
-        name.partition(".mixer.")[0] + ".mixer" if ".mixer." in name else name.rpartition(".")[0] for name in names
-    }
+    modules = {name.partition(ADDED)[0] + ".mixer" if ADDED in name else name.rpartition(".")[0] for name in names}
     return {module: "cpu" if module.endswith(".mixer") else "disk" for module in sorted(modules)}
 
 
@@ -129,33 +144,27 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Pa
 
 
 @torch.no_grad()
-def _student_differences(folder: Path, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
+def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
     """Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps
     through the cache, and of the same tokens behind padding."""
-    student = _load(folder, offload / "student", dtype=torch.float32)
+    config = AutoConfig.from_pretrained(folder)
+    config.linearize = plan.to_dict()
+    student = _load(folder, offload / "student", dtype=torch.float32, config=config)
     full = student(ids, use_cache=False).logits
-    steps = [ids.shape[1] - 8, 5, 1, 1, 1]
-    cache, outputs = None, []
-    for chunk in ids.split(steps, dim=1):
-        result = student(chunk, use_cache=True, **{CACHE_NAME: cache})
-        cache = result[CACHE_NAME]
-        outputs.append(result.logits)
-    padded = torch.nn.functional.pad(ids, (PADDING, 0))
-    mask = (torch.arange(padded.shape[1]) >= PADDING).long()[None]
     found = {
-        "cached decode": torch.cat(outputs, dim=1),
-        "a left-padded row": student(padded, attention_mask=mask, use_cache=False).logits[:, PADDING:],
+        "cached decode": logits_in_pieces(student, ids, [ids.shape[1] - 8, 5, 1, 1, 1]),
+        "a left-padded row": logits_behind_padding(student, ids),
     }
     if not _large(folder):  # a streamed model's output embeddings are not there to be read
         hidden = student.base_model(ids, use_cache=False).last_hidden_state
         found["the readout that losses and scores use"] = readout_of(student)(hidden)
     differences = []
     for what, logits in found.items():
-        differences.append(((logits - full).abs().max() / full.abs().max()).item())
-        if not differences[-1] <= DECODE_TOLERANCE[full.dtype]:
+        differences.append(difference(logits, full))
+        if not differences[-1] <= TOLERANCES[full.dtype]:
             raise VerificationFailure(
                 f"{what} differs from the full forward by {differences[-1]:g} of the largest logit "
-                f"(allowed {DECODE_TOLERANCE[full.dtype]:g})"
+                f"(allowed {TOLERANCES[full.dtype]:g})"
             )
     return differences[0], differences[1]
 

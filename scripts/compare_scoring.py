@@ -20,7 +20,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import scoring
-from linearize.convert import versions
 from linearize.device import compute_dtype, keep_freed_memory
 from linearize.evaluation.passkey import passkey_task
 from linearize.evaluation.perplexity import windows_of
@@ -28,6 +27,7 @@ from linearize.evaluation.recall import accuracy, recall_task
 from linearize.modeling.readout import readout_of
 from linearize.placement import top_heads
 from linearize.samples import SAMPLES
+from linearize.versions import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SINKS = 4

@@ -212,7 +212,7 @@ OPTIONS = {
     "malformed set": (["--set", "window"], ["key=value"]),
     "unknown config": (["--config", "ligr"], ["ligr", "did you mean 'liger'"]),
     "no config file": (["--config", "missing.yaml"], ["missing.yaml"]),
-    "unknown link": (["--link", "soft"], ["soft", "auto, hard, copy"]),
+    "unknown link": (["--link", "soft"], ["--link", "soft", "hard"]),
     "unknown option": (["--widnow", "3"], ["--widnow"]),
 }
 

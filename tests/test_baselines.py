@@ -112,6 +112,7 @@ def test_the_uniform_layout_of_a_calibrated_student(in_float32, base_folder, tmp
 
 def test_layers_of_the_base_take_no_part_in_the_uniform_layout():
     native = LayerPlan((0, 1), native=True)
+    assert not native.has_branch and Plan("gemma2", (native, LayerPlan((1,), window=9))).longest_window() == 9
     plan = Plan("gemma2", (native, LayerPlan((1,)), native, LayerPlan(())))
     spread = _spread(plan, 2)
     assert spread.layers[0] == spread.layers[2] == native

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -48,10 +49,13 @@ def test_unknown_kind_and_command(cli):
 
 def test_doctor(cli, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("linearize.device.bf16_is_fast", lambda: False)
     code, out, _ = cli("doctor", "--json")
     found = json.loads(out)
-    assert code == 0 and found["versions"]["torch"] and found["advice"]
-    assert {"devices", "kernels", "memory", "disk", "hub"} <= found.keys()
+    assert code == 0 and found["versions"]["torch"] and found["devices"]["cpu threads"] > 0
+    assert any("hub does not answer" in line for line in found["advice"]) and not found["hub"]["answers"]
+    assert any("bf16 is not faster" in line for line in found["advice"])
+    assert 0 < found["memory"]["available GiB"] <= found["memory"]["total GiB"] and found["disk"]["free GiB here"] > 0
 
 
 def test_every_command_prints_one_document(base_folder, cli, tmp_path):
@@ -85,20 +89,21 @@ def test_out_of_memory_has_its_code(cli, monkeypatch):
 
 
 def test_readme_commands_exist():
-    """Every linearize command line in the README parses: known command, known options."""
+    """Every linearize command line in the README parses, and names configs, recipes and keys that there are."""
+    from typer.main import get_command
+
+    from linearize.cli.app import app
+    from linearize.recipe import load_config, load_recipe
+
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\s*(?:\$ )?linearize (\w+)(.*)$", text, re.MULTILINE)
     assert {name for name, _ in lines} >= {"convert", "finetune", "eval"}
     for name, rest in lines:
-        assert name in COMMANDS, name
-        shown = subprocess.run(
-            [sys.executable, "-m", "linearize", name, "--help"],
-            capture_output=True,
-            text=True,
-            env={"COLUMNS": "200", "PATH": ""},
-        ).stdout
-        for option in re.findall(r"(?<=\s)--[a-z-]+", rest):
-            assert option in shown, f"{name} {option}"
+        given = get_command(app).commands[name].make_context(name, shlex.split(rest, comments=True)).params
+        if name in ("convert", "plan"):
+            load_config(given["config"], sets=given["set_"])
+        if name == "finetune" and given["recipe"] != "recipe.yaml":
+            load_recipe(given["recipe"], sets=given["set_"])
 
 
 def test_shipped_configs_and_recipes_load():
@@ -117,7 +122,7 @@ def test_bench_measures_every_structure(cli):
     code, out, _ = cli("bench", "ops", "--lengths", "40", "--heads", "2", "--dim", "4", "--repeats", "1", "--json")
     rows = json.loads(out)
     assert code == 0 and [row["structure"] for row in rows] == list(MIXERS)
-    assert all(row["ratio"] == row["structure_seconds"] / row["softmax_seconds"] > 0 for row in rows)
+    assert all(min(row["ratio"], row["structure_seconds"], row["softmax_seconds"]) > 0 for row in rows)
     code, _, err = cli("bench", "ops", "--only", "gal")
     assert code == 2 and "did you mean 'gla'" in err
 

@@ -71,7 +71,8 @@ def test_a_complete_checkpoint(base_folder, tmp_path, shape, mix, shards):
     config, original = (json.loads((folder / "config.json").read_bytes()) for folder in (out, base))
     changed = {key for key in config.keys() | original.keys() if config.get(key) != original.get(key)}
     assert changed == {"model_type", "architectures", "auto_map", "linearize"}
-    assert "base_model: base" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "base_model: base" in card and f"mixed by `{mix}`" in card and "Base weights are unchanged" in card
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -132,6 +133,18 @@ def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_pat
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert json.loads(run.stdout)["softmax_everywhere_max_difference"] == 0.0, run.stderr[-2000:]
+
+
+def test_verification_leaves_every_window():
+    """Longer windows than there is time for are shortened, so that the recurrent branch takes part."""
+    from linearize import verify
+    from linearize.modeling.plan import LayerPlan, Plan
+
+    layers = (LayerPlan((1,), window=5000, softmax_window=9000), LayerPlan((1,), window=12), LayerPlan((), window=512))
+    plan = verify._shortened(Plan("llama", layers))
+    assert [layer.window for layer in plan.layers] == [512, 12, 512]
+    assert [layer.softmax_window for layer in plan.layers] == [560, None, None]
+    assert verify.SOFTMAX_WINDOW + 24 <= verify.LONGEST
 
 
 @pytest.mark.parametrize(("link", "same_file"), [("auto", True), ("hard", True), ("copy", False)])

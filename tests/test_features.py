@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny import VOCABULARY, family_base, family_config
 from transformers import AutoModelForCausalLM
 
-from linearize.convert import make_plan
 from linearize.families.registry import find_family
+from linearize.inspection import make_plan
 from linearize.modeling.factory import linearized_classes
 from linearize.recipe import ConversionConfig
 

@@ -107,6 +107,9 @@ def test_finetuning_improves_and_writes_a_complete_checkpoint(converted, tmp_pat
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == list(range(1, 51))
     assert {"tokens", "loss", "lr", "tokens_per_second", "eta_seconds", "memory_bytes"} <= metrics[0].keys()
+    for row in metrics:
+        left = metrics[-1]["tokens"] - row["tokens"]
+        assert row["eta_seconds"] == pytest.approx(left / row["tokens_per_second"])
     mean = lambda rows: sum(m["loss"] for m in rows) / len(rows)  # noqa: E731
     assert mean(metrics[-10:]) < 0.8 * mean(metrics[:10])
     assert not (tmp_path / "tuned.training").exists()

@@ -406,7 +406,7 @@ def test_no_cache_grows_where_every_head_has_a_window(kept):
 @torch.no_grad()
 @pytest.mark.parametrize("plan", ["outside", "windows", "sum", NO_BRANCH, *MIXERS])
 def test_planned_cache_bytes_are_the_real_ones(plan):
-    from linearize import convert
+    from linearize.modeling import cache_size
 
     base = tiny_base("gqa")
     if plan in MIXERS:
@@ -420,11 +420,11 @@ def test_planned_cache_bytes_are_the_real_ones(plan):
         layer.nbytes() if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes
         for layer in cache.layers
     )
-    contexts, convert.CONTEXTS = convert.CONTEXTS, (100,)
+    contexts, cache_size.CONTEXTS = cache_size.CONTEXTS, (100,)
     try:
-        planned = convert.cache_sizes(base.config.to_dict(), plan, width=4)[100]["student"]
+        planned = cache_size.cache_sizes(base.config.to_dict(), plan, width=4)[100]["student"]
     finally:
-        convert.CONTEXTS = contexts
+        cache_size.CONTEXTS = contexts
     assert held == planned
 
 

@@ -114,8 +114,8 @@ def test_cache_is_constant_and_a_fraction(converted):
 
 def test_the_config_keeps_the_heads_that_recall_needs(converted):
     """Without any training what stands beyond the window is copied and facts are named; with every head linear nothing is."""
-    from linearize.convert import make_plan
     from linearize.evaluation.recall import accuracy, recall_task
+    from linearize.inspection import make_plan
     from linearize.modeling.loading import load_tokenizer
     from linearize.scoring import facts_probe
 

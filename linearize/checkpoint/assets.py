@@ -1,5 +1,6 @@
 """The files of a checkpoint that travel verbatim, and those a conversion writes itself."""
 
+import shutil
 from pathlib import Path
 
 VERBATIM = (
@@ -16,3 +17,11 @@ def asset_files(folder: Path) -> list[Path]:
     for name in FOLDERS:
         found |= {path.relative_to(folder) for path in folder.glob(f"{name}/*") if path.is_file()}
     return sorted(found)
+
+
+def copy_assets(origin: Path, folder: Path, *more: str, without: tuple[str, ...] = ()) -> None:
+    """Copies the asset files of `origin`, and `more` by name where they are there, into `folder`; `without` some by name."""
+    for asset in [*asset_files(origin), *map(Path, more)]:
+        if asset.name not in without and (origin / asset).is_file():
+            (folder / asset).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin / asset, folder / asset)

@@ -8,7 +8,7 @@ no name for. What the file says of them is in its metadata and its `rope_*` tens
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.errors import CheckpointError, UnsupportedModelError, one_line
 
 # layers of the Gemma 2 and 3 models whose query scale comes from the hidden size; files do not name it (llama.cpp, src/models)
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
@@ -45,7 +45,7 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
         model, info = AutoModelForCausalLM.from_pretrained(**location, config=config, **options)
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # the readers raise whatever their parsers do
-        raise CheckpointError(f"{path}: cannot be read as GGUF: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{path}: cannot be read as GGUF: {one_line(error)}") from None
     if why := reason_to_refuse(model.config.to_dict()):
         raise UnsupportedModelError(
             f"{path}: holds a {model.config.model_type} model, which cannot be converted: {why}"

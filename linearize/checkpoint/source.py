@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import threading
 import urllib.error
@@ -13,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from linearize.checkpoint.assets import asset_files
+from linearize.checkpoint.assets import copy_assets
+from linearize.checkpoint.base import base_config
 from linearize.checkpoint.fingerprint import sha256
 from linearize.checkpoint.weights import read_header, sampled_values
-from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError
+from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError, one_line
 
 # adapters that put tokens or keys before a text's own
 UNMERGEABLE = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
@@ -197,7 +197,7 @@ def _download(model: str, revision: str | None) -> Path:
             "model is not in the local cache; name a local folder or .gguf file, or try again online"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"MODEL: downloading '{model}' failed: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"MODEL: downloading '{model}' failed: {one_line(error)}") from None
 
 
 def hub_answers() -> bool:
@@ -255,9 +255,7 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import AutoModelForCausalLM
 
-    from linearize.convert import checked_model_type
-
-    checked_model_type(base)
+    base_config(base)
     # what a file says of a layer below an adapter is the base's own
     given = {name.replace(".base_layer.", ".") for name in read_header(adapter / ADAPTER_WEIGHTS)}
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto")
@@ -267,7 +265,7 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
         adapted = PeftModel.from_pretrained(model, adapter)
         wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except (ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{adapter}: cannot be merged: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{adapter}: cannot be merged: {one_line(error)}") from None
     if model.config.tie_word_embeddings and any(
         isinstance(module, BaseTunerLayer)
         and not isinstance(module, TrainableTokensLayer)
@@ -285,9 +283,7 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{adapter}: cannot be merged: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{adapter}: cannot be merged: {one_line(error)}") from None
     merged.save_pretrained(folder, max_shard_size="4GB")
     for origin in (base.folder, adapter):  # an adapter's own tokenizer or template is the newer one
-        for asset in asset_files(origin):
-            (folder / asset).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin / asset, folder / asset)
+        copy_assets(origin, folder)

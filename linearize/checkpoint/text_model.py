@@ -5,13 +5,12 @@ Its bytes are copied under the names that the text model's own class gives them;
 
 import json
 import os
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
-from linearize.checkpoint.assets import asset_files
-from linearize.checkpoint.weights import INDEX, TensorInfo, Weights, has_weights, read_weights
+from linearize.checkpoint.assets import copy_assets
+from linearize.checkpoint.weights import INDEX, SINGLE, TensorInfo, Weights, has_weights, read_weights
 from linearize.checkpoint.writing import write_json
 from linearize.errors import UnsupportedModelError
 from linearize.families.registry import find_family
@@ -41,11 +40,7 @@ def write_text_model(origin: Path, raw: dict[str, Any], folder: Path) -> None:
             config["tie_word_embeddings"] = True
         _write_renamed(weights, names, folder)
     write_json(folder / "config.json", config)
-    for asset in asset_files(origin):
-        if asset.name == PREPROCESSOR:
-            continue
-        (folder / asset).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(origin / asset, folder / asset)
+    copy_assets(origin, folder, without=(PREPROCESSOR,))
 
 
 def _own_names(weights: Weights, decoder: str, origin: Path) -> dict[str, str]:
@@ -73,7 +68,7 @@ def _write_renamed(weights: Weights, names: dict[str, str], folder: Path) -> Non
         if kept:
             _copy_tensors(weights.folder / file, folder / file, kept, names)
             weight_map |= {names[name]: file for name in kept}
-    if weights.files != ("model.safetensors",):
+    if weights.files != (SINGLE,):
         total = sum(weights.tensors[name].nbytes for name in names)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from linearize.checkpoint.names import MANIFEST
 from linearize.errors import ConfigError, ResourceError
 
 FICLONE = 0x40049409
@@ -100,7 +101,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"--out: {out} exists; choose another, or pass --overwrite to replace it")
-    if not (out / "linearize.json").is_file():
+    if not (out / MANIFEST).is_file():
         raise ConfigError(f"--out: {out} was not written by linearize (no linearize.json), so it is not overwritten")
 
 

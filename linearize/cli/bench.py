@@ -27,7 +27,13 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    target: Annotated[Target, typer.Argument(help="ops, or a model beside its base.", show_default=False)],
+    target: Annotated[
+        Target,
+        typer.Argument(
+            help="ops: every mixer beside softmax attention; model: a linearized folder beside its base.",
+            show_default=False,
+        ),
+    ],
     folder: Annotated[
         Path | None,
         typer.Argument(help="model: a linearized folder (default: the newest).", show_default=False),
@@ -54,9 +60,9 @@ def bench(
 
 def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool) -> None:
     from linearize.bench import bench_model, crossovers
-    from linearize.convert import newest_output
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_student
+    from linearize.outputs import newest_output
     from linearize.report.markdown import efficiency_rows, table
 
     if folder is None:

@@ -1,5 +1,6 @@
 """`linearize convert` and `linearize plan`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,11 @@ Sinks = Annotated[
 ]
 Mix = Annotated[
     str | None,
-    typer.Option("--mix", help="sum, outside or joint (default: the structure's own).", rich_help_panel=ATTENTION),
+    typer.Option(
+        "--mix",
+        help="How window and branch meet: sum, outside or joint (default: the mixer's own).",
+        rich_help_panel=ATTENTION,
+    ),
 ]
 KeepSoftmax = Annotated[
     str | None,
@@ -38,7 +43,7 @@ SoftmaxWindow = Annotated[
     int | None,
     typer.Option(
         "--softmax-window",
-        help="Keys that heads kept softmax see, beside the sinks, so that no cache grows (default: all).",
+        help="Window of the heads that keep softmax, in keys; it bounds their cache (default: they see all).",
         rich_help_panel=ATTENTION,
     ),
 ]
@@ -52,7 +57,12 @@ Layers = Annotated[
     ),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Any config key, key=value; repeatable.", rich_help_panel=ATTENTION)
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any config key, key=value; repeatable. An unknown one lists those there are.",
+        rich_help_panel=ATTENTION,
+    ),
 ]
 Calibrate = Annotated[
     bool | None,
@@ -78,6 +88,12 @@ TextModel = Annotated[
     typer.Option("--text-model", help="Convert the text model inside a model for images.", rich_help_panel=SOURCE),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)]
+
+
+class Link(StrEnum):
+    auto = "auto"
+    hard = "hard"
+    copy = "copy"
 
 
 def register(app: typer.Typer) -> None:
@@ -122,8 +138,9 @@ def convert(
     merge_adapter: MergeAdapter = False,
     text_model: TextModel = False,
     link: Annotated[
-        str, typer.Option("--link", help="auto, hard or copy: how base weights get there.", rich_help_panel=OUTPUT)
-    ] = "auto",
+        Link,
+        typer.Option("--link", help="How base weights get there (auto: the cheapest way).", rich_help_panel=OUTPUT),
+    ] = Link.auto,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Check the result in a fresh process.", rich_help_panel=OUTPUT)
     ] = True,
@@ -135,11 +152,7 @@ def convert(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Replace softmax attention by gated linear attention; weights in, a complete checkpoint out."""
-    from linearize.errors import ConfigError
-
-    if link not in ("auto", "hard", "copy"):
-        raise ConfigError(f"--link: got '{link}', allowed are auto, hard, copy")
+    """Replace softmax attention by a window and a recurrent branch; weights in, a complete checkpoint out."""
     settings = _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, layers, set_)
     if calibrate is not None:
         when = "always" if calibrate else "never"
@@ -202,7 +215,10 @@ def plan(
     text_model: TextModel = False,
     json_: Json = False,
 ) -> None:
-    """Print what a conversion would do, from config.json and safetensors headers alone."""
+    """Print what a conversion would do, from config.json and safetensors headers alone.
+
+    Only where heads are chosen by score (recall:, text:, both:) is the base model run.
+    """
     settings = _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, layers, set_)
     _print_plan(model, settings, json_, revision=revision, merge_adapter=merge_adapter, text_model=text_model)
 
@@ -218,7 +234,7 @@ def _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, l
 def _print_plan(model: str, settings: Any, json_: bool, **source_options: Any) -> None:
     quiet_libraries()
     from linearize.checkpoint.source import open_source
-    from linearize.convert import inspect_source
+    from linearize.inspection import inspect_source
 
     with open_source(model, dtype=settings.dtype, **source_options) as source:
         shown = inspect_source(source, settings, progress=note).to_dict()
@@ -260,15 +276,17 @@ def _print_plan(model: str, settings: Any, json_: bool, **source_options: Any) -
         )
     emit(
         f"disk: {shown['disk_bytes_linking'] / 2**20:,.2f} MiB linking, {shown['disk_bytes_copying'] / 2**20:,.1f} MiB copying; "
-        f"memory: about {shown['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        f"memory: at least {shown['least_memory_bytes'] / 2**20:,.0f} MiB"
     )
 
 
 def _per_kind(tensors: dict[str, list[int]]) -> dict[str, tuple[int, list[int]]]:
     """Added tensors by what they are, without the layer: name -> how many, shape of the first."""
+    from linearize.checkpoint.names import ADDED
+
     kinds: dict[str, tuple[int, list[int]]] = {}
     for name, shape in tensors.items():
-        kind = name.rpartition(".mixer.")[2]
+        kind = name.rpartition(ADDED)[2]
         count, first = kinds.get(kind, (0, shape))
         kinds[kind] = (count + 1, first)
     return kinds

@@ -130,7 +130,7 @@ def evaluate(
         ),
     ] = Hold.auto,
     seed: Annotated[
-        int, typer.Option("--seed", help="Of the recall rows and the hidden numbers.", rich_help_panel=MEASURE)
+        int, typer.Option("--seed", help="Seed of the recall rows and of the passkeys.", rich_help_panel=MEASURE)
     ] = 0,
     min_recovery: Annotated[
         float | None,
@@ -142,7 +142,9 @@ def evaluate(
     ] = None,
     gate: Annotated[
         list[str] | None,
-        typer.Option("--gate", help="METRIC[.FIELD]>=NUMBER or a file of them; repeatable.", rich_help_panel=JUDGE),
+        typer.Option(
+            "--gate", help="METRIC[.FIELD]<=NUMBER (or >=), or a file of them; repeatable.", rich_help_panel=JUDGE
+        ),
     ] = None,
     compare: Annotated[
         Path | None,
@@ -165,10 +167,10 @@ def evaluate(
     ] = False,
 ) -> int:
     """Measure the student beside its base on the same data, with a verdict."""
-    from linearize.convert import newest_output
     from linearize.device import keep_freed_memory
     from linearize.evaluate import evaluate as run
     from linearize.evaluation.suite import choose_suite
+    from linearize.outputs import newest_output
     from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
 

@@ -42,7 +42,14 @@ def finetune(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows a step, over all processes.", rich_help_panel=TRAINING)
     ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Rate of LoRA.", rich_help_panel=TRAINING)] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            help="Learning rate of the adapters (of what a conversion added: --set optimizer.mixer_lr=…).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +59,12 @@ def finetune(
         ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any recipe key, key=value; repeatable.", rich_help_panel=TRAINING)
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any recipe key, key=value; repeatable. An unknown one lists those there are.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -93,7 +105,7 @@ def finetune(
     settings = load_recipe(recipe, flags, set_)
     from linearize.device import keep_freed_memory
     from linearize.finetune import finetune as run
-    from linearize.finetune import newest_conversion
+    from linearize.outputs import newest_conversion
 
     if model is None:
         model = newest_conversion()
@@ -118,8 +130,13 @@ def finetune(
         emit_json(result)
         return
     done = result["finetune"]
+    here = (
+        ""
+        if done["tokens_in_these_seconds"] == done["tokens"]
+        else f", {done['tokens_in_these_seconds']:,} of them now"
+    )
     emit(
-        f"trained {done['tokens']:,} tokens in {done['seconds']:.0f} s; loss {done['first_loss']:.4f} at the first step, "
+        f"trained {done['tokens']:,} tokens{here} in {done['seconds']:.0f} s; loss {done['first_loss']:.4f} at the first step, "
         f"{done['last_loss']:.4f} over the last ten"
     )
     emit(result["output"])

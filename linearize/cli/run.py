@@ -33,10 +33,10 @@ def run(
     from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
 
-    load_pipeline(pipeline)  # mistakes in the file come before anything heavy
+    loaded = load_pipeline(pipeline)
     quiet_libraries()
     keep_freed_memory()
-    made = run_pipeline(pipeline, progress=note, report=Reporter())
+    made = run_pipeline(*loaded, progress=note, report=Reporter())
     results = made["results"]
     if json_:
         emit_json({**made, "results": results.to_dict() if results else None})

@@ -6,8 +6,6 @@ The base's answers are kept under its fingerprint, so that a second student of t
 import contextlib
 import importlib.metadata
 import itertools
-import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint
+from linearize.checkpoint.kept import kept
 from linearize.checkpoint.source import HUB_SECONDS, hub_answers
-from linearize.checkpoint.writing import write_json
-from linearize.errors import ConfigError, nearest
+from linearize.errors import ConfigError, nearest, one_line
 from linearize.evaluation.lab import Lab
 from linearize.report.results import ASKED, BASE, STUDENT, Findings, make_metric
 
@@ -58,9 +56,7 @@ def _loaded(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
     try:
         return manager.load(list(names))["tasks"]
     except Exception as error:  # the harness and its libraries raise their own
-        raise ConfigError(
-            f"--tasks: {', '.join(names)} cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise ConfigError(f"--tasks: {', '.join(names)} cannot be loaded: {one_line(error, 200)}") from None
 
 
 def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerprint: str) -> Findings:
@@ -78,16 +74,15 @@ def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerp
     }
 
     def answers(model_name: str, model) -> dict[str, dict[str, Any]]:
-        kept = _cache_folder() / f"{fingerprint_of({**key, 'dtype': str(model.dtype)})}.json"
-        if model_name == BASE and kept.is_file():
-            lab.progress(f"{name}: the base's answers are at hand")
-            return json.loads(kept.read_bytes())
-        found = _run(lab, model, name, task, limit)
-        lab.progress(f"{name}: {model_name} done")
-        if model_name == BASE:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, found)
-        return found
+        def ask() -> dict[str, dict[str, Any]]:
+            found = _run(lab, model, name, task, limit)
+            lab.progress(f"{name}: {model_name} done")
+            return found
+
+        if model_name != BASE:
+            return ask()
+        of_dtype = {**key, "dtype": str(model.dtype)}
+        return kept("tasks", of_dtype, ask, lambda: lab.progress(f"{name}: the base's answers are at hand"))
 
     found = lab.measure(ASKED, answers)
     metrics = []
@@ -103,7 +98,7 @@ def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerp
 
 
 def _run(lab: Lab, model, name: str, task, limit: int | None) -> dict[str, dict[str, Any]]:
-    """ "<task>_<figure>" -> per-item units in the order of the items, and what guessing scores.
+    """By "<task>_<figure>" the per-item units in the order of the items, and what guessing scores.
 
     A task that reads its answers in several ways (GSM8K: strict and flexible) has a figure for each.
     """
@@ -155,7 +150,3 @@ def _hub_left_alone() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize" / "tasks"

@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 from linearize.checkpoint.writing import check_space
 from linearize.errors import ResourceError
 from linearize.evaluation.lab import Lab
-from linearize.modeling.cache import CACHE_NAME
+from linearize.modeling.agreement import TOLERANCES, difference, logits_behind_padding, logits_in_pieces
 from linearize.report.results import STUDENT, Check, Findings
 
 LEAST_TOKENS, BEYOND = 400, 48
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def measure_parity(lab: Lab) -> Findings:
@@ -36,35 +35,26 @@ def _checks(lab: Lab, model: PreTrainedModel) -> Findings:
     other = lab.text[-length:][None].to(lab.device)
     whole, whole_other = (model(x, use_cache=False).logits for x in (ids, other))
     tolerance = TOLERANCES[whole.dtype]
-    pad = 7
-    padded = torch.cat([ids.new_zeros(1, pad), ids], dim=1)
-    mask = (torch.arange(length + pad, device=lab.device) >= pad).long()[None]
     computed = {
-        "cached = uncached": (_pieces(model, ids, [length - 8] + [1] * 8), whole),
-        "chunked prefill = whole": (_pieces(model, ids, [length // 3, length // 3, length - 2 * (length // 3)]), whole),
-        "padded = unpadded": (model(padded, attention_mask=mask, use_cache=False).logits[:, pad:], whole),
+        "cached = uncached": (logits_in_pieces(model, ids, [length - 8] + [1] * 8), whole),
+        "chunked prefill = whole": (
+            logits_in_pieces(model, ids, [length // 3, length // 3, length - 2 * (length // 3)]),
+            whole,
+        ),
+        "padded = unpadded": (logits_behind_padding(model, ids), whole),
         "batch = single": (
             model(torch.cat([ids, other]), use_cache=False).logits,
             torch.cat([whole, whole_other]),
         ),
     }
-    checks = [Check(name, _difference(a, b), tolerance) for name, (a, b) in computed.items()]
+    checks = [Check(name, difference(a, b), tolerance) for name, (a, b) in computed.items()]
     notes: list[str] = []
     try:
-        checks.append(Check("saved and loaded = before", _difference(_reloaded(model, ids), whole), 0.0))
+        checks.append(Check("saved and loaded = before", difference(_reloaded(model, ids), whole), 0.0))
     except ResourceError as error:
         notes.append(f"parity after saving was not checked: {error}")
     lab.progress(f"parity: {len(checks)} checks")
     return Findings(checks=tuple(checks), notes=tuple(notes))
-
-
-def _pieces(model, ids: Tensor, sizes: list[int]) -> Tensor:
-    cache, logits = None, []
-    for piece in ids.split(sizes, dim=1):
-        result = model(piece, use_cache=True, **{CACHE_NAME: cache})
-        cache = result[CACHE_NAME]
-        logits.append(result.logits)
-    return torch.cat(logits, dim=1)
 
 
 def _reloaded(model, ids: Tensor) -> Tensor:
@@ -75,7 +65,3 @@ def _reloaded(model, ids: Tensor) -> Tensor:
         model.save_pretrained(folder)
         again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(ids.device).eval()
         return again(ids, use_cache=False).logits
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()

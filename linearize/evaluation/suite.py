@@ -145,8 +145,8 @@ def within_positions(suite: Suite, config: dict) -> tuple[Suite, list[str]]:
     limit = config.get("max_position_embeddings") or math.inf
     longest = {
         "lengths": lambda n: n,
-        "recall": lambda n: 2 * n + 1 if n < 256 else n + 257,
-        "associative": lambda n: n + 129,
+        "recall": lambda n: 1 + n + min(n, 256),
+        "associative": lambda n: 1 + max(n, 2) + 2 * max(1, min(n // 2, 32)),
         "passkey": lambda n: n + 8,
         "efficiency": lambda n: n + 8,
     }

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
+from linearize.checkpoint.names import ADDED, MANIFEST
 from linearize.checkpoint.source import Source, open_source
 from linearize.checkpoint.weights import read_weights
-from linearize.errors import CheckpointError, ConfigError, CoverageError
+from linearize.errors import CheckpointError, ConfigError, CoverageError, one_line
 from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
 from linearize.modeling.plan import Plan
 from linearize.modeling.register import register_checkpoint
 
-MANIFEST = "linearize.json"
 ADAPTER = "adapter"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # beside finetuned weights: the added parameters before any training
@@ -118,9 +118,7 @@ def tokenizer_of(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare ones
-        raise CheckpointError(
-            f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {one_line(error, 200)}") from None
 
 
 def weights_folder(folder: Path) -> Path:
@@ -183,10 +181,10 @@ def load_unconverted(
         )
     config = classes.config.from_dict({**base, "linearize": plan.to_dict()})
     logging.set_verbosity_error()  # of parameters that are "newly initialized" it warns; here that is the point
-    model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=".mixer.")
+    model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED)
     if added is not None:
         unexpected = model.load_state_dict(added, strict=False).unexpected_keys
-        lacking = [name for name in model.state_dict() if ".mixer." in name and name not in added]
+        lacking = [name for name in model.state_dict() if ADDED in name and name not in added]
         if unexpected or lacking:
             raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *lacking][0]}'")
     return model
@@ -208,7 +206,7 @@ def added_of(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for file in read_weights(folder).files:
         with safe_open(folder / file, framework="pt") as shard:
-            found |= {name: shard.get_tensor(name) for name in shard.keys() if ".mixer." in name}
+            found |= {name: shard.get_tensor(name) for name in shard.keys() if ADDED in name}
     return found
 
 
@@ -219,7 +217,7 @@ def _load_exactly(
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     missing = [name for name in info["missing_keys"] if may_miss is None or may_miss not in name]
     unexpected = [name for name in info["unexpected_keys"] if "rotary_emb" not in name]
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", info["mismatched_keys"])):

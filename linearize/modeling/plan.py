@@ -35,7 +35,8 @@ class LayerPlan:
         gate: where gate logits come from: "key", the key projection alone, or "learned", corrected by a projection of
             the hidden states that starts at zero.
         mixer_options, mix_options: settings of the two; what is absent has its default.
-        native: the layer stays as the base family has it, its own sliding window included.
+        native: the layer stays as the base family has it, its own sliding window included; nothing here but
+            `softmax_heads`, all of them, says anything of it.
     """
 
     softmax_heads: tuple[int, ...]
@@ -52,7 +53,7 @@ class LayerPlan:
     @property
     def has_branch(self) -> bool:
         """Whether heads that are not softmax have more than window and sinks."""
-        return self.mixer != NO_BRANCH
+        return not self.native and self.mixer != NO_BRANCH
 
     def linear_heads(self, key_value_heads: int) -> tuple[int, ...]:
         """The key/value heads that become linear, ascending."""
@@ -85,6 +86,10 @@ class Plan:
             LayerPlan(**{**layer, "softmax_heads": tuple(layer["softmax_heads"])}) for layer in data["layers"]
         )
         return cls(base_model_type=data["base_model_type"], layers=layers)
+
+    def longest_window(self) -> int:
+        """Of the layers that are converted, the longest window of linear heads."""
+        return max((layer.window for layer in self.layers if not layer.native), default=0)
 
     def linear_layers(self, key_value_heads: int) -> tuple[int, ...]:
         """Indices of the layers that have at least one linear head."""

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from linearize.checkpoint.writing import write_text
+from linearize.modeling.plan import NO_BRANCH
 from linearize.report.results import STUDENT, Results
 
 BEGIN, END = "<!-- linearize eval -->", "<!-- end of linearize eval -->"
@@ -16,30 +17,9 @@ def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
     """The card of a converted or finetuned checkpoint. The licence is the base card's, when it states one."""
     base, coverage, settings = manifest["base"], manifest["coverage"], manifest["settings"]
     name = base["name"]
-    cache = manifest["cache_bytes"]
-    rows = "\n".join(
-        f"| {int(length) // 1024}K | {_mib(sizes['base'])} | {_mib(sizes['student'])} | "
-        f"{sizes['student'] / sizes['base']:.3f} |"
-        for length, sizes in cache.items()
-    )
-    recovery = ""
-    if "finetune" in manifest:
-        done = manifest["finetune"]
-        stages = done["recipe"]["stages"] or [done["recipe"]]
-        recovery = (
-            f"\nRecovered with recipe `{done['recipe_name']}` on {done['tokens']:,} tokens of "
-            f"{', '.join(done['recipe']['data'])} (loss {', then '.join(stage['loss']['kind'] for stage in stages)}).\n"
-        )
-    fitted = manifest.get("calibration")
-    if fitted and fitted["attention_error"]:
-        near, far = (
-            sum(pair[i] for pair in fitted["attention_error"].values()) / len(fitted["attention_error"]) for i in (0, 1)
-        )
-        recovery = (
-            f"\nThe added parameters were fitted to the base's attention on rows of {fitted['tokens']:,} tokens, from "
-            f"{fitted['text']} and random ones copied; on two rows held out the relative square error beyond the window is {far:.3f} (window + sinks: {near:.3f}).\n"
-            + recovery
-        )
+    weights = "merged with LoRA" if "finetune" in manifest else "unchanged"
+    heads = coverage["heads"] // coverage["layers"]
+    changed = [layer for layer in manifest["plan"]["layers"] if len(layer["softmax_heads"]) < heads]
     longer = settings.get("softmax_window")
     kept = f" The other heads see {longer:,} keys and the sinks." if longer else ""
     return f"""---
@@ -50,13 +30,10 @@ tags: [linearize, linear-attention]
 
 # {name}, linearized
 
-[{name}]({_link(base)}) with softmax attention replaced by {settings["mixer"]} in {coverage["heads_converted"]} of
-{coverage["heads"]} key/value heads: a window of {settings["window"]} keys, {settings["sinks"]} sinks, and a recurrent
-branch mixed by `{settings["mix"]}`.{kept} Base weights are unchanged; {manifest["parameters_added"]:,} parameters were added.
-{recovery}
-| context | base cache, MiB | this model's cache, MiB | ratio |
-|---|---|---|---|
-{rows}
+[{name}]({_link(base)}) with softmax attention replaced in {coverage["heads_converted"]} of {coverage["heads"]} key/value
+heads by {_replacement(changed)}.{kept} Base weights are {weights}; {manifest["parameters_added"]:,} parameters were added.
+{_calibration_note(manifest)}{_recovery_note(manifest)}
+{_cache_table(manifest["cache_bytes"])}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,10 +43,49 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 `linearize eval PATH` measures it beside its base model.
-""".replace(
-        "Base weights are unchanged",
-        "Base weights are merged with LoRA" if "finetune" in manifest else "Base weights are unchanged",
+"""
+
+
+def _replacement(layers: list[dict[str, Any]]) -> str:
+    """What stands in place of softmax, of every kind that the layers' plans name."""
+    kinds: dict[str, None] = {}
+    for layer in layers:
+        parts = [f"a window of {layer['window']} keys", f"{layer['sinks']} sinks"]
+        if layer["mixer"] != NO_BRANCH:
+            parts.append(f"a recurrent branch ({layer['mixer']}, mixed by `{layer['mix']}`)")
+        kinds[f"{', '.join(parts[:-1])} and {parts[-1]}"] = None
+    return "; elsewhere ".join(kinds) or "nothing"
+
+
+def _calibration_note(manifest: dict[str, Any]) -> str:
+    fitted = manifest.get("calibration")
+    if not fitted or not fitted["attention_error"]:
+        return ""
+    errors = fitted["attention_error"].values()
+    near, far = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
+    return (
+        f"\nThe added parameters were fitted to the base's attention on rows of {fitted['tokens']:,} tokens, from "
+        f"{fitted['text']} and random ones copied; on two rows held out the relative square error beyond the window is "
+        f"{far:.3f} (window + sinks: {near:.3f}).\n"
     )
+
+
+def _recovery_note(manifest: dict[str, Any]) -> str:
+    if (done := manifest.get("finetune")) is None:
+        return ""
+    stages = done["recipe"]["stages"] or [done["recipe"]]
+    return (
+        f"\nRecovered with recipe `{done['recipe_name']}` on {done['tokens']:,} tokens of "
+        f"{', '.join(done['recipe']['data'])} (loss {', then '.join(stage['loss']['kind'] for stage in stages)}).\n"
+    )
+
+
+def _cache_table(sizes: dict[str, dict[str, int]]) -> str:
+    rows = [
+        f"| {int(length) // 1024}K | {_mib(of['base'])} | {_mib(of['student'])} | {of['student'] / of['base']:.3f} |"
+        for length, of in sizes.items()
+    ]
+    return "\n".join(["| context | base cache, MiB | this model's cache, MiB | ratio |", "|---|---|---|---|", *rows])
 
 
 def add_evaluation(card: Path, results: Results) -> None:

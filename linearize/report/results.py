@@ -164,12 +164,12 @@ def make_metric(
         items: units are right (1) or wrong (0).
     """
     units = {model: values for model, values in units.items() if values}
-    raw = {model: mean_and_error(values) for model, values in units.items()}
-    values = raw
     if exponentiate:
         import numpy
 
         values = {model: mean_and_error(losses, numpy.exp) for model, losses in units.items()}
+    else:
+        values = {model: mean_and_error(figures) for model, figures in units.items()}
     base, student = values.get(BASE), values.get(STUDENT)
     ratio = {m: (v.mean / base.mean if base and base.mean else None) for m, v in values.items()}
     difference = p_value = over_chance = None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
-from linearize.errors import CheckpointError, ConfigError
+from linearize.errors import CheckpointError, ConfigError, one_line
 from linearize.samples import SAMPLES
 
 IGNORED = -100
@@ -105,7 +105,7 @@ def open_dataset(name: str) -> Any:
     try:
         return datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # the library raises its own and its file systems' errors
-        raise ConfigError(f"--data: cannot load '{name}' from the hub: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"--data: cannot load '{name}' from the hub: {one_line(error, 200)}") from None
 
 
 def _pieces(path: str) -> Iterator[dict[str, str]]:
@@ -127,7 +127,7 @@ def documents(dataset: str, tokenizer, *, text_field: str, completion_only: bool
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:  # a damaged file surfaces wherever its reader stumbles
-        raise ConfigError(f"--data: {dataset} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"--data: {dataset} cannot be read: {one_line(error, 200)}") from None
 
 
 def _tokenise(

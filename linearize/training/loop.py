@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from linearize.checkpoint.names import METRICS
 from linearize.errors import ConfigError, Interrupted, LinearizeError
 from linearize.recipe import Recipe, Stage
 from linearize.training.data import Batch, join, read_ahead
@@ -29,7 +31,8 @@ from linearize.training.window_dropout import window_dropout
 
 @dataclass(frozen=True)
 class Progress:
-    """One optimizer step, as metrics.jsonl records it."""
+    """One optimizer step, as metrics.jsonl records it: steps, tokens and the time left are the whole run's, the rate is of
+    this stage in this call."""
 
     stage: str
     step: int
@@ -45,13 +48,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Leg:
-    """A stage's place in the whole run: its first step comes after `before` steps and `tokens` tokens, of `total` steps."""
+    """A stage's place in the whole run: its first step comes after `before` steps and `tokens` tokens, of `total` and
+    `total_tokens`."""
 
     stage: Stage
     steps: int
     before: int
     tokens: int
     total: int
+    total_tokens: int
 
 
 def legs_of(recipe: Recipe) -> list[Leg]:
@@ -60,7 +65,7 @@ def legs_of(recipe: Recipe) -> list[Leg]:
     counts = [stage.steps(recipe.tokens) for stage in stages]
     sizes = [count * stage.seq_len * stage.batch_size for count, stage in zip(counts, stages)]
     return [
-        Leg(stage, count, sum(counts[:i]), sum(sizes[:i]), sum(counts))
+        Leg(stage, count, sum(counts[:i]), sum(sizes[:i]), sum(counts), sum(sizes))
         for i, (stage, count) in enumerate(zip(stages, counts))
     ]
 
@@ -93,7 +98,7 @@ def train(
     if saved:
         load_state(saved[-1], distiller, optimizers, accelerator.device, leg.before)
     if accelerator.is_main_process:
-        _truncate_metrics(work / "metrics.jsonl", done)
+        _truncate_metrics(work / METRICS, done)
     done = max(done - leg.before, 0)
     # what matches attentions goes backward layer by layer, which a wrapper would not expect
     wrapped = distiller if stage.loss.kind == "attention" else accelerator.prepare(distiller)
@@ -117,24 +122,25 @@ def train(
                     "(--set optimizer.clip_norm=1.0)"
                 )
             losses.append(loss)
-            elapsed = time.monotonic() - started
+            per_second = len(losses) * stage.batch_size * stage.seq_len / (time.monotonic() - started)
+            tokens = leg.tokens + step * stage.batch_size * stage.seq_len
             progress = Progress(
                 stage=stage.name,
                 step=leg.before + step,
                 steps=leg.total,
-                tokens=leg.tokens + step * stage.batch_size * stage.seq_len,
+                tokens=tokens,
                 loss=loss,
                 lr=base_rates[0] * factor,
                 grad_norm=grad_norm,
-                tokens_per_second=len(losses) * stage.batch_size * stage.seq_len / elapsed,
-                eta_seconds=(leg.steps - step) * elapsed / len(losses),
+                tokens_per_second=per_second,
+                eta_seconds=(leg.total_tokens - tokens) / per_second,
                 memory_bytes=memory_bytes(),
             )
             if accelerator.is_main_process:
-                with open(work / "metrics.jsonl", "a", encoding="utf-8") as file:
+                with open(work / METRICS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(progress.__dict__) + "\n")
                 report(progress)
-            stopping = stop.requested
+            stopping = stop.is_set()
             if (stopping or step % recipe.checkpoint_every == 0 or step == leg.steps) and accelerator.is_main_process:
                 save_state(work, leg.before + step, distiller, optimizers, fingerprint)
             if stopping and leg.before + step < leg.total:
@@ -224,20 +230,19 @@ def _schedule(stage: Stage, step: int, steps: int) -> float:
 
 
 @contextmanager
-def _stop_requests() -> Iterator:
+def _stop_requests() -> Iterator[threading.Event]:
     """Turns the first SIGINT or SIGTERM into a request, honoured after the step; the second acts at once."""
 
-    class Stop:
-        requested = False
+    stop = threading.Event()
 
     def request(number, frame) -> None:
-        if Stop.requested:
+        if stop.is_set():
             raise KeyboardInterrupt
-        Stop.requested = True
+        stop.set()
 
     previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield Stop
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

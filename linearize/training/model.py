@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearize.checkpoint.names import ADDED
 from linearize.errors import ConfigError, nearest
 from linearize.families.registry import find_family
 from linearize.modeling.readout import readout_of
@@ -15,8 +16,6 @@ from linearize.recipe import OWN_START, Lora, Loss, Optimizer, Stage
 from linearize.training.adalora import adalora_config, add_orthogonality, allot, allotment, restore_allotment
 from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
-
-MIXER = ".mixer."
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, *, steps: int = 1) -> PeftModel:
@@ -36,7 +35,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, *, steps: int = 1) -> PeftM
                 f"lora.targets: got '{target}', allowed are {', '.join(family.lora_targets)}"
                 f"{nearest(target, family.lora_targets)}"
             )
-    adds_parameters = any(True for name, _ in model.named_parameters() if MIXER in name)
+    adds_parameters = any(True for name, _ in model.named_parameters() if ADDED in name)
     adapted = get_peft_model(
         model,
         _adapter_config(
@@ -97,8 +96,8 @@ def parameter_groups(model: nn.Module, settings: Optimizer) -> list[dict]:
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     low = [name for name, value in trainable.items() if value.dtype != torch.float32]
     assert not low, f"trainable parameters must be float32 masters, {low[0]} is not"
-    mixer = [value for name, value in trainable.items() if MIXER in name]
-    adapters = [value for name, value in trainable.items() if MIXER not in name]
+    mixer = [value for name, value in trainable.items() if ADDED in name]
+    adapters = [value for name, value in trainable.items() if ADDED not in name]
     groups = [
         {"params": adapters, "lr": settings.lr, "weight_decay": settings.weight_decay},
         {"params": mixer, "lr": settings.mixer_lr, "weight_decay": 0.0},
@@ -126,7 +125,7 @@ class Distiller(nn.Module):
         self.loss = stage.loss
         parameters = dict(self.named_parameters())
         for name in self.trainable:
-            parameters[name].requires_grad_(stage.loss.kind != "attention" or MIXER in name)
+            parameters[name].requires_grad_(stage.loss.kind != "attention" or ADDED in name)
         if not any(value.requires_grad for value in parameters.values()):
             raise ConfigError(f"stages: {stage.name} has nothing to train, since the conversion added no parameters")
 

@@ -1,7 +1,7 @@
 """Training state on disk: safetensors for tensors, JSON for the rest, nothing pickled.
 
 A state is a folder `step-00000100` in the work folder, written beside and renamed, so that a killed run leaves only
-whole ones. It holds trainable parameters, AdamW moments, what AdaLoRA remembers and the random state; the position in the
+whole ones. It holds trainable parameters, what the optimisers keep, what AdaLoRA remembers and the random state; the position in the
 data and in the schedule follow from the step.
 """
 
@@ -28,7 +28,7 @@ def save_state(
     model: Distiller,
     optimizers: list[torch.optim.Optimizer],
     fingerprint: dict[str, Any],
-) -> Path:
+) -> None:
     """Writes the state after `step` optimizer steps and drops all but the newest two."""
     names = _names(model)
     tensors = {
@@ -55,13 +55,12 @@ def save_state(
         raise
     for old in states(work)[:-KEPT]:
         shutil.rmtree(old)
-    return target
 
 
 def load_state(
     folder: Path, model: Distiller, optimizers: list[torch.optim.Optimizer], device: torch.device, stage_start: int
-) -> dict[str, Any]:
-    """Puts a saved state into model, optimizers and random generators; returns its JSON.
+) -> None:
+    """Puts a saved state into model, optimizers and random generators.
 
     Args:
         stage_start: the step at which the current stage began; of an earlier stage only the parameters are taken over.
@@ -91,7 +90,6 @@ def load_state(
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
-    return record
 
 
 def states(work: Path) -> list[Path]:
