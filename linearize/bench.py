@@ -134,6 +134,7 @@ def crossovers(rows: list[dict[str, Any]]) -> list[str]:
 
 def crossover(rows: list[dict[str, Any]], figure: str) -> str:
     """In words, from which measured length on the student is ahead in `figure` (more is better)."""
+    rows = sorted(rows, key=lambda row: row["length"])
     ahead = [row["length"] for row in rows if row[f"student_{figure}"] >= row[f"base_{figure}"]]
     behind = [row["length"] for row in rows if row["length"] not in ahead]
     if not ahead:

@@ -75,6 +75,7 @@ def evaluate(
     import torch
 
     from linearize.device import compute_dtype, pick_device
+    from linearize.evaluation.harness import task_fingerprint
     from linearize.evaluation.lab import Lab
     from linearize.modeling.loading import load_tokenizer, open_base, read_manifest
     from linearize.training.data import data_fingerprint
@@ -92,8 +93,10 @@ def evaluate(
     kept = None if out is None else out / UNFINISHED
     with open_base(manifest, base) as source, _work_folder(kept) as work:
         suite, notes = within_positions(suite, source.read_config())
+        _check_recovery(min_recovery, suite, window)
         if not any(layer.has_branch for layer in Plan.from_dict(manifest["plan"]).layers):
             suite = replace(suite, branch=False)
+        _require_same_shape(source, model)
         _require_same_tokenizer(source, tokenizer)
         text, data = _read_text(suite, tokenizer, older, dtype, device)
         loaders, folders = _weights(model, manifest, source, suite, dtype)
@@ -108,6 +111,7 @@ def evaluate(
         identity = {name: _fingerprint(folders[name]) for name in (STUDENT, CONTROL) if name in folders}
         identity |= {"base": source.fingerprint(), "dtype": str(dtype), "suite": asdict(suite)}
         identity |= {"data": data_fingerprint([*suite.data, *suite.choice])}
+        identity |= {"tasks": [task_fingerprint(task, suite.task_limit) for task in tasks.values()]}
         with torch.no_grad():
             try:
                 findings = [
@@ -176,18 +180,13 @@ def check_request(
     from linearize.modeling.loading import read_manifest
 
     expressions = expand_gates(list(gates or []))
-    if min_recovery is not None and not _beyond(suite, window):
-        raise ConfigError(
-            f"--min-recovery: got {min_recovery}, but perplexity is measured at "
-            f"{', '.join(map(str, suite.lengths)) or 'no length'}, and only beyond the window of {window} is there "
-            "anything to recover"
-        )
+    _check_recovery(min_recovery, suite, window)
     check_gates(expressions, suite.figures(), open_ended=bool(suite.tasks))
     older = read_older(compare) if compare else None
     if older is not None and not suite.tasks:
         check_common(older, suite.figures())
     if summary_file is not None:
-        check_writable(summary_file, "--summary-file")
+        check_writable(summary_file, "--summary-file", folder=False)
     if suite.control is not None:
         read_manifest(Path(suite.control))
     for path in suite.choice:
@@ -196,12 +195,23 @@ def check_request(
     return expressions, older, tasks
 
 
+def _check_recovery(asked: float | None, suite: Suite, window: int) -> None:
+    if asked is not None and not _beyond(suite, window):
+        raise ConfigError(
+            f"--min-recovery: got {asked}, but perplexity is measured at "
+            f"{', '.join(map(str, suite.lengths)) or 'no length'}, and only beyond the window of {window} is there "
+            "anything to recover"
+        )
+
+
 def _beyond(suite: Suite, window: int) -> list[int]:
     """The lengths at which there is something to recover."""
     return [length for length in suite.lengths if length > window]
 
 
-def check_text(model: Path, suite: Suite, *, gates: list[str], compare: Path | None = None) -> None:
+def check_text(
+    model: Path, suite: Suite, *, gates: list[str], min_recovery: float | None = None, compare: Path | None = None
+) -> None:
     """What needs a conversion to be refused, though no weights: text, older results of other text, and gates on what its
     positions do not hold. Arguments as in `evaluate`.
 
@@ -209,10 +219,11 @@ def check_text(model: Path, suite: Suite, *, gates: list[str], compare: Path | N
         ConfigError: one of these.
     """
     from linearize.device import compute_dtype, pick_device
-    from linearize.modeling.loading import load_tokenizer
+    from linearize.modeling.loading import load_tokenizer, read_manifest
 
     # a conversion has its base's positions
     suite, _ = within_positions(suite, json.loads((model / "config.json").read_bytes()))
+    _check_recovery(min_recovery, suite, read_manifest(model)["settings"]["window"])
     check_gates(expand_gates(gates), suite.figures(), open_ended=bool(suite.tasks))
     older = read_older(compare) if compare else None
     _read_text(suite, load_tokenizer(model), older, compute_dtype("auto"), pick_device())
@@ -302,6 +313,19 @@ def _same_vocabulary(model, size: int, name: str):
             "compared"
         )
     return model
+
+
+def _require_same_shape(source: Source, model: Path) -> None:
+    """A plan names heads, and what a conversion adds is as large as they are."""
+    from linearize.modeling.loading import weights_folder
+
+    config, own = source.read_config(), json.loads((weights_folder(model) / "config.json").read_bytes())
+    for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if config.get(key) != own.get(key):
+            raise ConfigError(
+                f"--base: {source.name} has {key} {config.get(key)}, the student's base had {own.get(key)}; their figures "
+                "cannot be compared"
+            )
 
 
 def _require_same_tokenizer(source: Source, tokenizer) -> None:
@@ -457,7 +481,9 @@ def _data_record(suite: Suite, text_ids, dtype, device: str) -> dict[str, Any]:
 
 
 def _fingerprint(model: Path) -> str:
-    """Of a student: its records, and names, sizes and times of its weights."""
-    files = sorted(path for path in model.rglob("*.safetensors"))
-    stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    """Of a student: its records, and names, sizes and times of its weights, of an adapter alone with its parent's."""
+    from linearize.modeling.loading import weights_folder
+
+    files = [path for folder in {model, weights_folder(model)} for path in folder.rglob("*.safetensors")]
+    stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(files)]
     return sha256([(model / MANIFEST).read_bytes(), *(line.encode() for line in stats)])

@@ -11,10 +11,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.names import ADDED, MANIFEST, METRICS
+from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import (
     alone_in,
     atomic_folder,
@@ -26,7 +28,8 @@ from linearize.checkpoint.writing import (
     write_text,
 )
 from linearize.errors import ConfigError
-from linearize.modeling.plan import NO_BRANCH
+from linearize.families.registry import find_family
+from linearize.modeling.plan import NO_BRANCH, Plan
 from linearize.outputs import default_output
 from linearize.recipe import OWN_START, Recipe
 from linearize.versions import versions
@@ -69,7 +72,7 @@ def finetune(
         read_manifest,
         untrained_parameters,
     )
-    from linearize.training.data import packed_rows, with_copies
+    from linearize.training.data import open_dataset, packed_rows, with_copies
     from linearize.training.loop import legs_of, train
     from linearize.training.model import Distiller, add_adapters, optimizers_of
     from linearize.training.state import check_fingerprint, states
@@ -77,6 +80,8 @@ def finetune(
     manifest = read_manifest(model)
     _check_recipe(recipe, manifest, model)
     out = out or default_output(model.resolve().name.removesuffix("-converted"), Path(recipe_name).stem)
+    if out.resolve() == model.resolve():
+        raise ConfigError(f"--out: got {out}, the checkpoint that is to be trained; name another folder")
     check_target(out, overwrite=overwrite)
     if merge:
         check_space(out.parent, manifest["weights"]["bytes"])
@@ -91,7 +96,9 @@ def finetune(
         progress = _silent
     tokenizer = load_tokenizer(model)
     legs = legs_of(recipe)
-    # the first rows are read before anything is loaded or written, so that bad data fails at once
+    # every dataset is opened and the first rows are read before anything is loaded or written, so that bad data fails at once
+    for name in recipe.data:
+        open_dataset(name)
     rows = [
         _peeked(
             with_copies(
@@ -111,7 +118,7 @@ def finetune(
         )
         for number, leg in enumerate(legs)
     ]
-    fingerprint = run_fingerprint(manifest, recipe, teacher, accelerator.num_processes)
+    fingerprint = run_fingerprint(model, manifest, recipe, teacher, accelerator.num_processes)
     if main:
         check_free(work, out)
         if restart:
@@ -128,8 +135,6 @@ def finetune(
     if recipe.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student.enable_input_require_grads()
-    if teacher is None and recipe.lora.variant in OWN_START:
-        teacher = manifest["base"]["reference"]
     teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
     before_adapters = sum(leg.steps for leg in legs if leg.stage.loss.kind == "attention")
     adapter_steps = max(legs[-1].total - before_adapters, 1)
@@ -173,6 +178,7 @@ def finetune(
         accelerator.wait_for_everyone()
         return {}
     metrics = [json.loads(line) for line in (work / METRICS).read_text(encoding="utf-8").splitlines()]
+    last_stage = [step["loss"] for step in metrics[legs[-1].before :]]  # stages measure losses of different kinds
     manifest = {
         **{key: value for key, value in manifest.items() if key not in ("verification", "sha256", "finetune")},
         "kind": "finetuned" if merge else "adapter",
@@ -180,13 +186,14 @@ def finetune(
             "recipe_name": recipe_name,
             "recipe": recipe.model_dump(),
             "parent": str(model.resolve()),
+            "parent_fingerprint": fingerprint["student"],
             "teacher": teacher or "base model",
             "tokens": metrics[-1]["tokens"],
             "steps": legs[-1].total,
             "stages": [{"name": leg.stage.name, "steps": leg.steps} for leg in legs],
             "trainable_parameters": trainable,
-            "first_loss": metrics[0]["loss"],
-            "last_loss": sum(m["loss"] for m in metrics[-10:]) / len(metrics[-10:]),
+            "first_loss": last_stage[0],
+            "last_loss": sum(last_stage[-10:]) / len(last_stage[-10:]),
             "seconds": seconds,
             "tokens_in_these_seconds": trained,
             "tokens_per_second": trained / seconds if trained else None,
@@ -214,15 +221,15 @@ def finetune(
     return {"output": str(out.resolve()), **manifest}
 
 
-def run_fingerprint(manifest: dict, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
+def run_fingerprint(model: Path, manifest: dict, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
     """Everything that decides what training computes."""
     from linearize.training.data import data_fingerprint
 
     return {
         "base": manifest["base"]["fingerprint"],
         "plan": manifest["plan_fingerprint"],
-        "student": manifest.get("sha256", {}),
-        "teacher": teacher,
+        "student": local_fingerprint(str(model)),
+        "teacher": teacher and [teacher, local_fingerprint(teacher)],
         "recipe": recipe.model_dump(exclude={"description", "checkpoint_every"}),
         "data": data_fingerprint(recipe.data),
         "processes": processes,
@@ -252,13 +259,21 @@ def check_leaves_window(recipe: Recipe, mix: str, window: int, sinks: int) -> No
 
 
 def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
-    """A teacher of its own: the one named, or the base of a student whose own weights were already trained."""
-    if all(stage.loss.kind != "kl" for stage in recipe.plan()) or (named is None and manifest["kind"] == "converted"):
+    """A teacher of its own: the one named, or the base of a student whose own weights were already trained or which the
+    adapters' start changes."""
+    inside = manifest["kind"] == "converted" and recipe.lora.variant not in OWN_START
+    if all(stage.loss.kind != "kl" for stage in recipe.plan()) or (named is None and inside):
         return None
-    from linearize.modeling.loading import load_base, open_base
+    from linearize.modeling.loading import load_base, load_unconverted, open_base
 
-    with open_base(manifest, named) as source:
-        teacher = load_base(source, dtype=dtype).to(device).requires_grad_(False)
+    with open_base(manifest, named, option="--teacher") as source:
+        if find_family(manifest["plan"]["base_model_type"]).masks_ignore_positions:
+            plan = Plan.from_dict(manifest["plan"])
+            untouched = replace(plan, layers=tuple(replace(layer, native=True) for layer in plan.layers))
+            teacher = load_unconverted(source, untouched, dtype=dtype)  # the base in all but its masks
+        else:
+            teacher = load_base(source, dtype=dtype)
+        teacher.to(device).requires_grad_(False)
     student_vocabulary = manifest["vocabulary"]
     if teacher.config.vocab_size != student_vocabulary:
         raise ConfigError(

@@ -34,8 +34,16 @@ def _newest(kind: str, none: str) -> Path:
     found = [
         path
         for path in OUTPUT_ROOT.glob(f"*/{MANIFEST}")
-        if not path.parent.name.startswith(".") and (not kind or json.loads(path.read_bytes()).get("kind") == kind)
+        if not path.parent.name.startswith(".") and (not kind or _kind(path) == kind)
     ]
     if not found:
         raise ConfigError(f"MODEL: none given and {none} under ./linearized/; run `linearize convert MODEL` first")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def _kind(manifest: Path) -> str | None:
+    """Of a checkpoint; None of a damaged one."""
+    try:
+        return json.loads(manifest.read_bytes()).get("kind")
+    except (ValueError, AttributeError):
+        return None

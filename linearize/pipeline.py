@@ -123,11 +123,15 @@ def run_pipeline(
     settings: ConversionConfig,
     recipe: Recipe | None,
     *,
+    restart: bool = False,
     progress: Callable[[str], None] = print,
     report: Callable | None = None,
 ) -> dict[str, Any]:
     """Runs the steps of what `load_pipeline` read; returns what each made, and the results of the evaluation where there is
     one.
+
+    Args:
+        restart: an unfinished finetune is discarded, whatever its settings.
 
     Raises:
         LinearizeError: what a step raises. A gate that fails is in the results, not raised.
@@ -153,7 +157,8 @@ def run_pipeline(
         done.record("convert", inputs, converted)
     if pipeline.eval is not None:
         demands = pipeline.eval.demands()
-        check_text(converted, pipeline.eval.chosen(), gates=demands["gates"], compare=demands["compare"])
+        del demands["summary_file"]
+        check_text(converted, pipeline.eval.chosen(), **demands)
     student = converted
     if recipe is not None:
         inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump(), "data": data_fingerprint(recipe.data)}
@@ -164,7 +169,7 @@ def run_pipeline(
 
             finetune(
                 converted, recipe, recipe_name=pipeline.finetune.recipe, out=tuned, overwrite=tuned.exists(),
-                progress=progress, report=report or (lambda step: None),
+                restart=restart, progress=progress, report=report or (lambda step: None),
             )  # fmt: skip
             done.record("finetune", inputs, tuned)
         student = tuned

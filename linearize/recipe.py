@@ -6,6 +6,7 @@ Unknown keys and wrong values are collected at every depth and reported together
 
 import importlib.resources
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -20,6 +21,8 @@ from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH
 
 # tokens that a window can be asked for
 LONGEST = 2**31 - 1
+# more than any model has
+MOST_LAYERS = 100_000
 ABOVE_ZERO = {"gate_logit_normalizer"}
 Options = dict[str, float | int | bool | str]
 
@@ -160,7 +163,8 @@ def layer_numbers(spec: str) -> list[int]:
     numbers: list[int] = []
     for part in spec.split(","):
         first, dash, last = (text.strip() for text in part.partition("-"))
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
+        fits = first.isdecimal() and (not dash or (last.isdecimal() and int(first) <= int(last) < MOST_LAYERS))
+        if not fits:
             raise ValueError(f"got '{spec}', allowed are layers and ranges, for example 0-3,7")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
@@ -423,7 +427,8 @@ def _load(schema: type, kind: str, name: str | None, flags: dict | None, sets: l
         path = _find(kind, name)
         origin = str(path)
         data = read_yaml(path)
-    for key, value in (flags or {}).items():
+    # stages come last: what they say themselves stands
+    for key, value in sorted((flags or {}).items(), key=lambda item: item[0] == "stages"):
         if value is not None:
             if value != data.get(key):
                 data.pop(f"{key}_options", None)  # another mixer or mix has other options
@@ -483,21 +488,34 @@ def _find(kind: str, name: str) -> Path:
     return known[name]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A key that stands twice is a mistake, of which YAML would keep the second half."""
+class _Loader(yaml.SafeLoader):
+    """YAML, in which 18:2 is no number of base 60, and a key that stands twice, of which YAML keeps the second, a mistake."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key.value for key, _ in node.value]
         for key, (at, _) in zip(keys, node.value):
-            if isinstance(key, str) and keys.count(key) > 1:
+            if keys.count(key) > 1 and key != "<<":
                 raise yaml.YAMLError(f"key '{key}' stands twice{at.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    "int": r"^[-+]?(?:0|[1-9][0-9_]*)$",
+    "float": r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+    r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises: ConfigError: it is none, or a key stands twice."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if data is None:
@@ -508,13 +526,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML reads 1e-3 as a string
-        except ValueError:
-            return value
-    return value
+    return yaml.load(text, _Loader) if text else ""
 
 
 def _give(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -101,7 +101,8 @@ def test_readme_commands_exist():
     for name, rest in lines:
         given = get_command(app).commands[name].make_context(name, shlex.split(rest, comments=True)).params
         if name in ("convert", "plan"):
-            load_config(given["config"], sets=given["set_"])
+            flags = ("mixer", "mix", "window", "sinks", "keep_softmax", "softmax_window")
+            load_config(given["config"], {flag: given[flag] for flag in flags}, given["set_"])
         if name == "finetune" and given["recipe"] != "recipe.yaml":
             load_recipe(given["recipe"], sets=given["set_"])
 
@@ -210,6 +211,65 @@ def test_no_permission_and_no_folder_above(base_folder, cli, tmp_path, monkeypat
     assert code == 0, err
     code, _, err = cli("convert", base_folder(), "-o", tmp_path / "out", "--dry-run")
     assert code == 2 and "no permission" in err
+
+
+def test_yaml_reads_what_people_mean(tmp_path):
+    """Pairs of layer and head are no numbers of base 60, 1e-3 is one; merge keys are YAML, keys that stand twice are not."""
+    from linearize.errors import ConfigError
+    from linearize.recipe import load_config, load_recipe, read_yaml
+
+    assert load_config(None, sets=["keep_softmax=18:2"]).keep_softmax == "18:2"
+    assert load_recipe("lora", sets=["optimizer.lr=1e-3"]).optimizer.lr == 0.001
+    path = tmp_path / "config.yaml"
+    path.write_text("keep_softmax: 1:0\nlayers:\n  '0': &short {window: 32, sinks: 2}\n  '1': {<<: *short, sinks: 3}\n")
+    config = load_config(str(path))
+    assert config.keep_softmax == "1:0" and [config.layers[i].sinks for i in "01"] == [2, 3]
+    assert config.layers["1"].window == 32
+    for text in ("a: 1\na: 2", "layers: {0: {window: 1}, '0': {window: 2}}"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="stands twice"):
+            read_yaml(path)
+
+
+def test_a_terminated_command_clears_up_and_says_so(tmp_path):
+    """SIGTERM, as CI systems and schedulers send it, is an interruption."""
+    script = (
+        "import os, signal, tempfile\n"
+        "from linearize.cli import app\n"
+        "def examine():\n"
+        "    with tempfile.TemporaryDirectory(dir='.'):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import linearize.doctor\n"
+        "linearize.doctor.examine = examine\n"
+        "import sys\n"
+        "sys.argv = ['linearize', 'doctor', '--json']\n"
+        "app.main()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 130 and json.loads(run.stdout)["exit_code"] == 130 and not list(tmp_path.iterdir())
+
+
+def test_notes_that_nobody_reads_stop_nothing(base_folder, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "linearize",
+        "convert",
+        str(base_folder()),
+        "-o",
+        str(tmp_path / "out"),
+        "--no-verify",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stderr.close()
+        assert process.stdout.read().strip().endswith(str(tmp_path / "out"))
+    assert process.returncode == 0 and (tmp_path / "out" / "linearize.json").is_file()
+
+
+def test_what_belongs_to_the_other_bench_is_refused(cli, tmp_path):
+    for arguments in (("ops", tmp_path), ("model", tmp_path, "--only", "gla")):
+        code, out, err = cli("bench", *arguments)
+        assert (code, out) == (2, "") and "it belongs to bench" in err
 
 
 def test_a_reader_that_went_away_is_no_failure():

@@ -166,6 +166,30 @@ def test_verdict_exit_code_and_files_come_from_one_object(converted, cli, tmp_pa
     assert (converted / "eval" / "results.json").is_file()
 
 
+def test_a_base_of_other_heads_is_refused(converted, base_folder, cli):
+    other = base_folder("mha_bias", name="other")
+    code, _, err = cli("eval", converted, *FLAGS, "--base", other)
+    assert code == 2 and "has hidden_size 32" in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("option", ["--out", "--summary-file"])
+def test_where_nothing_can_be_written_is_told_before_anything_is_measured(converted, cli, tmp_path, option):
+    (tmp_path / "file").write_text("")
+    code, _, err = cli("eval", converted, *FLAGS, option, tmp_path / "file" if option == "--out" else tmp_path)
+    assert code == 2 and option in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_nothing_to_recover_within_the_positions(converted, cli):
+    """Lengths beyond the base's positions are left out, and with them what a gate was to be on."""
+    code, _, err = cli("eval", converted, "--only", "perplexity", "--lengths", "32,600", "--min-recovery", "0.5")
+    assert code == 0 or "--min-recovery" not in err
+    config = json.loads((converted / "linearize.json").read_bytes())
+    config["settings"]["window"] = 40
+    (converted / "linearize.json").write_text(json.dumps(config))
+    code, _, err = cli("eval", converted, "--only", "perplexity", "--lengths", "32,600", "--min-recovery", "0.5")
+    assert code == 2 and "--min-recovery" in err
+
+
 def test_min_recovery_is_a_gate(converted, cli):
     code, out, _ = cli("eval", converted, *FLAGS, "--min-recovery", "0.5", "--json")
     document = json.loads(out)

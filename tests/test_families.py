@@ -1,5 +1,6 @@
 """Every family, end to end on a tiny random model: converted, verified, cached, padded, trained, merged, reloaded."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -95,6 +96,18 @@ def test_conversion_and_reload(case, tmp_path):
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(again.eval()(ids).logits, logits)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_one_another(case):
+    """In linear heads, kept heads and layers that stay as they are; in softmax mode, which is the teacher, too."""
+    student, ids = case.student(), tokens(length=50)[:1]
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    for mode in (contextlib.nullcontext, student.softmax_attention):
+        with mode():
+            packed = student(ids, position_ids=positions, use_cache=False).logits
+            apart = [student(part, use_cache=False).logits for part in ids.split([20, 30], dim=1)]
+        torch.testing.assert_close(packed, torch.cat(apart, dim=1), rtol=1e-4, atol=1e-4)
 
 
 def assert_generates(student: PreTrainedModel) -> None:

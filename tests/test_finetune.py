@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.checkpoint.writing import alone_in
 from linearize.convert import convert
-from linearize.errors import ConfigError
+from linearize.errors import ConfigError, ResourceError
 from linearize.finetune import finetune
 from linearize.modeling.loading import load_student
 from linearize.modeling.readout import Readout
@@ -608,3 +608,92 @@ def test_what_fails_while_reading_ahead_is_raised_in_its_place():
     assert next(ahead) == 0
     with pytest.raises(ConfigError, match="damaged"):
         next(ahead)
+
+
+def test_what_was_trained_is_written_after_all(converted, tmp_path, monkeypatch):
+    """A run that ends between its last state and its output, for want of room or by a kill, is resumed to the same bytes."""
+    run(converted, tmp_path / "whole")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("linearize.finetune._write_merged", full)
+        with pytest.raises(ResourceError):
+            run(converted, tmp_path / "stopped")
+    resumed = run(converted, tmp_path / "stopped")
+    assert resumed["finetune"]["tokens"] == 960 and resumed["finetune"]["tokens_in_these_seconds"] == 0
+    for name in ("model-00001-of-00002.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert name.startswith("adapter") or (converted / name).read_bytes() != (tmp_path / "whole" / name).read_bytes()
+
+
+def test_another_student_in_the_same_place_is_not_trained_on(base_folder, converted, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "tuned"
+    with monkeypatch.context() as patch:
+        patch.setattr("linearize.finetune._write_merged", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(converted, out)
+    tensors = load_file(converted / "model-00002-of-00002.safetensors")
+    name = next(iter(tensors))
+    tensors[name] += 0.5
+    save_file(tensors, converted / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="student: was"):
+        run(converted, out)
+
+
+def test_an_adapter_belongs_to_its_parent(converted, tmp_path, cli):
+    run(converted, tmp_path / "adapter", merge=False)
+    flags = ["--only", "perplexity", "--lengths", "32", "--max-tokens", "64"]
+    code, _, err = cli("eval", tmp_path / "adapter", *flags)
+    assert code == 0, err
+    weights = converted / "model-00001-of-00002.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    code, _, err = cli("eval", tmp_path / "adapter", *flags)
+    assert code == 2 and "has changed since" in err and str(converted) in err
+    converted.rename(tmp_path / "elsewhere")
+    code, _, err = cli("eval", tmp_path / "adapter", *flags)
+    assert code == 2 and "is gone" in err and str(converted) in err
+
+
+def test_every_dataset_is_there_before_anything_is_trained(converted, tmp_path, cli):
+    data = ["--data", "sample", "--data", "typo.parquet"]
+    code, out, err = cli("finetune", converted, *data, "--seq-len", "48", "-o", tmp_path / "tuned")
+    assert (code, out) == (2, "") and "no file 'typo.parquet'" in err and not list(tmp_path.glob("tuned*"))
+
+
+def test_a_student_is_not_written_over_itself(converted, cli):
+    before = sorted(path.name for path in converted.iterdir())
+    code, _, err = cli("finetune", converted, "-o", converted, "--seq-len", "48", "--overwrite", "--no-merge")
+    assert code == 2 and "is to be trained" in err and sorted(path.name for path in converted.iterdir()) == before
+
+
+def test_losses_of_the_last_stage_are_those_that_are_told(converted, tmp_path):
+    stages = "stages=[{name: transfer, share: 0.5}, {name: distill, share: 0.5}]"
+    result = run(converted, tmp_path / "tuned", recipe(stages))
+    steps = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    losses = [step["loss"] for step in steps if step["stage"] == "distill"]
+    assert result["finetune"]["first_loss"] == losses[0] and len(losses) < len(steps)
+    assert result["finetune"]["last_loss"] == pytest.approx(sum(losses[-10:]) / len(losses[-10:]))
+
+
+def test_stages_given_with_other_keys_keep_their_own():
+    stages = [{"name": "distill", "share": 0.5, "seq_len": 128}, {"name": "distill", "share": 0.5, "seq_len": 512}]
+    for flags in ({"stages": stages, "seq_len": 256}, {"seq_len": 256, "stages": stages}):
+        assert [stage.seq_len for stage in load_recipe("lora", flags).plan()] == [128, 512]
+
+
+def test_adapters_with_a_start_of_their_own_are_taught_by_the_recorded_base(base_folder, tmp_path):
+    base = base_folder()
+    out = conversion(base, tmp_path / "converted")
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()  # which the conversion links to
+    save_file(
+        {name: 1.1 * value for name, value in weights.items()}, base / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match="has changed since the conversion"):
+        run(out, tmp_path / "tuned", recipe("lora.variant=pissa"))

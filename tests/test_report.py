@@ -347,14 +347,14 @@ def test_a_pipeline_goes_on_and_gates(base_folder, cli, tmp_path):
     ("text", "words"),
     [
         ("model: x\nout: y\nconvrt: {}\n", ["convrt", "did you mean 'convert'"]),
-        ("model: x\n", ["out", "required"]),
+        ("model: x\n", ["out: missing, and has no default"]),
         ("model: x\nout: y\nconvert: {windw: 3}\n", ["windw", "did you mean 'window'"]),
         ("model: x\nout: y\neval: {gate: []}\n", ["eval.gate", "did you mean 'gates'"]),
-        ("model: x\nout: y\neval: {suite: qick}\n", ["--suite: got 'qick'", "did you mean 'quick'"]),
+        ("model: x\nout: y\neval: {suite: qick}\n", ["eval: suite: got 'qick'", "did you mean 'quick'"]),
         ("model: x\nout: y\neval: {passkey: [20]}\n", ["eval.passkey.0", "greater than or equal to 64"]),
         (
             "model: x\nout: y\neval: {only: recall, lengths: [64]}\n",
-            ["--lengths: given, but --only leaves 'perplexity'"],
+            ["eval: lengths: given, but --only leaves 'perplexity'"],
         ),
         ("model: x\nout: y\neval: {gates: [a<=1], gates: []}\n", ["'gates' stands twice"]),
         ("a: [", ["not valid YAML"]),
@@ -377,6 +377,7 @@ def test_a_pipeline_with_mistakes(cli, tmp_path, text, words):
         ("max_tokens: 4096", "control: gone", "gone"),
         ("max_tokens: 4096", "summary_file: {base}/config.json/x", "--summary-file"),
         ("lengths: [512]", "lengths: [12], min_recovery: 0.9", "--min-recovery"),
+        ("max_tokens: 4096", "task_limit: 0", "eval: task-limit: got 0"),
         ("seq_len: 32", "seq_len: 14", "never leaves the window of 12 keys and 2 sinks"),
     ],
 )
@@ -386,6 +387,22 @@ def test_a_pipeline_that_cannot_end_does_not_start(base_folder, cli, tmp_path, w
     path.write_text(PIPELINE.replace(wanted, replacement).format(base=base_folder(), out=out, limit=100))
     code, _, err = cli("run", path)
     assert code == 2 and words in err and not out.exists(), err
+
+
+def test_a_pipeline_that_was_stopped_can_begin_again_with_other_settings(base_folder, cli, tmp_path, monkeypatch):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(PIPELINE.format(base=base_folder(), out=tmp_path / "made", limit=100))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # after the last state, before anything is written
+        patch.setattr("linearize.finetune._write_merged", stop)
+        assert cli("run", path)[0] == 130
+    path.write_text(path.read_text().replace("tokens: 128", "tokens: 96"))
+    code, _, err = cli("run", path)
+    assert code == 2 and "recipe.tokens: was 128, is 96" in err and "--restart" in err
+    assert cli("run", path, "--restart")[0] == 0
 
 
 def test_a_pipeline_reads_its_text_before_it_trains(base_folder, cli, tmp_path):

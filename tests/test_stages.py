@@ -55,7 +55,8 @@ def test_transfer_is_the_sum_of_the_layers_own_losses():
 
     def match(seen):
         target = seen.target.detach()
-        errors.append((seen.run() - target).square().sum() / target.square().sum())
+        missed, wanted = (x.square().flatten(1).sum(1) for x in (seen.run() - target, target))
+        errors.append((missed / wanted).mean())
         return target
 
     with students[1].observed(match):
@@ -68,6 +69,18 @@ def test_transfer_is_the_sum_of_the_layers_own_losses():
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
             found += bool(one.grad.abs().max() > 0)
     assert found == 9  # log_mass and both feature maps of three layers
+
+
+def test_transfer_does_not_depend_on_how_rows_are_spread():
+    ids = torch.randint(2, 300, (4, 50))
+    together, apart = (student_of(tiny_base(), mixer="hedgehog", mix="joint") for _ in range(2))
+    batch = Batch(ids, torch.arange(50).expand(4, -1), ids)
+    loss = transfer_backward(together, batch, 1.0)
+    losses = [transfer_backward(apart, part, 0.25) for part in batch.split(1)]
+    torch.testing.assert_close(sum(losses), loss)
+    for (name, one), (_, other) in zip(together.named_parameters(), apart.named_parameters()):
+        if ".mixer." in name:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_window_dropout_shortens_and_restores():

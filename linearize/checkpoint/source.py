@@ -103,12 +103,14 @@ def open_source(
     dtype: str = "bfloat16",
     merge_adapter: bool = False,
     text_model: bool = False,
+    option: str = "MODEL",
 ) -> Iterator[Source]:
     """Resolves MODEL. A GGUF file is dequantised to `dtype` into a temporary folder that lives as long as the context.
 
     Args:
         merge_adapter: a PEFT adapter folder is merged into its base model, likewise into a temporary folder.
         text_model: so is the text model of a checkpoint for images or sound, taken out of it.
+        option: where the user named it.
 
     Raises:
         ConfigError: no such file, folder or hub model. CheckpointError: the hub does not answer.
@@ -119,7 +121,7 @@ def open_source(
         from linearize.checkpoint.text_model import write_text_model
 
         with (
-            open_source(model, revision=revision, dtype=dtype, merge_adapter=merge_adapter) as whole,
+            open_source(model, revision=revision, dtype=dtype, merge_adapter=merge_adapter, option=option) as whole,
             tempfile.TemporaryDirectory(prefix="linearize-text-") as folder,
         ):
             write_text_model(whole.folder, whole.read_config(), Path(folder))
@@ -140,18 +142,18 @@ def open_source(
         yield Source(str(folder), "folder", folder, _folder_name(folder))
     elif path.suffix == ".gguf":
         if not path.is_file():
-            raise ConfigError(f"MODEL: no file '{model}'")
+            raise ConfigError(f"{option}: no file '{model}'")
         from linearize.checkpoint.gguf_file import dequantise
 
         with tempfile.TemporaryDirectory(prefix="linearize-gguf-") as folder:
             dequantise(path.resolve(), Path(folder), dtype)
             yield Source(str(path.resolve()), "gguf", Path(folder), path.stem)
     elif path.exists():
-        raise ConfigError(f"MODEL: got the file '{model}', allowed are a hub id, a folder or a .gguf file")
+        raise ConfigError(f"{option}: got the file '{model}', allowed are a hub id, a folder or a .gguf file")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
-        raise ConfigError(f"MODEL: no file or folder '{model}', and it is not a hub id (owner/name) either")
+        raise ConfigError(f"{option}: no file or folder '{model}', and it is not a hub id (owner/name) either")
     else:
-        folder = _download(model, revision)
+        folder = _download(model, revision, option)
         yield Source(model, "hub", folder, model, folder.name if len(folder.name) == 40 else revision)
 
 
@@ -161,7 +163,7 @@ def _folder_name(folder: Path) -> str:
     return f"{match[1]}/{match[2]}" if match else folder.name
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, option: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -185,24 +187,33 @@ def _download(model: str, revision: str | None) -> Path:
         )
     except GatedRepoError:
         raise ConfigError(
-            f"MODEL: '{model}' is gated; accept its licence on the hub and log in (`hf auth login`)"
+            f"{option}: '{model}' is gated; accept its licence on the hub and log in (`hf auth login`)"
         ) from None
     except RepositoryNotFoundError:
-        raise ConfigError(f"MODEL: the hub has no model '{model}', and there is no such file or folder") from None
+        raise ConfigError(f"{option}: the hub has no model '{model}', and there is no such file or folder") from None
     except RevisionNotFoundError:
         raise ConfigError(f"--revision: the hub's '{model}' has no revision '{revision}'") from None
     except (LocalEntryNotFoundError, EntryNotFoundError, FileNotFoundError):
         raise CheckpointError(
-            f"MODEL: no file or folder '{model}' here, the model hub did not answer within {HUB_SECONDS} s, and the "
-            "model is not in the local cache; name a local folder or .gguf file, or try again online"
+            f"{option}: no file or folder '{model}' here, {why_no_hub()}, and the model is not in the local cache; name a "
+            "local folder or .gguf file, or try again online"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"MODEL: downloading '{model}' failed: {one_line(error)}") from None
+        raise CheckpointError(f"{option}: downloading '{model}' failed: {one_line(error)}") from None
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+
+
+def why_no_hub() -> str:
+    """What there is to say where `hub_answers` says no."""
+    return "the hub was not asked (HF_HUB_OFFLINE)" if _offline() else f"the hub did not answer within {HUB_SECONDS} s"
 
 
 def hub_answers() -> bool:
     """Whether the model hub can be reached within HUB_SECONDS."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if _offline():
         return False
     answered = threading.Event()
 

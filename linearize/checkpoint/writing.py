@@ -95,8 +95,6 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         return
     if out.resolve() == Path.cwd():
         raise ConfigError(f"--out: {out} is the current folder, which cannot be replaced; name another")
-    if not out.is_dir():
-        raise ConfigError(f"--out: {out} exists and is not a folder")
     if not any(out.iterdir()):
         return
     if not overwrite:
@@ -105,8 +103,11 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--out: {out} was not written by linearize (no linearize.json), so it is not overwritten")
 
 
-def check_writable(out: Path, option: str = "--out") -> None:
-    """Refuses an OUT in a folder without permission, or below something that is not a folder."""
+def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> None:
+    """Refuses an OUT in a folder without permission, below something that is not a folder, or that is a file where a folder is
+    to be (or the reverse)."""
+    if out.exists() and out.is_dir() != folder:
+        raise ConfigError(f"{option}: {out} exists and is {'not ' if folder else ''}a folder")
     above = out.absolute().parent
     while not above.exists():
         above = above.parent
@@ -140,6 +141,8 @@ def placing(files: dict[Path, Path], link: str) -> Iterator[Callable[[], str]]:
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(lambda: {place(source, target, link, stop) for source, target in files.items()})
+        if link == "hard":  # takes no time, and where it cannot be done nothing else should be begun
+            future.result()
         try:
             yield lambda: "+".join(sorted(future.result()))
         finally:

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import signal
 import sys
 import traceback
 
@@ -34,6 +35,9 @@ info.register(app)
 
 def main() -> None:
     """Runs the command line and exits with the code that the outcome asks for."""
+    signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without ± or arrows must not cost a report
+        stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -63,6 +67,11 @@ def run(arguments: list[str]) -> int:
             return _fail(f"out of memory: {str(error).splitlines()[0]}", ResourceError.exit_code, wants_json)
         traceback.print_exc()
         return _fail(f"unforeseen {type(error).__name__}: {error}", 1, wants_json)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """What CI systems, schedulers and containers stop a command with; as Ctrl-C, so that it clears up and says so."""
+    raise KeyboardInterrupt
 
 
 def _out_of_memory(error: Exception) -> bool:

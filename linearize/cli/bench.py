@@ -8,6 +8,7 @@ import typer
 
 from linearize.cli.help import Command, examples
 from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
+from linearize.errors import ConfigError
 
 
 class Target(StrEnum):
@@ -51,6 +52,10 @@ def bench(
     from linearize.device import keep_freed_memory
 
     chosen = whole_numbers("--lengths", lengths, least=1)
+    if target is Target.model and only is not None:
+        raise ConfigError(f"--only: got '{only}', but a model is measured as it is; it belongs to bench ops")
+    if target is Target.ops and folder is not None:
+        raise ConfigError(f"FOLDER: got '{folder}', but bench ops measures no model; it belongs to bench model")
     keep_freed_memory()
     if target is Target.model:
         _bench_model(folder, chosen, json_)
@@ -70,6 +75,9 @@ def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool) -> 
         note(f"MODEL: {folder} (the newest output)")
     quiet_libraries()
     student = load_student(folder, dtype=compute_dtype("auto")).to(pick_device())
+    positions = student.config.max_position_embeddings
+    if max(lengths) > positions:
+        raise ConfigError(f"--lengths: got {max(lengths)}, the model has {positions} positions")
     rows = bench_model(student, lengths, progress=progress_line)
     if json_:
         emit_json({"rows": rows, "crossover": crossovers(rows)})

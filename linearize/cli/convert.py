@@ -232,10 +232,10 @@ def _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, l
 
 
 def _print_plan(model: str, settings: Any, json_: bool, **source_options: Any) -> None:
-    quiet_libraries()
     from linearize.checkpoint.source import open_source
     from linearize.inspection import inspect_source
 
+    quiet_libraries()
     with open_source(model, dtype=settings.dtype, **source_options) as source:
         shown = inspect_source(source, settings, progress=note).to_dict()
     if json_:

@@ -136,7 +136,9 @@ def finetune(
         else f", {done['tokens_in_these_seconds']:,} of them now"
     )
     emit(
-        f"trained {done['tokens']:,} tokens{here} in {done['seconds']:.0f} s; loss {done['first_loss']:.4f} at the first step, "
+        f"trained {done['tokens']:,} tokens{here} in {done['seconds']:.0f} s; loss {done['first_loss']:.4f} at the first step"
+        + (f" of {done['stages'][-1]['name']}" if len(done["stages"]) > 1 else "")
+        + ", "
         f"{done['last_loss']:.4f} over the last ten"
     )
     emit(result["output"])

@@ -11,7 +11,15 @@ from linearize.errors import ConfigError
 def note(message: str) -> None:
     """A line for people, on standard error."""
     clear_progress()
-    print(message, file=sys.stderr, flush=True)
+    _say(message)
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """On standard error; where nobody reads on, the work goes on all the same."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def emit(text: str) -> None:
@@ -35,17 +43,17 @@ def progress_line(message: str, *, final: bool = False) -> None:
     """One line that replaces itself on a terminal, plain lines elsewhere."""
     global _open_line
     if sys.stderr.isatty():
-        print(f"\r\x1b[2K{message}", end="\n" if final else "", file=sys.stderr, flush=True)
+        _say(f"\r\x1b[2K{message}", end="\n" if final else "")
         _open_line = not final
     else:
-        print(message, file=sys.stderr, flush=True)
+        _say(message)
 
 
 def clear_progress() -> None:
     global _open_line
     if _open_line:
-        print(file=sys.stderr)
         _open_line = False
+        _say("")
 
 
 def quiet_libraries() -> None:
@@ -63,9 +71,9 @@ def quiet_libraries() -> None:
 
 
 def whole_numbers(option: str, text: str, least: int) -> tuple[int, ...]:
-    """The numbers of a comma-separated option."""
+    """The numbers of a comma-separated option, each once."""
     try:
-        numbers = tuple(int(item) for item in text.split(","))
+        numbers = tuple(dict.fromkeys(int(item) for item in text.split(",")))
     except ValueError:
         raise ConfigError(
             f"{option}: got '{text}', allowed are whole numbers with commas between, as 512,2048"

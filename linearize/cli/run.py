@@ -24,6 +24,9 @@ def run(
     pipeline: Annotated[
         Path, typer.Argument(help="YAML file: model, out, convert, finetune, eval.", show_default=False)
     ],
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an unfinished finetune, as one of other settings.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> int:
     """Convert, finetune, evaluate and gate as one command that goes on where it stopped."""
@@ -36,7 +39,7 @@ def run(
     loaded = load_pipeline(pipeline)
     quiet_libraries()
     keep_freed_memory()
-    made = run_pipeline(*loaded, progress=note, report=Reporter())
+    made = run_pipeline(*loaded, restart=restart, progress=note, report=Reporter())
     results = made["results"]
     if json_:
         emit_json({**made, "results": results.to_dict() if results else None})

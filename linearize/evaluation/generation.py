@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab
 from linearize.report.results import ASKED, Findings, make_metric
-from linearize.training.data import prompt_tokens
+from linearize.training.data import chat_text, prompt_tokens
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",
@@ -53,10 +53,8 @@ def measure_generation(lab: Lab, tokens: int) -> Findings:
 def prompt_ids(lab: Lab, prompt: str) -> torch.Tensor:
     """[T], through the chat template where there is one."""
     if lab.tokenizer.chat_template:
-        encoded = lab.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return encoded["input_ids"][0]
+        text = chat_text(lab.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return torch.tensor(lab.tokenizer(text, add_special_tokens=False).input_ids)
     return torch.tensor(prompt_tokens(lab.tokenizer, prompt))
 
 

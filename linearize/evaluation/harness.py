@@ -59,15 +59,19 @@ def _loaded(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
         raise ConfigError(f"--tasks: {', '.join(names)} cannot be loaded: {one_line(error, 200)}") from None
 
 
+def task_fingerprint(task: Any, limit: int | None) -> str:
+    """Changes with a task's settings, its items and the examples that stand before them."""
+    examples = task.fewshot_docs() if task.config.num_fewshot else None
+    return fingerprint_of([task.dump_config(), [*itertools.islice(task.eval_docs, limit)], [*(examples or ())], limit])
+
+
 def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerprint: str) -> Findings:
     """One task for base, student, window + sinks and the baselines asked for."""
     data = fingerprint_of([*itertools.islice(task.eval_docs, limit)])
     key = {
         "base": base_fingerprint,
         "tokenizer": tokenizer_fingerprint(lab.tokenizer),
-        "task": task.dump_config(),
-        "data": data,
-        "limit": limit,
+        "task": task_fingerprint(task, limit),
         "seed": lab.seed,
         "batch": BATCH,
         "lm_eval": importlib.metadata.version("lm_eval"),

@@ -112,7 +112,7 @@ def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
     """A named suite with the given settings on top, cut down to the parts of `only`."""
     if name not in SUITES:
         raise ConfigError(f"--suite: got '{name}', allowed are {', '.join(SUITES)}{nearest(name, SUITES)}")
-    for key in ("max_tokens", "recall_rows", "passkey_rows"):
+    for key in ("max_tokens", "recall_rows", "passkey_rows", "task_limit"):
         if changes.get(key) is not None and changes[key] < 1:
             raise ConfigError(f"--{key.replace('_', '-')}: got {changes[key]}, allowed are numbers of at least 1")
     suite = replace(SUITES[name], **{key: value for key, value in changes.items() if value is not None})

@@ -23,6 +23,8 @@ class Family:
         partial_rotary: whether the attention class itself cuts q and k to the rotated part.
         rotary_layers: which layers rotate q and k: all, those flagged in `no_rope_layers`, those with a sliding window.
         layers_drop_keywords: whether a decoder layer keeps keywords that it does not know from its attention.
+        masks_ignore_positions: whether the decoder makes its masks without the positions, whose restarting tells packed
+            documents apart elsewhere.
         logit_multiplier, logit_divisor: key of the config by which the output logits are multiplied or divided.
         ignorable_tensors: patterns of buffers that old checkpoints saved and the model computes itself.
         experimental: why a conversion may disappoint; empty for a supported family.
@@ -42,6 +44,7 @@ class Family:
     partial_rotary: bool = False
     rotary_layers: Literal["all", "flagged", "sliding"] = "all"
     layers_drop_keywords: bool = False
+    masks_ignore_positions: bool = False
     logit_multiplier: str | None = None
     logit_divisor: str | None = None
     ignorable_tensors: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)

@@ -14,13 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import find_packed_sequence_indices
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from linearize.families.family import Family
+from linearize.families.family import FULL, SLIDING, Family
 from linearize.families.registry import FAMILIES, find_family
 from linearize.mixers.structure import Site
 from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention, Observation
@@ -46,6 +51,7 @@ class LinearizedDecoder:
     """Mixed into the family's decoder: passes the padding mask and the document numbers on to the layers."""
 
     _keep_in_fp32_modules_strict = {"mixer"}
+    masks_ignore_positions = False
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, *args, **kwargs):
         if args:
@@ -57,6 +63,10 @@ class LinearizedDecoder:
                 tokens = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[1]
                 position_ids = (padding_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
             kwargs["segments"] = _segments(attention_mask, position_ids, input_ids, kwargs)
+        if self.masks_ignore_positions and _segments(attention_mask, position_ids, input_ids, kwargs) is not None:
+            if input_ids is not None:
+                input_ids, kwargs["inputs_embeds"] = None, self.get_input_embeddings()(input_ids)
+            attention_mask = _packed_masks(self.config, kwargs["inputs_embeds"], position_ids)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -203,7 +213,9 @@ def linearized_classes(family: Family) -> LinearizedClasses:
 
     config = config_class(family)
     attention = derive(LinearizedAttention, base_attention)
-    decoder = derive(LinearizedDecoder, base_decoder, config_class=config)
+    decoder = derive(
+        LinearizedDecoder, base_decoder, config_class=config, masks_ignore_positions=family.masks_ignore_positions
+    )
     causal_lm = derive(LinearizedForCausalLM, base_causal_lm, config_class=config)
 
     # keyed by class name; a probe instance is not needed, only the name it would print
@@ -257,3 +269,16 @@ def _segments(attention_mask, position_ids, input_ids, kwargs) -> Tensor | None:
         return None
     batch = (input_ids if input_ids is not None else kwargs["inputs_embeds"]).shape[0]
     return find_packed_sequence_indices(position_ids.expand(batch, -1))
+
+
+def _packed_masks(config, inputs_embeds: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+    """What transformers makes of packed rows' positions in a family's own forward, for one that does not hand them on."""
+    masks = {}
+    for kind, make in ((FULL, create_causal_mask), (SLIDING, create_sliding_window_causal_mask)):
+        names = inspect.signature(make).parameters  # of the cache and the embeddings they differ between versions
+        given = {name: inputs_embeds for name in ("inputs_embeds", "input_embeds") if name in names}
+        given |= {name: None for name in CACHE_ARGUMENTS if name in names}
+        if "cache_position" in names:
+            given["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        masks[kind] = make(config=config, attention_mask=None, position_ids=position_ids, **given)
+    return masks

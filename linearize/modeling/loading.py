@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging
 
 from linearize.checkpoint.names import ADDED, MANIFEST
-from linearize.checkpoint.source import Source, open_source
+from linearize.checkpoint.source import Source, local_fingerprint, open_source
 from linearize.checkpoint.weights import read_weights
 from linearize.errors import CheckpointError, ConfigError, CoverageError, one_line
 from linearize.families.registry import find_family
@@ -64,7 +64,7 @@ def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None =
         return _load_exactly(folder, dtype=dtype, **options)
     from peft import PeftModel
 
-    parent = load_student(Path(manifest["finetune"]["parent"]), dtype=dtype)
+    parent = load_student(_parent(folder, manifest), dtype=dtype)
     return merged(PeftModel.from_pretrained(parent, folder / ADAPTER))
 
 
@@ -125,12 +125,32 @@ def weights_folder(folder: Path) -> Path:
     """Where a checkpoint's weights lie: its own folder, of an adapter-only one its parent's."""
     if (folder / "config.json").is_file():
         return folder
-    return Path(read_manifest(folder)["finetune"]["parent"])
+    return _parent(folder, read_manifest(folder))
+
+
+def _parent(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Where the checkpoint lies that an adapter-only folder was trained from.
+
+    Raises:
+        ConfigError: it is gone, or another than then.
+    """
+    trained = manifest["finetune"]
+    parent = Path(trained["parent"])
+    if not (parent / "config.json").is_file():
+        raise ConfigError(
+            f"MODEL: {folder} holds an adapter only, and the checkpoint that it belongs to, {parent}, is gone"
+        )
+    recorded = trained.get("parent_fingerprint")  # older manifests have none
+    if recorded is not None and recorded != local_fingerprint(str(parent)):
+        raise ConfigError(
+            f"MODEL: {folder} holds an adapter only, and the checkpoint that it belongs to, {parent}, has changed since"
+        )
+    return parent
 
 
 @contextlib.contextmanager
-def open_base(manifest: dict[str, Any], override: str | None = None) -> Iterator[Source]:
-    """The base model that a manifest records, or the one named instead of it.
+def open_base(manifest: dict[str, Any], override: str | None = None, *, option: str = "--base") -> Iterator[Source]:
+    """The base model that a manifest records, or the one named instead of it by `option`.
 
     Raises:
         ConfigError: it is gone, or has changed since the conversion.
@@ -139,18 +159,19 @@ def open_base(manifest: dict[str, Any], override: str | None = None) -> Iterator
     reference = override or recorded["reference"]
     # what is not a hub id is recorded with its full path
     if override is None and Path(reference).is_absolute() and not Path(reference).exists():
-        raise ConfigError(f"--base: the recorded base '{reference}' is gone; name it with --base")
+        raise ConfigError(f"{option}: the recorded base '{reference}' is gone; name it with {option}")
     with open_source(
         reference,
         revision=recorded["revision"] if override is None else None,
         dtype=manifest["settings"]["dtype"],
         merge_adapter=override is None and recorded["kind"] == "adapter",
         text_model=override is None and recorded["kind"] == "text_model",
+        option=option,
     ) as source:
         if override is None and source.fingerprint() != recorded["fingerprint"]:
             raise ConfigError(
-                f"--base: '{reference}' has changed since the conversion (fingerprint {source.fingerprint()[:12]}, "
-                f"recorded {recorded['fingerprint'][:12]}); convert again, or name the right base with --base"
+                f"{option}: '{reference}' has changed since the conversion (fingerprint {source.fingerprint()[:12]}, "
+                f"recorded {recorded['fingerprint'][:12]}); convert again, or name the right base with {option}"
             )
         yield source
 

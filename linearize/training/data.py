@@ -5,6 +5,7 @@ text field, `instruction`/`input`/`output`, or `messages` for the chat template;
 messages, are passed over. Reading streams, so size does not matter.
 """
 
+import contextlib
 import glob
 import itertools
 from collections import deque
@@ -31,6 +32,10 @@ LONGEST_TEXT = 4 * 1024**2
 # tokens that a copying row says twice, if it is long enough
 COPIED = 256
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+class ChatError(ConfigError):
+    """Messages that cannot be made into one text."""
 
 
 @dataclass
@@ -70,8 +75,27 @@ def open_dataset(name: str) -> Any:
     """A stream of rows (datasets.IterableDataset).
 
     Raises:
-        ConfigError: no such file or hub dataset, an unknown file type. CheckpointError: the hub does not answer.
+        ConfigError: no such file or hub dataset, an unknown file type, a damaged file. CheckpointError: the hub does not
+            answer.
     """
+    with _read_errors(name):
+        return _open(name)
+
+
+@contextlib.contextmanager
+def _read_errors(name: str) -> Iterator[None]:
+    """A damaged file surfaces wherever its reader stumbles."""
+    try:
+        yield
+    except ChatError as error:
+        raise ConfigError(f"--data: {name}: {error}") from None
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"--data: {name} cannot be read: {one_line(error, 200)}") from None
+
+
+def _open(name: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
@@ -96,12 +120,10 @@ def open_dataset(name: str) -> Any:
         raise ConfigError(
             f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"
         )
-    from linearize.checkpoint.source import HUB_SECONDS, hub_answers
+    from linearize.checkpoint.source import hub_answers, why_no_hub
 
     if not hub_answers():
-        raise CheckpointError(
-            f"--data: no file '{name}' here, and the hub did not answer within {HUB_SECONDS} s; give a file, or sample"
-        )
+        raise CheckpointError(f"--data: no file '{name}' here, and {why_no_hub()}; give a file, or sample")
     try:
         return datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # the library raises its own and its file systems' errors
@@ -117,17 +139,13 @@ def _pieces(path: str) -> Iterator[dict[str, str]]:
 
 def documents(dataset: str, tokenizer, *, text_field: str, completion_only: bool, seed: int | None) -> Iterator[tuple]:
     """Token ids and which of them count, document by document: ([T], [T] bool). Shuffled unless seed is None."""
-    try:
-        rows = open_dataset(dataset)
+    with _read_errors(dataset):
+        rows = _open(dataset)
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         rows = enumerate(rows)
         while some := list(itertools.islice(rows, TOKENISED_TOGETHER)):
             yield from _tokenise(some, dataset, tokenizer, text_field, completion_only)
-    except (ConfigError, CheckpointError):
-        raise
-    except Exception as error:  # a damaged file surfaces wherever its reader stumbles
-        raise ConfigError(f"--data: {dataset} cannot be read: {one_line(error, 200)}") from None
 
 
 def _tokenise(
@@ -162,15 +180,33 @@ def _chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]
     messages = messages[: answers[-1] + 1 if answers else None]
     if not tokenizer.chat_template:
+        for turn in messages:
+            if not isinstance(turn.get("content"), str):
+                raise ChatError(
+                    f"a turn of the {turn.get('role')} is {turn.get('content')!r}; without a chat template it has to be text"
+                )
         prompt = "\n\n".join(turn["content"] for turn in messages[:-1])
         prompt = ALPACA_PROMPT.format(instruction=prompt)
         return prompt_tokens(tokenizer, prompt), tokenizer(prompt + messages[-1]["content"]).input_ids
     prompt = ""
     if messages[:-1]:
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+        prompt = chat_text(tokenizer, messages[:-1], add_generation_prompt=True)
+    whole = chat_text(tokenizer, messages).rstrip("\n")
     ids = tokenizer(whole, add_special_tokens=False).input_ids
     return tokenizer(prompt, add_special_tokens=False).input_ids, ids
+
+
+def chat_text(tokenizer, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+    """Messages through the tokenizer's chat template.
+
+    Raises:
+        ChatError: the template refuses them.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # a template's own words, by jinja's exceptions
+        roles = ", ".join(str(turn.get("role")) for turn in messages)
+        raise ChatError(f"the chat template refuses turns of {roles}: {one_line(error, 200)}") from None
 
 
 def prompt_tokens(tokenizer, text: str) -> list[int]:

@@ -94,6 +94,8 @@ def train(
     saved = states(work)
     done = int(saved[-1].name.removeprefix("step-")) if saved else 0
     if done >= leg.before + leg.steps:
+        if done == leg.before + leg.steps == leg.total:  # trained to the end, and then not written
+            load_state(saved[-1], distiller, optimizers, accelerator.device, leg.before)
         return []
     if saved:
         load_state(saved[-1], distiller, optimizers, accelerator.device, leg.before)
@@ -118,8 +120,8 @@ def train(
             if not math.isfinite(loss):
                 kept = f"the last good state is kept in {work}" if states(work) else "no state had been saved yet"
                 raise LinearizeError(
-                    f"the loss became {loss} at step {leg.before + step}; {kept}. Lower the rate (--lr) or clip "
-                    "(--set optimizer.clip_norm=1.0)"
+                    f"the loss became {loss} at step {leg.before + step}; {kept}. Start again (--restart) at a lower rate "
+                    "(--lr) or clip (--set optimizer.clip_norm=1.0)"
                 )
             losses.append(loss)
             per_second = len(losses) * stage.batch_size * stage.seq_len / (time.monotonic() - started)

@@ -107,7 +107,7 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], work: Path
     ]
     if differing:
         raise ConfigError(
-            f"{work} holds an unfinished run with other settings ({'; '.join(differing)}); use the same, another --out, or "
+            f"{work} holds an unfinished run with other settings ({'; '.join(differing)}); use the same, another OUT, or "
             "--restart to discard it"
         )
 

@@ -17,14 +17,16 @@ EPSILON = 1e-6
 def transfer_backward(model: PreTrainedModel, batch: Batch, share: float) -> Tensor:
     """Adds the gradients of `share` times the loss on one batch and returns that loss.
 
-    The loss is the mean over layers of |linear - softmax|^2 / |softmax|^2, attention outputs before the output projection.
+    The loss is the mean over rows and layers of |linear - softmax|^2 / |softmax|^2, attention outputs before the output
+    projection.
     """
     losses: list[Tensor] = []
 
     def match(seen: Observation) -> None:
         with torch.enable_grad():
             target = seen.target.detach().float()
-            error = (seen.run().float() - target).square().sum() / target.square().sum().clamp(min=EPSILON)
+            errors, sizes = (x.square().flatten(1).sum(1) for x in (seen.run().float() - target, target))
+            error = (errors / sizes.clamp(min=EPSILON)).mean()
             loss = share * error / layers
             if loss.requires_grad:  # a window alone has nothing to train
                 loss.backward()
