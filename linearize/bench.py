@@ -19,6 +19,9 @@ from linearize.mixers.structure import Site
 from linearize.modeling.cache import CACHE_NAME
 from linearize.report.results import STUDENT, Findings
 
+# tokens that are decoded behind every prefill
+DECODED = 8
+
 
 def bench_structures(
     names: list[str],
@@ -149,7 +152,7 @@ def crossover(rows: list[dict[str, Any]], figure: str) -> str:
     return f"the student overtakes the base between {max(behind):,} and {first:,} tokens"
 
 
-def _inference(model: PreTrainedModel, ids: Tensor, steps: int = 8) -> dict[str, float]:
+def _inference(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
     held = _reset_peak(model.device)
     started = time.perf_counter()
     result = model(ids, use_cache=True, logits_to_keep=1)
@@ -158,7 +161,7 @@ def _inference(model: PreTrainedModel, ids: Tensor, steps: int = 8) -> dict[str,
     first = time.perf_counter() - started
     cache = result[CACHE_NAME]
     times = []
-    for _ in range(steps):
+    for _ in range(DECODED):
         started = time.perf_counter()
         result = model(token, use_cache=True, **{CACHE_NAME: cache})
         token, cache = result.logits[:, -1:].argmax(-1), result[CACHE_NAME]

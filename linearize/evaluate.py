@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -72,8 +72,6 @@ def evaluate(
     Raises:
         ConfigError: bad gates, data, base, tasks, control. LinearizeError: logits that are not finite.
     """
-    import torch
-
     from linearize.device import compute_dtype, pick_device
     from linearize.evaluation.harness import task_fingerprint
     from linearize.evaluation.lab import Lab
@@ -90,8 +88,8 @@ def evaluate(
         check_writable(out)
     tokenizer = load_tokenizer(model)
     dtype, device = compute_dtype(precision), pick_device()
-    kept = None if out is None else out / UNFINISHED
-    with open_base(manifest, base) as source, _work_folder(kept) as work:
+    unfinished = None if out is None else out / UNFINISHED
+    with open_base(manifest, base) as source, _work_folder(unfinished) as work:
         suite, notes = within_positions(suite, source.read_config())
         _check_recovery(min_recovery, suite, window)
         if not any(layer.has_branch for layer in Plan.from_dict(manifest["plan"]).layers):
@@ -112,15 +110,7 @@ def evaluate(
         identity |= {"base": source.fingerprint(), "dtype": str(dtype), "suite": asdict(suite)}
         identity |= {"data": data_fingerprint([*suite.data, *suite.choice])}
         identity |= {"tasks": [task_fingerprint(task, suite.task_limit) for task in tasks.values()]}
-        with torch.no_grad():
-            try:
-                findings = [
-                    _kept(kept, name, identity, run, lab, progress)
-                    for name, run in _stages(suite, tasks, source.fingerprint())
-                ]
-            except KeyboardInterrupt:
-                done = "; the parts that are finished are kept, and the same command goes on" if out else ""
-                raise Interrupted(f"interrupted{done}") from None
+        findings = _run_stages(lab, _stages(suite, tasks, source.fingerprint()), identity, unfinished)
         base_name = source.name
     metrics = tuple(metric for found in findings for metric in found.metrics)
     results = Results(
@@ -148,6 +138,12 @@ def evaluate(
     if older is not None:
         regressions, remarks = regression_gates(older, results)
         results = replace(results, gates=(*results.gates, *regressions), notes=(*results.notes, *remarks))
+    _publish(results, model, out, summary_file)
+    return results
+
+
+def _publish(results: Results, model: Path, out: Path | None, summary_file: Path | None) -> None:
+    """Writes the report; one that lies in the model's own folder is told in its card, too."""
     if out is not None:
         write_results(results, out)
         card = model / "README.md"  # an adapter alone has none
@@ -155,7 +151,6 @@ def evaluate(
             add_evaluation(card, results)
     if summary_file is not None:
         append_summary(summary_file, results)
-    return results
 
 
 def check_request(
@@ -317,9 +312,12 @@ def _same_vocabulary(model, size: int, name: str):
 
 def _require_same_shape(source: Source, model: Path) -> None:
     """A plan names heads, and what a conversion adds is as large as they are."""
+    from linearize.families.registry import find_family
     from linearize.modeling.loading import weights_folder
 
-    config, own = source.read_config(), json.loads((weights_folder(model) / "config.json").read_bytes())
+    own = json.loads((weights_folder(model) / "config.json").read_bytes())
+    family = find_family(own["linearize"]["base_model_type"])
+    config, own = ({**raw, **family.heads(raw)} for raw in (source.read_config(), own))
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if config.get(key) != own.get(key):
             raise ConfigError(
@@ -411,22 +409,40 @@ def _stages(suite: Suite, tasks: dict[str, Any], base_fingerprint: str) -> Itera
         yield "efficiency", partial(measure_efficiency, lengths=suite.efficiency)
 
 
-def _kept(folder: Path | None, name: str, identity: dict, run: Callable, lab, progress) -> Findings:
-    """Runs a stage, or takes what an interrupted run with the same models and settings found."""
+def _run_stages(
+    lab: Any, stages: Iterable[tuple[str, Callable]], identity: dict, unfinished: Path | None
+) -> list[Findings]:
+    """What the stages find, one after the other. In the folder `unfinished` a finished one is kept, and taken from there where
+    models and settings, `identity`, are the same.
+
+    Raises:
+        Interrupted: by the user.
+    """
+    import torch
+
+    try:
+        with torch.no_grad():
+            return [_run_once(lab, name, run, identity, unfinished) for name, run in stages]
+    except KeyboardInterrupt:
+        done = "; the parts that are finished are kept, and the same command goes on" if unfinished else ""
+        raise Interrupted(f"interrupted{done}") from None
+
+
+def _run_once(lab: Any, name: str, run: Callable, identity: dict, unfinished: Path | None) -> Findings:
     from pydantic import TypeAdapter
 
-    if folder is None:
+    if unfinished is None:
         return run(lab)
-    path = folder / f"{fingerprint_of({**identity, 'stage': name})}.json"
+    path = unfinished / f"{fingerprint_of({**identity, 'stage': name})}.json"
     if path.is_file():
-        progress(f"{name}: kept from an interrupted run")
+        lab.progress(f"{name}: kept from an interrupted run")
         return TypeAdapter(Findings).validate_python(json.loads(path.read_bytes()))
     found = run(lab)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asdict(found)))  # errors can be NaN, which pydantic would write as null
     except PermissionError:
-        raise ConfigError(f"--out: no permission to write in {folder.parent}") from None
+        raise ConfigError(f"--out: no permission to write in {unfinished.parent}") from None
     return found
 
 

@@ -7,11 +7,11 @@
 """
 
 import contextlib
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +28,19 @@ from linearize.checkpoint.writing import (
     write_text,
 )
 from linearize.errors import ConfigError
-from linearize.families.registry import find_family
-from linearize.modeling.plan import NO_BRANCH, Plan
+from linearize.families.registry import FAMILIES
+from linearize.modeling.plan import NO_BRANCH, LayerPlan, Plan
 from linearize.outputs import default_output
 from linearize.recipe import OWN_START, Recipe
 from linearize.versions import versions
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from linearize.training.data import Batch
+    from linearize.training.loop import Leg
 
 
 def finetune(
@@ -56,26 +61,11 @@ def finetune(
     Raises:
         LinearizeError: every foreseen failure. Interrupted: stopped by the user, the state is kept.
     """
-    import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
-    from peft import PeftModel
-    from safetensors.torch import save_file
 
-    from linearize.device import compute_dtype
-    from linearize.modeling.loading import (
-        ADAPTER,
-        UNTRAINED_FILE,
-        load_student,
-        load_tokenizer,
-        read_manifest,
-        untrained_parameters,
-    )
-    from linearize.training.data import open_dataset, packed_rows, with_copies
-    from linearize.training.loop import legs_of, train
-    from linearize.training.model import Distiller, add_adapters, optimizers_of
-    from linearize.training.state import check_fingerprint, states
+    from linearize.modeling.loading import load_tokenizer, read_manifest
+    from linearize.training.loop import legs_of
+    from linearize.training.model import Distiller, add_adapters
 
     manifest = read_manifest(model)
     _check_recipe(recipe, manifest, model)
@@ -87,54 +77,20 @@ def finetune(
         check_space(out.parent, manifest["weights"]["bytes"])
     work = out.parent / f"{out.name}.training"
 
-    dtype = compute_dtype(recipe.precision)
-    # the precision is the process's, and an earlier run in it may have had another
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
+    accelerator, dtype = _accelerator(recipe.precision)
     main = accelerator.is_main_process
     if not main:
         progress = _silent
-    tokenizer = load_tokenizer(model)
     legs = legs_of(recipe)
-    # every dataset is opened and the first rows are read before anything is loaded or written, so that bad data fails at once
-    for name in recipe.data:
-        open_dataset(name)
-    rows = [
-        _peeked(
-            with_copies(
-                packed_rows(
-                    recipe.data,
-                    tokenizer,
-                    seq_len=leg.stage.seq_len,
-                    text_field=recipe.text_field,
-                    completion_only=leg.stage.loss.completion_only,
-                    seed=recipe.seed + number,
-                    shortest_document=recipe.shortest_document,
-                ),
-                leg.stage.copy_share,
-                shortest=manifest["settings"]["window"],
-                seed=recipe.seed + number,
-            )
-        )
-        for number, leg in enumerate(legs)
-    ]
+    rows = _rows_of_stages(recipe, legs, load_tokenizer(model), manifest["settings"]["window"])
     fingerprint = run_fingerprint(model, manifest, recipe, teacher, accelerator.num_processes)
     if main:
         check_free(work, out)
-        if restart:
-            shutil.rmtree(work, ignore_errors=True)
-        if states(work):
-            saved = json.loads((states(work)[-1] / "state.json").read_bytes())
-            check_fingerprint(saved["fingerprint"], fingerprint, work)
-            progress(f"resuming {work.name} after step {saved['step']}")
+        _resume_or_restart(work, fingerprint, restart, progress)
     accelerator.wait_for_everyone()
 
     set_seed(recipe.seed)
-    student = load_student(model, dtype=dtype, quantization=recipe.quantization)
-    student.config.use_cache = False
-    if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        student.enable_input_require_grads()
+    student = _student(model, recipe, dtype)
     teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
     before_adapters = sum(leg.steps for leg in legs if leg.stage.loss.kind == "attention")
     adapter_steps = max(legs[-1].total - before_adapters, 1)
@@ -152,73 +108,160 @@ def finetune(
         make_folder(work)
     accelerator.wait_for_everyone()
     started = time.monotonic()
-    trained = 0
     with alone_in(work, out) if main else contextlib.nullcontext():
-        try:
-            for leg, leg_rows in zip(legs, rows):
-                distiller.start(leg.stage)
-                optimizers = optimizers_of(distiller, leg.stage.optimizer)
-                losses = train(
-                    distiller,
-                    optimizers,
-                    leg_rows,
-                    recipe,
-                    leg,
-                    accelerator,
-                    work,
-                    fingerprint=fingerprint,
-                    report=report,
-                )
-                trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
-        finally:
-            if main and not states(work):  # nothing to go on from
-                shutil.rmtree(work, ignore_errors=True)
-    seconds = time.monotonic() - started
+        trained = _train_stages(distiller, rows, recipe, legs, accelerator, work, fingerprint, report)
     if not main:
         accelerator.wait_for_everyone()
         return {}
-    metrics = [json.loads(line) for line in (work / METRICS).read_text(encoding="utf-8").splitlines()]
-    last_stage = [step["loss"] for step in metrics[legs[-1].before :]]  # stages measure losses of different kinds
+    done = {
+        "recipe_name": recipe_name,
+        "recipe": recipe.model_dump(),
+        "parent": str(model.resolve()),
+        "parent_fingerprint": fingerprint["student"],
+        "teacher": teacher or "base model",
+        "trainable_parameters": trainable,
+        **_measured(work / METRICS, legs, trained, time.monotonic() - started),
+        "processes": accelerator.num_processes,
+        "data_fingerprint": fingerprint["data"],
+    }
     manifest = {
         **{key: value for key, value in manifest.items() if key not in ("verification", "sha256", "finetune")},
         "kind": "finetuned" if merge else "adapter",
-        "finetune": {
-            "recipe_name": recipe_name,
-            "recipe": recipe.model_dump(),
-            "parent": str(model.resolve()),
-            "parent_fingerprint": fingerprint["student"],
-            "teacher": teacher or "base model",
-            "tokens": metrics[-1]["tokens"],
-            "steps": legs[-1].total,
-            "stages": [{"name": leg.stage.name, "steps": leg.steps} for leg in legs],
-            "trainable_parameters": trainable,
-            "first_loss": last_stage[0],
-            "last_loss": sum(last_stage[-10:]) / len(last_stage[-10:]),
-            "seconds": seconds,
-            "tokens_in_these_seconds": trained,
-            "tokens_per_second": trained / seconds if trained else None,
-            "processes": accelerator.num_processes,
-            "data_fingerprint": fingerprint["data"],
-        },
+        "finetune": done,
         "versions": versions(),
     }
     with atomic_folder(out, overwrite=overwrite) as folder:
-        adapted.save_pretrained(folder / ADAPTER)
         shutil.copyfile(work / METRICS, folder / METRICS)
-        if merge:
-            if _is_narrower(recipe, dtype, model):
-                # weights that were rounded for training are not what the adapter is added to
-                adapted = PeftModel.from_pretrained(load_student(model, dtype=torch.float32), folder / ADAPTER)
-            manifest["sha256"] = _write_merged(folder, model, adapted)
-            if (untrained := untrained_parameters(model, manifest)) is not None:
-                save_file(untrained, folder / UNTRAINED_FILE)
-            from linearize.report.card import conversion_card
-
-            write_text(folder / "README.md", conversion_card(manifest, model))
+        manifest |= _write_weights(folder, model, manifest, adapted, merge, _is_narrower(recipe, dtype, model))
         write_json(folder / MANIFEST, manifest)
     shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return {"output": str(out.resolve()), **manifest}
+
+
+def _accelerator(precision: str) -> "tuple[Accelerator, torch.dtype]":
+    """Of this process, and what it computes in."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from linearize.device import compute_dtype
+
+    dtype = compute_dtype(precision)
+    # the precision is the process's, and an earlier run in it may have had another
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no"), dtype
+
+
+def _rows_of_stages(recipe: Recipe, legs: "list[Leg]", tokenizer: Any, window: int) -> "list[Iterator[Batch]]":
+    """What each stage trains on. Every dataset is opened and the first rows are read, so that bad data fails before anything
+    is loaded or written."""
+    from linearize.training.data import open_dataset, packed_rows, with_copies
+
+    for name in recipe.data:
+        open_dataset(name)
+    rows = []
+    for number, leg in enumerate(legs):
+        packed = packed_rows(
+            recipe.data,
+            tokenizer,
+            seq_len=leg.stage.seq_len,
+            text_field=recipe.text_field,
+            completion_only=leg.stage.loss.completion_only,
+            seed=recipe.seed + number,
+            shortest_document=recipe.shortest_document,
+        )
+        copying = with_copies(packed, leg.stage.copy_share, shortest=window, seed=recipe.seed + number)
+        rows.append(itertools.chain([next(copying)], copying))
+    return rows
+
+
+def _resume_or_restart(work: Path, fingerprint: dict, restart: bool, progress: Callable[[str], None]) -> None:
+    """Discards an unfinished run, or holds what it was started with against `fingerprint`."""
+    from linearize.training.state import check_fingerprint, states
+
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
+    if saved := states(work):
+        record = json.loads((saved[-1] / "state.json").read_bytes())
+        check_fingerprint(record["fingerprint"], fingerprint, work)
+        progress(f"resuming {work.name} after step {record['step']}")
+
+
+def _student(model: Path, recipe: Recipe, dtype: "torch.dtype") -> "PreTrainedModel":
+    from linearize.modeling.loading import load_student
+
+    student = load_student(model, dtype=dtype, quantization=recipe.quantization)
+    student.config.use_cache = False
+    if recipe.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.enable_input_require_grads()
+    return student
+
+
+def _train_stages(distiller, rows, recipe, legs, accelerator, work, fingerprint, report) -> int:
+    """Every stage from where the work folder left off; returns the tokens trained in this call."""
+    from linearize.training.loop import train
+    from linearize.training.model import optimizers_of
+    from linearize.training.state import states
+
+    trained = 0
+    try:
+        for leg, leg_rows in zip(legs, rows):
+            distiller.start(leg.stage)
+            optimizers = optimizers_of(distiller, leg.stage.optimizer)
+            losses = train(
+                distiller, optimizers, leg_rows, recipe, leg, accelerator, work, fingerprint=fingerprint, report=report
+            )
+            trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
+    finally:
+        if accelerator.is_main_process and not states(work):  # nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+    return trained
+
+
+def _measured(metrics: Path, legs: "list[Leg]", trained: int, seconds: float) -> dict[str, Any]:
+    """What linearize.json says of the run: tokens, steps and stages of the whole, losses of the last stage, seconds and what
+    was trained in them of this call."""
+    steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [step["loss"] for step in steps[legs[-1].before :]]  # of the last stage: stages measure different kinds
+    return {
+        "tokens": steps[-1]["tokens"],
+        "steps": legs[-1].total,
+        "stages": [{"name": leg.stage.name, "steps": leg.steps} for leg in legs],
+        "first_loss": losses[0],
+        "last_loss": sum(losses[-10:]) / len(losses[-10:]),
+        "seconds": seconds,
+        "tokens_in_these_seconds": trained,
+        "tokens_per_second": trained / seconds if trained else None,
+    }
+
+
+def _write_weights(
+    folder: Path, parent: Path, manifest: dict[str, Any], adapted: Any, merge: bool, narrower: bool
+) -> dict[str, Any]:
+    """The adapter, and with `merge` a checkpoint that holds it; returns what the manifest says of its files.
+
+    Args:
+        narrower: the weights in `adapted` were rounded for training and are not what the adapter is added to.
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    from linearize.modeling.loading import ADAPTER, UNTRAINED_FILE, load_student, untrained_parameters
+    from linearize.report.card import conversion_card
+
+    adapted.save_pretrained(folder / ADAPTER)
+    if not merge:
+        return {}
+    if narrower:
+        adapted = PeftModel.from_pretrained(load_student(parent, dtype=torch.float32), folder / ADAPTER)
+    hashes = _write_merged(folder, parent, adapted)
+    if (untrained := untrained_parameters(parent, manifest)) is not None:
+        save_file(untrained, folder / UNTRAINED_FILE)
+    write_text(folder / "README.md", conversion_card(manifest, parent))
+    return {"sha256": hashes}
 
 
 def run_fingerprint(model: Path, manifest: dict, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
@@ -267,10 +310,12 @@ def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
     from linearize.modeling.loading import load_base, load_unconverted, open_base
 
     with open_base(manifest, named, option="--teacher") as source:
-        if find_family(manifest["plan"]["base_model_type"]).masks_ignore_positions:
-            plan = Plan.from_dict(manifest["plan"])
-            untouched = replace(plan, layers=tuple(replace(layer, native=True) for layer in plan.layers))
-            teacher = load_unconverted(source, untouched, dtype=dtype)  # the base in all but its masks
+        config = source.read_config()
+        family = FAMILIES.get(str(config.get("model_type")))
+        if family is not None and family.masks_ignore_positions:  # under a plan that changes its masks alone
+            every_head = tuple(range(family.heads(config)["num_key_value_heads"]))
+            plan = Plan(family.model_type, (LayerPlan(every_head, native=True),) * config["num_hidden_layers"])
+            teacher = load_unconverted(source, plan, dtype=dtype)
         else:
             teacher = load_base(source, dtype=dtype)
         teacher.to(device).requires_grad_(False)
@@ -324,10 +369,3 @@ def _is_narrower(recipe: Recipe, trained: "torch.dtype", parent: Path) -> bool:
 
 def _silent(message: str) -> None:
     """What the other processes say."""
-
-
-def _peeked(rows):
-    import itertools
-
-    first = next(rows)
-    return itertools.chain([first], rows)

@@ -114,7 +114,8 @@ def load_pipeline(path: Path) -> tuple[Pipeline, ConversionConfig, Recipe | None
         try:
             pipeline.eval.chosen()
         except ConfigError as error:
-            raise ConfigError(f"{path}: eval: {str(error).removeprefix('--')}") from None
+            option, colon, rest = str(error).removeprefix("--").partition(":")
+            raise ConfigError(f"{path}: eval: {option.replace('-', '_')}{colon}{rest}") from None
     return pipeline, settings, recipe
 
 

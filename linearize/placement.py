@@ -10,14 +10,14 @@ from linearize.errors import ConfigError
 
 SCORED = ("recall", "text", "both")
 ALLOWED = "none, all, every:N, recall:SHARE (recall:12.5%), text:SHARE, both:SHARE, layers (0,7,18) or layer:head pairs (18:2,17:1)"
-Scores = list[list[float]]
+HeadScores = list[list[float]]
 
 
 def softmax_heads(
     spec: str,
     layers: int,
     key_value_heads: int,
-    score: Callable[[str], Scores] | None = None,
+    score: Callable[[str], HeadScores] | None = None,
     among: Sequence[int] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """For every layer, the key/value heads that keep softmax, ascending.
@@ -97,7 +97,7 @@ def kept_count(share: float, heads: int) -> int:
     return max(1, round(share * heads))
 
 
-def top_heads(scores: Scores, share: float) -> tuple[tuple[int, ...], ...]:
+def top_heads(scores: HeadScores, share: float) -> tuple[tuple[int, ...], ...]:
     """For every layer the heads among the best `share` of all, at least one in the model, ascending."""
     ranked = sorted(
         ((score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row)),

@@ -31,7 +31,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Scoring(Strict):
+class ScoringSettings(Strict):
     """How `keep_softmax: recall:SHARE`, `text:SHARE` and `both:SHARE` score heads (linearize/scoring.py).
 
     Recall is scored at `distances`, in tokens, with `rows` rows of copies at each and `fact_rows` rows of facts at the longest;
@@ -46,7 +46,7 @@ class Scoring(Strict):
     text_rows: int = Field(default=1, ge=1)
 
 
-class Calibration(Strict):
+class CalibrationSettings(Strict):
     """How added parameters get their first values from the base model (linearize/calibrate.py).
 
     `auto` calibrates where the base can be run: on a GPU that holds it, on a CPU up to 1 GiB of weights.
@@ -88,8 +88,8 @@ class ConversionConfig(Strict):
     keep_softmax: str = "auto"
     # tokens that the heads so kept see, beside the sinks; none said: all
     softmax_window: int | None = Field(default=None, ge=1, le=LONGEST)
-    scoring: Scoring = Scoring()
-    calibration: Calibration = Calibration()
+    scoring: ScoringSettings = ScoringSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @model_validator(mode="before")

@@ -48,9 +48,6 @@ IMPLEMENTATION = "linearize_scoring"
 METHODS = ("gradient", "swap", "lookup")
 # far from every seed that an evaluation is likely to be given
 SEED = 777_001
-DISTANCES = (512, 1024)
-ROWS = 2
-FACT_ROWS = 6
 # nats a token that the answers have to cost more without what lies beyond the window
 READS = 0.5
 # where a divergence from the base has a slope: not at 1

@@ -26,9 +26,11 @@ from linearize.evaluation.perplexity import windows_of
 from linearize.evaluation.recall import accuracy, recall_task
 from linearize.modeling.readout import readout_of
 from linearize.placement import top_heads
+from linearize.recipe import ScoringSettings
 from linearize.samples import SAMPLES
 from linearize.versions import versions
 
+DEFAULTS = ScoringSettings()
 RESULTS = Path(__file__).resolve().parent / "results"
 SINKS = 4
 PASSKEY_LENGTH, PASSKEY_ROWS = 1024, 8
@@ -56,10 +58,10 @@ def main() -> None:
 
     scores, seconds = {}, {}
     for method in arguments.methods.split(","):
-        distances = tuple(map(int, arguments.swap_distances.split(","))) if method == "swap" else scoring.DISTANCES
+        distances = tuple(map(int, arguments.swap_distances.split(","))) if method == "swap" else DEFAULTS.distances
         started = time.perf_counter()
         probes = scoring.recall_probes(
-            distances, 1 if method == "swap" else scoring.ROWS, window=arguments.window,
+            distances, 1 if method == "swap" else DEFAULTS.rows, window=arguments.window,
             positions=model.config.max_position_embeddings, vocabulary=len(tokenizer), start_token=tokenizer.bos_token_id,
         )  # fmt: skip
         scores[method] = scoring.head_scores(
@@ -76,7 +78,7 @@ def main() -> None:
         else:
             probe = scoring.facts_probe(
                 lambda words: tokenizer(words, add_special_tokens=False).input_ids, filler, arguments.window,
-                max(scoring.DISTANCES), scoring.FACT_ROWS,
+                max(DEFAULTS.distances), DEFAULTS.fact_rows,
             )  # fmt: skip
         scores[arguments.asking] = scoring.head_scores(
             model, [probe], window=arguments.window, sinks=SINKS, progress=note

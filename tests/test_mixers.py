@@ -380,6 +380,20 @@ def test_a_past_that_outweighs_the_window_by_far(past, window):
     torch.testing.assert_close(output[0, -1], torch.ones(1, 8))
 
 
+@pytest.mark.parametrize("mass", [-20.0, -16.0, -8.0, 0.0, 8.0, 16.0])
+def test_a_small_share_learns_as_exactly_as_a_large_one(mass):
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        plan = LayerPlan((), mixer="vq", window=9, sinks=0, mix="joint")
+        heads = LinearHeads(plan, Site((0,), 1, 1, 8, 0, 1), 8).to(dtype)
+        torch.nn.init.constant_(heads.log_mass, mass)
+        windowed, past = torch.ones(1, 1, 1, 8, dtype=dtype), torch.full((1, 1, 1, 9), 1.5, dtype=dtype)
+        past[..., -1] = 0
+        heads._mixed(windowed, torch.zeros(1, 1, 1, 1, dtype=dtype), past).sum().backward()
+        gradients.append(heads.log_mass.grad.item())
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
+
+
 @torch.no_grad()
 def test_exponential_features_do_not_overflow():
     for mix in ("sum", "outside", "joint"):

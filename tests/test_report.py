@@ -377,7 +377,7 @@ def test_a_pipeline_with_mistakes(cli, tmp_path, text, words):
         ("max_tokens: 4096", "control: gone", "gone"),
         ("max_tokens: 4096", "summary_file: {base}/config.json/x", "--summary-file"),
         ("lengths: [512]", "lengths: [12], min_recovery: 0.9", "--min-recovery"),
-        ("max_tokens: 4096", "task_limit: 0", "eval: task-limit: got 0"),
+        ("max_tokens: 4096", "task_limit: 0", "eval: task_limit: got 0"),
         ("seq_len: 32", "seq_len: 14", "never leaves the window of 12 keys and 2 sinks"),
     ],
 )

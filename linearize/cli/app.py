@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import os
 import signal
 import sys
 import traceback
@@ -14,7 +15,7 @@ from linearize.cli import run as pipeline
 from linearize.cli.output import emit_json, note
 from linearize.errors import Interrupted, LinearizeError, ResourceError
 
-# typer carries its own copy of click in new versions and uses the package in old ones
+# click's ClickException: typer carries a copy of click in new versions (there TyperException) and uses the package in old ones
 UsageFailure = typer.BadParameter.__mro__[-4]
 
 app = typer.Typer(
@@ -35,7 +36,8 @@ info.register(app)
 
 def main() -> None:
     """Runs the command line and exits with the code that the outcome asks for."""
-    signal.signal(signal.SIGTERM, _terminated)
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # a process that waits for others does not get to hear of it
+        signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):  # a terminal without ± or arrows must not cost a report
         stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))

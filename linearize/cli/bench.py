@@ -10,6 +10,8 @@ from linearize.cli.help import Command, examples
 from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
 from linearize.errors import ConfigError
 
+LENGTHS = (2048, 8192)
+
 
 class Target(StrEnum):
     ops = "ops"
@@ -42,7 +44,10 @@ def bench(
     only: Annotated[
         str | None, typer.Option("--only", help="ops: structures, with commas between (default: all).")
     ] = None,
-    lengths: Annotated[str, typer.Option("--lengths", help="Sequence lengths, in tokens.")] = "2048,8192",
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Sequence lengths, in tokens (default: 2048,8192, as far as they fit)."),
+    ] = None,
     heads: Annotated[int, typer.Option("--heads", min=1, help="ops: heads of the one layer.")] = 9,
     dim: Annotated[int, typer.Option("--dim", min=2, help="ops: dimensions of a head.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="ops: timings of each; the median counts.")] = 5,
@@ -51,22 +56,22 @@ def bench(
     """Time every structure, forward + backward, beside softmax attention; or a model's prefill and decode beside its base."""
     from linearize.device import keep_freed_memory
 
-    chosen = whole_numbers("--lengths", lengths, least=1)
+    chosen = LENGTHS if lengths is None else whole_numbers("--lengths", lengths, least=1)
     if target is Target.model and only is not None:
         raise ConfigError(f"--only: got '{only}', but a model is measured as it is; it belongs to bench ops")
     if target is Target.ops and folder is not None:
         raise ConfigError(f"FOLDER: got '{folder}', but bench ops measures no model; it belongs to bench model")
     keep_freed_memory()
     if target is Target.model:
-        _bench_model(folder, chosen, json_)
+        _bench_model(folder, chosen, json_, insisting=lengths is not None)
     else:
         _bench_ops(only, chosen, heads, dim, repeats, json_)
 
 
-def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool) -> None:
-    from linearize.bench import bench_model, crossovers
+def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool, *, insisting: bool) -> None:
+    from linearize.bench import DECODED, bench_model, crossovers
     from linearize.device import compute_dtype, pick_device
-    from linearize.modeling.loading import load_student
+    from linearize.modeling.loading import load_student, positions_of
     from linearize.outputs import newest_output
     from linearize.report.markdown import efficiency_rows, table
 
@@ -74,10 +79,11 @@ def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool) -> 
         folder = newest_output()
         note(f"MODEL: {folder} (the newest output)")
     quiet_libraries()
+    positions = positions_of(folder) - DECODED
+    if insisting and max(lengths) > positions:
+        raise ConfigError(f"--lengths: got {max(lengths)}, the model has positions for {positions} and {DECODED} more")
+    lengths = tuple(n for n in lengths if n <= positions) or (positions,)
     student = load_student(folder, dtype=compute_dtype("auto")).to(pick_device())
-    positions = student.config.max_position_embeddings
-    if max(lengths) > positions:
-        raise ConfigError(f"--lengths: got {max(lengths)}, the model has {positions} positions")
     rows = bench_model(student, lengths, progress=progress_line)
     if json_:
         emit_json({"rows": rows, "crossover": crossovers(rows)})

@@ -7,7 +7,7 @@ import torch
 from linearize.checkpoint.names import ADDED
 from linearize.families.registry import find_family
 from linearize.mixers.structure import Site
-from linearize.modeling.branch import WindowHeads, linear_heads
+from linearize.modeling.branch import WindowHeads, build_linear_heads
 from linearize.modeling.plan import Plan
 
 
@@ -32,5 +32,5 @@ def linear_branches(config: dict[str, Any], plan: Plan, device: str) -> dict[int
     with torch.device(device):
         for i, layer in enumerate(plan.layers):
             if linear := layer.linear_heads(heads):
-                branches[i] = linear_heads(layer, Site.of(config, linear, i, layers), config["hidden_size"])
+                branches[i] = build_linear_heads(layer, Site.of(config, linear, i, layers), config["hidden_size"])
     return branches

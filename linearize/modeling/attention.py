@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.families.family import Family
 from linearize.mixers.structure import Site
-from linearize.modeling.branch import WindowHeads, linear_heads, softmax_window_heads
+from linearize.modeling.branch import WindowHeads, build_linear_heads, build_softmax_window_heads
 from linearize.modeling.cache import WindowCache, adopt_layer, context_of
 from linearize.modeling.plan import LayerPlan
 from linearize.ops.window import Scores
@@ -109,8 +109,8 @@ class LinearizedAttention:
         self.call_names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
         self.cache_name = next(name for name in CACHE_ARGUMENTS if name in self.call_names)
         self.handed_on: dict[str, Tensor | None] = {}
-        self.mixer = linear_heads(plan, site, config.hidden_size) if site.heads else None
-        self.kept = softmax_window_heads(plan, site)
+        self.mixer = build_linear_heads(plan, site, config.hidden_size) if site.heads else None
+        self.kept = build_softmax_window_heads(plan, site)
         order = [*self.softmax_heads, *self.linear_heads]
         self.places = [order.index(head) for head in range(site.total_heads)]
         self.set_linear(True)

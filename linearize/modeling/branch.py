@@ -11,8 +11,8 @@ In `outside` and `joint` the recurrent branch sees only tokens that have left th
 p are the window's softmax weights (they sum to one), e the exponentials they come from, and f_j is what the structure
 gives token j: feature(q) . feature(k_j) times the decay since j. c = exp(log_mass) and s are one learned number per
 query head. In `outside` window and past share one normaliser, counted in units of the window's own mass; in `joint`
-the unit is the base model's own. The past's share of it comes from a column of ones appended to v. With a small c, or
-s = 0, the layer starts as window + sinks.
+the unit is the base model's own. The past's share of it comes from a column of ones appended to v, or, of weights that are
+exponentials themselves, as a logarithm from the structure. With a small c, or s = 0, the layer starts as window + sinks.
 
 Shapes: B batch, T queries, S keys, H linear query heads, J linear key/value heads, K head dim, D hidden size.
 """
@@ -53,12 +53,12 @@ def _float32() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def linear_heads(plan: LayerPlan, site: Site, hidden_size: int) -> "WindowHeads":
+def build_linear_heads(plan: LayerPlan, site: Site, hidden_size: int) -> "WindowHeads":
     """The linear heads that a layer's plan asks for."""
     return WindowHeads(plan, site) if plan.mixer == NO_BRANCH else LinearHeads(plan, site, hidden_size)
 
 
-def softmax_window_heads(plan: LayerPlan, site: Site) -> "WindowHeads | None":
+def build_softmax_window_heads(plan: LayerPlan, site: Site) -> "WindowHeads | None":
     """The softmax heads of a layer whose plan gives them a window; `site` is of the linear heads."""
     if plan.softmax_window is None or not plan.softmax_heads:
         return None
@@ -283,7 +283,11 @@ class LinearHeads(WindowHeads):
         odds = self.log_mass[:, None] + log_count - (0.0 if log_sum is None else log_sum)
         if not self.window_enabled:
             return self._joined(torch.zeros_like(windowed), values)
-        return self._joined((-odds).sigmoid() * windowed, odds.sigmoid() * values)
+        # the smaller share has all of the gradient's digits, of which one minus it keeps few
+        past_is_less = odds < 0
+        less = torch.where(past_is_less, odds, -odds).sigmoid()
+        of_window, of_past = torch.where(past_is_less, 1 - less, less), torch.where(past_is_less, less, 1 - less)
+        return self._joined(of_window * windowed, of_past * values)
 
     def _normalised(self, past: Tensor) -> tuple[Tensor, Tensor]:
         """What a structure with positive weights read, [B, T, H, K], and the logarithm of its weights' sum, [B, T, H, 1]."""

@@ -148,6 +148,12 @@ def _parent(folder: Path, manifest: dict[str, Any]) -> Path:
     return parent
 
 
+def positions_of(folder: Path) -> int:
+    """How many positions a checkpoint's model has."""
+    register_checkpoint(folder := weights_folder(folder))
+    return AutoConfig.from_pretrained(folder).max_position_embeddings
+
+
 @contextlib.contextmanager
 def open_base(manifest: dict[str, Any], override: str | None = None, *, option: str = "--base") -> Iterator[Source]:
     """The base model that a manifest records, or the one named instead of it by `option`.
