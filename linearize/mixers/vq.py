@@ -144,10 +144,10 @@ def _running_counts(s: Tensor, before: Tensor, segments: Tensor | None) -> tuple
 def _weights(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """w_c / sum_c w_c N_c and the logarithm of that sum, [..., 1], from the sums of scores over each code's keys and how many
     those are, [..., codes]."""
-    seen, counts = counts > LEAST_COUNT, counts.clamp(min=LEAST_COUNT)
+    unseen, counts = counts <= LEAST_COUNT, counts.clamp(min=LEAST_COUNT)
     means = scores / counts
-    log_sum = torch.where(seen, means + counts.log(), NEVER).logsumexp(-1, keepdim=True)
-    return torch.where(seen, means - log_sum, NEVER).exp(), log_sum
+    log_sum = (means + counts.log()).masked_fill(unseen, NEVER).logsumexp(-1, keepdim=True)
+    return (means - log_sum).masked_fill(unseen, NEVER).exp(), log_sum
 
 
 def _rounded(x: Tensor) -> Tensor:

@@ -286,7 +286,8 @@ class LinearHeads(WindowHeads):
         # the smaller share has all of the gradient's digits, of which one minus it keeps few
         past_is_less = odds < 0
         less = torch.where(past_is_less, odds, -odds).sigmoid()
-        of_window, of_past = torch.where(past_is_less, 1 - less, less), torch.where(past_is_less, less, 1 - less)
+        more = 1 - less
+        of_window, of_past = torch.where(past_is_less, more, less), torch.where(past_is_less, less, more)
         return self._joined(of_window * windowed, of_past * values)
 
     def _normalised(self, past: Tensor) -> tuple[Tensor, Tensor]:
