@@ -27,7 +27,7 @@ from linearize.modeling.register import register_checkpoint
 
 STREAM_ABOVE = 1 << 30
 BLOCK_BYTES = 1 << 24
-# tokens that (c) to (e) take at most, and the windows they leave: half a minute for a model of 1B parameters on 2 cores
+# tokens that (c) to (e) take at most, and the windows they leave, so that 4 GiB take about a minute
 LONGEST, WINDOW, SOFTMAX_WINDOW = 600, 512, 560
 TORCH_DTYPES = {code: getattr(torch, name) for code, name in DTYPE_NAMES.items()}
 

@@ -339,7 +339,7 @@ def heads_alone(name, mix, *, offset=0.0, size=1.0, T=70, **settings):
 @pytest.mark.parametrize("mix", ["joint", "sum"])
 @pytest.mark.parametrize("offset", [-1000.0, -90.0, -20.0, 60.0, 90.0, 1000.0])
 def test_what_all_scores_share_changes_nothing(mix, offset):
-    """As in softmax. Key biases of pretrained models (Qwen 2's) bring scores of this size."""
+    """As in softmax. A bias of keys adds the same to all scores of a query, as much as it is large."""
     (_, plain), (_, moved) = (heads_alone("vq", mix, offset=x) for x in (0.0, offset))
     torch.testing.assert_close(moved()[0], plain()[0], rtol=1e-3, atol=1e-3)
 

@@ -25,7 +25,7 @@ def run(
         Path, typer.Argument(help="YAML file: model, out, convert, finetune, eval.", show_default=False)
     ],
     restart: Annotated[
-        bool, typer.Option("--restart", help="Discard an unfinished finetune, as one of other settings.")
+        bool, typer.Option("--restart", help="Begin an unfinished finetune anew, as where its settings changed.")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> int:
