@@ -17,6 +17,10 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 torch.set_num_threads(THREADS)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record-pins", action="store_true", help="record the pinned numbers of test_pins.py anew")
+
+
 def pytest_collection_modifyitems(items):
     """What takes longest starts first, so that no worker is left alone with it."""
     slowest = ("test_real_model.py", "test_versions.py", "test_report.py")
