@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 
 
 def _register() -> None:
-    from linearize.modeling.register import register_configs
+    from linearize.modeling.registration import register_configs
 
     register_configs()
 
 
-# whichever of these comes last in an import under way finds the others complete; see modeling/register.py
+# whichever of these comes last in an import under way finds the others complete; see modeling/registration.py
 AfterImport(
     {
         "transformers.models.auto.configuration_auto",

@@ -1,6 +1,8 @@
 """Where to compute and in what precision."""
 
+import importlib.metadata
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,17 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(mmap_max, 0)
+
+
+PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions, for the record."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

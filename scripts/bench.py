@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from linearize.device import compute_dtype, keep_freed_memory, pick_device
+from linearize.device import compute_dtype, keep_freed_memory, pick_device, versions
 from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.loading import load_student
-from linearize.versions import versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from commands import linearize
 
-from linearize.recipe import load_config, tokens_of
+from linearize.settings.loading import load_config
+from linearize.settings.recipe import tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "methods.json"

@@ -19,16 +19,16 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize import scoring
-from linearize.device import compute_dtype, keep_freed_memory
+from linearize.conversion import scoring
+from linearize.conversion.keep_softmax import top_heads
+from linearize.data.recall_rows import recall_task
+from linearize.data.samples import SAMPLES
+from linearize.device import compute_dtype, keep_freed_memory, versions
 from linearize.evaluation.passkey import passkey_task
 from linearize.evaluation.perplexity import windows_of
-from linearize.evaluation.recall import accuracy, recall_task
+from linearize.evaluation.recall import accuracy
 from linearize.modeling.readout import readout_of
-from linearize.placement import top_heads
-from linearize.recipe import ScoringSettings
-from linearize.samples import SAMPLES
-from linearize.versions import versions
+from linearize.settings.config import ScoringSettings
 
 DEFAULTS = ScoringSettings()
 RESULTS = Path(__file__).resolve().parent / "results"

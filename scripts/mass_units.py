@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from linearize.convert import convert
+from linearize.data.samples import SAMPLES
 from linearize.mixers.linear import FEATURE_MAPS
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.loading import load_student
-from linearize.recipe import load_config
-from linearize.samples import SAMPLES
+from linearize.settings.loading import load_config
+from linearize.workflows.convert import convert
 
 
 @torch.no_grad()

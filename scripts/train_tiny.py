@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from linearize.samples import SAMPLES
+from linearize.data.samples import SAMPLES
 
 VOCABULARY, LENGTH, BATCH, WARMUP = 1024, 512, 2, 50
 SHAPE = {

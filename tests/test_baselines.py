@@ -9,15 +9,16 @@ import torch
 from conftest import tiny_base
 from test_evaluate import SUITE, quiet
 
-from linearize.convert import convert
+from linearize.conversion.keep_softmax import spread_evenly
 from linearize.errors import ConfigError
-from linearize.evaluate import _spread, evaluate
 from linearize.evaluation import letters
 from linearize.evaluation.suite import Suite
+from linearize.evaluation.weights import spread_softmax_heads
 from linearize.modeling import loading
-from linearize.modeling.plan import LayerPlan, Plan
-from linearize.placement import spread_evenly
-from linearize.recipe import load_config
+from linearize.plan import LayerPlan, Plan
+from linearize.settings.loading import load_config
+from linearize.workflows.convert import convert
+from linearize.workflows.evaluate import evaluate
 
 WINDOWED = {"window": 12, "sinks": 2}
 LETTERS = Suite(lengths=(), recall=())
@@ -114,11 +115,11 @@ def test_layers_of_the_base_take_no_part_in_the_uniform_layout():
     native = LayerPlan((0, 1), native=True)
     assert not native.has_branch and Plan("gemma2", (native, LayerPlan((1,), window=9))).longest_window() == 9
     plan = Plan("gemma2", (native, LayerPlan((1,)), native, LayerPlan(())))
-    spread = _spread(plan, 2)
+    spread = spread_softmax_heads(plan, 2)
     assert spread.layers[0] == spread.layers[2] == native
     assert [layer.softmax_heads for layer in spread.layers[1::2]] == [(0,), ()]
     with pytest.raises(ConfigError, match="nothing to spread"):
-        _spread(Plan("gemma2", (native, LayerPlan(()))), 2)
+        spread_softmax_heads(Plan("gemma2", (native, LayerPlan(()))), 2)
 
 
 def test_baselines_that_would_say_nothing_are_refused(student, base_folder, tmp_path, cli):

@@ -6,14 +6,15 @@ import pytest
 import torch
 from conftest import tiny_base, tiny_student
 
-from linearize.calibrate import PARTS, _choose_part
-from linearize.convert import convert
+from linearize.checkpoint.student import read_manifest
+from linearize.conversion.calibrate import PARTS, _choose_part
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import context_of
-from linearize.modeling.loading import load_student, read_manifest
-from linearize.modeling.plan import LayerPlan, Plan
+from linearize.modeling.loading import load_student
 from linearize.ops.window import Scores
-from linearize.recipe import load_config
+from linearize.plan import LayerPlan, Plan
+from linearize.settings.loading import load_config
+from linearize.workflows.convert import convert
 
 
 def quiet(*_) -> None:

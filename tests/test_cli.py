@@ -75,7 +75,7 @@ def test_a_non_zero_failure_is_never_silent(cli, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("the unforeseen")
 
-    monkeypatch.setattr("linearize.doctor.examine", broken)
+    monkeypatch.setattr("linearize.workflows.doctor.examine", broken)
     code, out, err = cli("doctor", "--json")
     assert code == 1 and "the unforeseen" in err and json.loads(out)["exit_code"] == 1
 
@@ -84,7 +84,7 @@ def test_out_of_memory_has_its_code(cli, monkeypatch):
     def hungry(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("linearize.doctor.examine", hungry)
+    monkeypatch.setattr("linearize.workflows.doctor.examine", hungry)
     assert cli("doctor")[0] == 5
 
 
@@ -93,7 +93,7 @@ def test_readme_commands_exist():
     from typer.main import get_command
 
     from linearize.cli.app import app
-    from linearize.recipe import load_config, load_recipe
+    from linearize.settings.loading import load_config, load_recipe
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\s*(?:\$ )?linearize (\w+)(.*)$", text, re.MULTILINE)
@@ -108,7 +108,7 @@ def test_readme_commands_exist():
 
 
 def test_shipped_configs_and_recipes_load():
-    from linearize.recipe import load_config, load_recipe, packaged
+    from linearize.settings.loading import load_config, load_recipe, packaged
 
     assert {"lora", "liger"} <= packaged("recipes").keys() and {"liger", "smollm2-135m"} <= packaged("configs").keys()
     for name in packaged("recipes"):
@@ -129,7 +129,7 @@ def test_bench_measures_every_structure(cli):
 
 
 def test_a_mixer_on_the_command_line_leaves_the_options_of_the_config_s_mixer():
-    from linearize.recipe import load_config
+    from linearize.settings.loading import load_config
 
     assert load_config("liger").mixer_options == {"gate_logit_normalizer": 16.0}
     assert load_config("liger", {"mixer": "gla"}).mixer_options == {"gate_logit_normalizer": 16.0}
@@ -147,7 +147,7 @@ def test_a_mixer_on_the_command_line_leaves_the_options_of_the_config_s_mixer():
     ],
 )
 def test_of_mixer_and_mix_each_follows_from_the_other(given, mixer, mix):
-    from linearize.recipe import load_config
+    from linearize.settings.loading import load_config
 
     config = load_config(None, given)
     assert (config.mixer, config.mix) == (mixer, mix)
@@ -189,7 +189,7 @@ def test_every_mistake_of_a_config_is_named_at_once(base_folder, cli, tmp_path):
 
 
 def test_an_interruption_is_one_document_too(cli, monkeypatch):
-    from linearize import doctor
+    from linearize.workflows import doctor
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -216,7 +216,8 @@ def test_no_permission_and_no_folder_above(base_folder, cli, tmp_path, monkeypat
 def test_yaml_reads_what_people_mean(tmp_path):
     """Pairs of layer and head are no numbers of base 60, 1e-3 is one; merge keys are YAML, keys that stand twice are not."""
     from linearize.errors import ConfigError
-    from linearize.recipe import load_config, load_recipe, read_yaml
+    from linearize.settings.loading import load_config, load_recipe
+    from linearize.settings.yaml_file import read_yaml
 
     assert load_config(None, sets=["keep_softmax=18:2"]).keep_softmax == "18:2"
     assert load_recipe("lora", sets=["optimizer.lr=1e-3"]).optimizer.lr == 0.001
@@ -239,8 +240,8 @@ def test_a_terminated_command_clears_up_and_says_so(tmp_path):
         "def examine():\n"
         "    with tempfile.TemporaryDirectory(dir='.'):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "import linearize.doctor\n"
-        "linearize.doctor.examine = examine\n"
+        "import linearize.workflows.doctor\n"
+        "linearize.workflows.doctor.examine = examine\n"
         "import sys\n"
         "sys.argv = ['linearize', 'doctor', '--json']\n"
         "app.main()\n"

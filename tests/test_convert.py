@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.checkpoint.source import Source, local_fingerprint
+from linearize.checkpoint.student import read_manifest
 from linearize.checkpoint.weights import read_weights
 from linearize.checkpoint.writing import alone_in
-from linearize.convert import convert
+from linearize.conversion.keep_softmax import softmax_heads
 from linearize.errors import CheckpointError, ConfigError
-from linearize.modeling.loading import load_student, read_manifest
-from linearize.placement import softmax_heads
-from linearize.recipe import load_config
+from linearize.modeling.loading import load_student
+from linearize.settings.loading import load_config
+from linearize.workflows.convert import convert
 
 
 def quiet(message: str) -> None:
@@ -111,7 +112,7 @@ def test_verification_fails_when_decode_differs(base_folder, tmp_path):
         "    context = real(self, k, v, raw, mask); self.recurrent_state = None; return context\n"
         "cache.WindowCache.extend = broken\n"
         f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]\n"
-        "from linearize.verify import main; main()"
+        "from linearize.conversion.verify import main; main()"
     )
     # only a branch that matters can show a lost state
     from safetensors.torch import load_file, save_file
@@ -128,7 +129,7 @@ def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_pat
     out, base = tmp_path / "out", base_folder("mqa_tied", shards=2, dtype=torch.bfloat16)
     convert(str(base), settings(mixer=mixer), out=out, verify=False, progress=quiet)
     script = (
-        "import sys; from linearize import verify; verify.STREAM_ABOVE = 0\n"
+        "import sys; from linearize.conversion import verify; verify.STREAM_ABOVE = 0\n"
         f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]; verify.main()"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -137,8 +138,8 @@ def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_pat
 
 def test_verification_leaves_every_window():
     """Longer windows than there is time for are shortened, so that the recurrent branch takes part."""
-    from linearize import verify
-    from linearize.modeling.plan import LayerPlan, Plan
+    from linearize.conversion import verify
+    from linearize.plan import LayerPlan, Plan
 
     layers = (LayerPlan((1,), window=5000, softmax_window=9000), LayerPlan((1,), window=12), LayerPlan((), window=512))
     plan = verify._shortened(Plan("llama", layers))
@@ -232,7 +233,7 @@ def test_an_interrupted_conversion_leaves_nothing(base_folder, tmp_path, monkeyp
     def interrupt(folder, base):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("linearize.convert.run_verification", interrupt)
+    monkeypatch.setattr("linearize.workflows.convert.run_verification", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(str(base_folder()), settings(), out=tmp_path / "out", progress=quiet)
     assert not list(tmp_path.glob("*out*"))

@@ -8,8 +8,8 @@ from test_ops import window_inputs
 
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import CACHE_NAME
-from linearize.modeling.plan import NO_BRANCH, LayerPlan, Plan
 from linearize.ops.window import window_attention, window_attention_naive
+from linearize.plan import NO_BRANCH, LayerPlan, Plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # products of a device may be rounded to tf32

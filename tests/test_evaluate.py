@@ -11,19 +11,21 @@ from conftest import tiny_base
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from linearize.convert import convert
+from linearize.data.recall_rows import recall_task
 from linearize.errors import ConfigError, LinearizeError
-from linearize.evaluate import _text_ids, evaluate
 from linearize.evaluation.passkey import DEPTHS, passkey_task
 from linearize.evaluation.perplexity import position_buckets, windows_of
-from linearize.evaluation.recall import accuracy, recall_task
+from linearize.evaluation.recall import accuracy
 from linearize.evaluation.suite import Suite
+from linearize.evaluation.text import text_ids_of
 from linearize.modeling.readout import Readout
-from linearize.recipe import load_config
 from linearize.report.gates import evaluate_gates, parse_gate, recovery_gates, regression_gates
 from linearize.report.markdown import render_markdown, summary_table
 from linearize.report.plots import plots_of, svg
 from linearize.report.results import BASE, SCHEMA_VERSION, STUDENT, WINDOW, Findings, make_metric, mean_and_error
+from linearize.settings.loading import load_config
+from linearize.workflows.convert import convert
+from linearize.workflows.evaluate import evaluate
 
 SUITE = Suite(lengths=(32, 64), recall=(8, 40), max_tokens=256, recall_rows=3)
 FLAGS = ["--lengths", "32,64", "--recall", "8,40", "--max-tokens", "256"]
@@ -44,7 +46,7 @@ def converted(base_folder, tmp_path):
 def test_figures_equal_a_plain_computation(converted, in_float32):
     results = evaluate(converted, SUITE, progress=quiet)
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    from linearize.samples import SAMPLES
+    from linearize.data.samples import SAMPLES
 
     ids = []
     for line in SAMPLES["sample-eval"].read_text().splitlines()[:3]:
@@ -285,13 +287,13 @@ def test_every_text_is_measured(tmp_path, tokenizer_folder):
     for path, text in zip(names, ("aa bb " * 400, "cc dd " * 400, "ee ff " * 5)):
         path.write_text(text)
     suite = replace(SUITE, lengths=(64,), max_tokens=300, data=tuple(map(str, names)))
-    text = tokenizer.decode(_text_ids(suite, tokenizer))
+    text = tokenizer.decode(text_ids_of(suite, tokenizer))
     short = len(tokenizer(names[2].read_text()).input_ids) + 1
-    assert _text_ids(suite, tokenizer).numel() == 300 and "ee ff ee ff ee ff ee ff ee ff" in text
+    assert text_ids_of(suite, tokenizer).numel() == 300 and "ee ff ee ff ee ff ee ff ee ff" in text
     rest = (300 - short) / 2
     for piece, words in (("aa bb ", text.partition("c")[0]), ("cc dd ", text.partition("c")[2].partition("e")[0])):
         assert abs(len(tokenizer(words).input_ids) - rest) < 6, (piece, words)
-    assert _text_ids(replace(suite, data=suite.data[:1]), tokenizer).numel() > 300  # one text alone comes whole
+    assert text_ids_of(replace(suite, data=suite.data[:1]), tokenizer).numel() > 300  # one text alone comes whole
 
 
 def test_a_checkpoint_without_a_tokenizer_or_with_a_longer_one(base_folder, tmp_path, cli):
@@ -335,7 +337,8 @@ def test_greedy_is_greedy_whatever_a_checkpoint_prefers(converted):
 
 
 def test_the_untrained_conversion_of_an_adapter_is_the_first(converted, tmp_path):
-    from linearize.modeling.loading import read_manifest, untrained_parameters
+    from linearize.checkpoint.student import read_manifest
+    from linearize.modeling.loading import untrained_parameters
 
     parent, adapter = tmp_path / "parent", tmp_path / "adapter"
     for folder, manifest in ((parent, {}), (adapter, {"finetune": {"parent": str(parent)}})):
@@ -475,7 +478,7 @@ def test_what_a_passkey_costs(converted, in_float32, tmp_path):
     suite = Suite(data=(str(short),), lengths=(), recall=(), passkey=(200,), passkey_rows=2, max_tokens=64)
     results = evaluate(converted, suite, progress=quiet)
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    text = _text_ids(suite, tokenizer)
+    text = text_ids_of(suite, tokenizer)
     assert 400 <= text.numel() < 500
     lab = SimpleNamespace(tokenizer=tokenizer, text=text, seed=0)
     tasks = [passkey_task(lab, 200, depth, 2) for depth in DEPTHS]

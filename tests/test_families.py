@@ -13,18 +13,20 @@ import torch
 from tiny import COMMON, FAMILIES, VOCABULARY, family_base, family_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from linearize import convert as conversion
-from linearize import verify
 from linearize.checkpoint.gguf_file import complete
-from linearize.checkpoint.source import open_source
+from linearize.checkpoint.open import open_source
+from linearize.conversion import verify
+from linearize.conversion.probes import recall_probe, text_probe
+from linearize.conversion.scoring import head_scores
 from linearize.errors import CheckpointError
 from linearize.families.registry import FAMILIES as LISTED
 from linearize.families.registry import find_family
 from linearize.modeling.loading import load_student, load_unconverted
 from linearize.modeling.readout import readout_of
-from linearize.recipe import ConversionConfig, Lora
-from linearize.scoring import head_scores, recall_probe, text_probe
+from linearize.settings.config import ConversionConfig
+from linearize.settings.recipe import Lora
 from linearize.training.model import add_adapters
+from linearize.workflows import convert as conversion
 
 LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
 SETTINGS = {

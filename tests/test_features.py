@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tiny import VOCABULARY, family_base, family_config
 from transformers import AutoModelForCausalLM
 
+from linearize.conversion.inspection import make_plan
 from linearize.families.registry import find_family
-from linearize.inspection import make_plan
 from linearize.modeling.factory import linearized_classes
-from linearize.recipe import ConversionConfig
+from linearize.settings.config import ConversionConfig
 
 T = 40
 HALF = ConversionConfig(window=64, sinks=2, keep_softmax="0:1,1:1,2:1,3:1", convert_layers="all")

@@ -14,15 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.checkpoint.writing import alone_in
-from linearize.convert import convert
+from linearize.data.documents import data_fingerprint, documents
+from linearize.data.packing import IGNORED, Batch, packed_rows, read_ahead, with_copies
 from linearize.errors import ConfigError, ResourceError
-from linearize.finetune import finetune
 from linearize.modeling.loading import load_student
 from linearize.modeling.readout import Readout
-from linearize.recipe import Recipe, load_config, load_recipe
-from linearize.training.data import IGNORED, Batch, data_fingerprint, documents, packed_rows, read_ahead, with_copies
+from linearize.settings.loading import load_config, load_recipe
+from linearize.settings.recipe import Recipe
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 from linearize.training.model import Distiller
+from linearize.workflows.convert import convert
+from linearize.workflows.finetune import finetune
 
 SETTINGS = [
     "seq_len=48",
@@ -432,7 +434,7 @@ def test_the_end_that_a_tokenizer_puts_behind_a_prompt_is_taken_off(tmp_path, to
 
 
 def test_a_long_text_is_read_in_pieces_and_names_are_taken_as_they_are(tmp_path, tokenizer_folder, monkeypatch):
-    from linearize.training import data
+    from linearize.data import documents as data
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     path = tmp_path / "a[1]*.txt"
@@ -517,7 +519,7 @@ def test_two_processes_do_not_train_one_output(converted, tmp_path, cli):
 def test_who_is_refused_clears_nothing_away(converted, tmp_path, cli, monkeypatch):
     """A second process that looked before the first had begun."""
     work = tmp_path / "out.training"
-    monkeypatch.setattr("linearize.finetune.check_free", quiet)
+    monkeypatch.setattr("linearize.workflows.finetune.check_free", quiet)
     work.mkdir()
     (work / "metrics.jsonl").write_text("the first one's\n")
     with alone_in(work, tmp_path / "out"):
@@ -618,7 +620,7 @@ def test_what_was_trained_is_written_after_all(converted, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.finetune._write_merged", full)
+        patch.setattr("linearize.workflows.finetune._write_merged", full)
         with pytest.raises(ResourceError):
             run(converted, tmp_path / "stopped")
     resumed = run(converted, tmp_path / "stopped")
@@ -634,7 +636,7 @@ def test_another_student_in_the_same_place_is_not_trained_on(base_folder, conver
 
     out = tmp_path / "tuned"
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.finetune._write_merged", stop)
+        patch.setattr("linearize.workflows.finetune._write_merged", stop)
         with pytest.raises(KeyboardInterrupt):
             run(converted, out)
     tensors = load_file(converted / "model-00002-of-00002.safetensors")

@@ -17,8 +17,8 @@ from linearize.mixers.registry import MIXERS, mixer_class
 from linearize.mixers.structure import Site
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import context_of
-from linearize.modeling.plan import LayerPlan, Plan
 from linearize.ops.window import Scores
+from linearize.plan import LayerPlan, Plan
 
 # name of the row -> structure, options
 ROWS = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from linearize.mixers.registry import MIXERS
-from linearize.modeling.plan import NO_BRANCH, LayerPlan, Plan
+from linearize.plan import NO_BRANCH, LayerPlan, Plan
 
 LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
 

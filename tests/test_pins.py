@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_base, tiny_student
 
-from linearize.convert import convert
-from linearize.evaluate import evaluate
 from linearize.evaluation.suite import Suite
 from linearize.mixers.registry import CHOICES
 from linearize.modeling.cache import CACHE_NAME
-from linearize.modeling.plan import LayerPlan, Plan
-from linearize.recipe import load_config
+from linearize.plan import LayerPlan, Plan
+from linearize.settings.loading import load_config
+from linearize.workflows.convert import convert
+from linearize.workflows.evaluate import evaluate
 
 PINS = Path(__file__).with_name("pins.json")
 # float64 logits agree to far more digits; float32 weights come from a generator that may round differently elsewhere
@@ -36,7 +36,11 @@ def logits_of(mixer: str, mix: str, gate: str) -> list[float]:
     """Sixteen weighted sums of the logits of a tiny student, half from a full forward, half from cached decoding."""
     options = {"log_mass": 0.5} if mix == "outside" and CHOICES[mixer].shares_normaliser({}) else {}
     kept = LayerPlan((1,), mixer, window=8, sinks=2, mix=mix, gate=gate, mix_options=options, softmax_window=13)
-    layers = (LayerPlan((), mixer, window=6, sinks=1, mix=mix, gate=gate, mix_options=options), kept, LayerPlan((0, 1, 2)))
+    layers = (
+        LayerPlan((), mixer, window=6, sinks=1, mix=mix, gate=gate, mix_options=options),
+        kept,
+        LayerPlan((0, 1, 2)),
+    )
     student = tiny_student(Plan("llama", layers), tiny_base("gqa")).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # parameters that start at 0 would hide what they multiply
@@ -81,9 +85,7 @@ def evaluation_of(student: Path) -> dict:
         recall_rows=3, branch=True, parity=True,
     )  # fmt: skip
     results = evaluate(student, suite, precision="fp32", progress=lambda message: None)
-    return {
-        metric.name: {model: value.mean for model, value in metric.values.items()} for metric in results.metrics
-    }
+    return {metric.name: {model: value.mean for model, value in metric.values.items()} for metric in results.metrics}
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ from conftest import SHARED
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from linearize.convert import convert
+from linearize.checkpoint.student import open_base, read_manifest
 from linearize.modeling.cache import CACHE_NAME
-from linearize.modeling.loading import load_student, load_unconverted, open_base, read_manifest
-from linearize.modeling.plan import Plan
+from linearize.modeling.loading import load_student, load_unconverted
 from linearize.modeling.readout import readout_of
-from linearize.recipe import load_config
+from linearize.plan import Plan
+from linearize.settings.loading import load_config
+from linearize.workflows.convert import convert
 
 pytestmark = pytest.mark.slow
 WIKITEXT = SHARED / "data" / "eval" / "wikitext-2" / "valid.txt"
@@ -40,8 +41,8 @@ def student(converted):
 
 
 def sample_ids(converted, count: int) -> torch.Tensor:
+    from linearize.data.samples import SAMPLES
     from linearize.modeling.loading import load_tokenizer
-    from linearize.samples import SAMPLES
 
     text = "".join(json.loads(line)["text"] for line in SAMPLES["sample-eval"].read_text().splitlines()[:4])
     return load_tokenizer(converted)(text[: 8 * count], return_tensors="pt").input_ids[:, :count]
@@ -67,8 +68,8 @@ def test_starts_no_worse_than_window_and_sinks(converted, student):
     """Over windows from all of the held-out sample, not one alone."""
     import math
 
+    from linearize.data.samples import SAMPLES
     from linearize.modeling.loading import load_tokenizer
-    from linearize.samples import SAMPLES
 
     text = "".join(json.loads(line)["text"] for line in SAMPLES["sample-eval"].read_text().splitlines())
     windows = load_tokenizer(converted)(text, return_tensors="pt").input_ids[0].split(2048)[:-1:10]
@@ -114,10 +115,11 @@ def test_cache_is_constant_and_a_fraction(converted):
 
 def test_the_config_keeps_the_heads_that_recall_needs(converted):
     """Without any training what stands beyond the window is copied and facts are named; with every head linear nothing is."""
-    from linearize.evaluation.recall import accuracy, recall_task
-    from linearize.inspection import make_plan
+    from linearize.conversion.inspection import make_plan
+    from linearize.conversion.probes import facts_probe
+    from linearize.data.recall_rows import recall_task
+    from linearize.evaluation.recall import accuracy
     from linearize.modeling.loading import load_tokenizer
-    from linearize.scoring import facts_probe
 
     manifest, tokenizer = read_manifest(converted), load_tokenizer(converted)
     task = recall_task(1024, 1, len(tokenizer), tokenizer.bos_token_id, 0)

@@ -89,7 +89,8 @@ def test_an_adapter_is_merged_on_request_alone(base_folder, tmp_path, cli):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from linearize.modeling.loading import load_student, open_base, read_manifest
+    from linearize.checkpoint.student import open_base, read_manifest
+    from linearize.modeling.loading import load_student
 
     base = base_folder()
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))

@@ -12,22 +12,24 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from test_evaluate import FLAGS, SUITE, converted, quiet  # noqa: F401  (a fixture)
 
-from linearize import evaluate as evaluation
+from linearize.data.recall_rows import associative_task
 from linearize.errors import Interrupted
-from linearize.evaluate import evaluate
 from linearize.evaluation import recall
 from linearize.evaluation.generation import health
-from linearize.evaluation.recall import associative_accuracy, associative_task
+from linearize.evaluation.recall import associative_accuracy
 from linearize.evaluation.suite import SUITES, Suite, within_positions
-from linearize.modeling.plan import NO_BRANCH
 from linearize.modeling.readout import Readout
+from linearize.plan import NO_BRANCH
 from linearize.report import card
 from linearize.report.html import render_html
 from linearize.report.plots import plots_of
 from linearize.report.results import BASE, MODELS, STUDENT, WINDOW, json_schema, make_metric
 from linearize.report.statistics import bootstrap_error, mcnemar, sign_flip_test, student_quantile
+from linearize.workflows import evaluate as evaluation
+from linearize.workflows.evaluate import evaluate
 
 WHOLE = replace(
     SUITES["quick"], lengths=(32, 64), recall=(8, 40), associative=(8, 40), passkey=(100,), efficiency=(32, 64),
@@ -148,9 +150,7 @@ def test_everything_is_measured_written_and_valid(whole):
     import jsonschema
 
     document = json.loads((out / "results.json").read_bytes())
-    published = json.loads(
-        (evaluation.Path(evaluation.__file__).parent / "report" / "results.schema.json").read_bytes()
-    )
+    published = json.loads((ROOT / "linearize" / "report" / "results.schema.json").read_bytes())
     assert published == json_schema(), "run scripts/make_schema.py"
     jsonschema.validate(document, published)
     for plot in plots_of(results):
@@ -397,7 +397,7 @@ def test_a_pipeline_that_was_stopped_can_begin_again_with_other_settings(base_fo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # after the last state, before anything is written
-        patch.setattr("linearize.finetune._write_merged", stop)
+        patch.setattr("linearize.workflows.finetune._write_merged", stop)
         assert cli("run", path)[0] == 130
     path.write_text(path.read_text().replace("tokens: 128", "tokens: 96"))
     code, _, err = cli("run", path)
@@ -458,7 +458,7 @@ def test_a_pipeline_s_mistakes_are_told_by_its_name(text, lines, cli, tmp_path):
 
 def test_a_pipeline_asks_for_what_eval_can(tmp_path):
     from linearize.evaluation.suite import SUITES
-    from linearize.pipeline import load_pipeline
+    from linearize.workflows.pipeline import load_pipeline
 
     path = tmp_path / "pipeline.yaml"
     path.write_text(
@@ -556,7 +556,7 @@ def test_suites_grow():
 def test_the_pipeline_of_the_readme_loads(tmp_path):
     from conftest import ROOT
 
-    from linearize.pipeline import load_pipeline
+    from linearize.workflows.pipeline import load_pipeline
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     example = text[text.index("# pipeline.yaml") :].partition("```")[0]

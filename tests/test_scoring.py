@@ -10,11 +10,11 @@ from conftest import tiny_base, tiny_student
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from linearize import scoring
+from linearize.conversion import scoring
+from linearize.conversion.keep_softmax import SCORED, scored_share, softmax_heads, top_heads
+from linearize.data.recall_rows import recall_task
 from linearize.errors import ConfigError
-from linearize.evaluation.recall import recall_task
-from linearize.modeling.plan import LayerPlan, Plan
-from linearize.placement import SCORED, scored_share, softmax_heads, top_heads
+from linearize.plan import LayerPlan, Plan
 
 REACH = {"window": 12, "sinks": 2}
 DISTANCES = (20, 60)
@@ -216,7 +216,7 @@ def test_combined_scores_are_shares_of_their_totals():
 
 
 def test_what_is_kept_is_found_again_and_what_cannot_be_is_not(tmp_path, monkeypatch):
-    from linearize.checkpoint.kept import kept
+    from linearize.checkpoint.result_cache import kept
 
     asked: list[int] = []
 

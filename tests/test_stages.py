@@ -10,15 +10,16 @@ from test_calibrate import student_of
 from test_finetune import SETTINGS, quiet, weights_of
 from transformers import AutoTokenizer
 
-from linearize.convert import convert
+from linearize.data.packing import Batch, packed_rows
 from linearize.errors import ConfigError, Interrupted
-from linearize.finetune import check_leaves_window, finetune
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.loading import load_student
-from linearize.recipe import Lora, Recipe, load_config, load_recipe, packaged
-from linearize.training.data import Batch, packed_rows
+from linearize.settings.loading import load_config, load_recipe, packaged
+from linearize.settings.recipe import Lora, Recipe
 from linearize.training.transfer import transfer_backward
 from linearize.training.window_dropout import window_dropout
+from linearize.workflows.convert import convert
+from linearize.workflows.finetune import check_leaves_window, finetune
 
 STAGES = [
     {"name": "transfer", "share": 0.3, "optimizer": {"mixer_lr": 0.02}},

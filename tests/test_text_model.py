@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import COMMON
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from linearize.modeling.loading import load_student, open_base, read_manifest
+from linearize.checkpoint.student import open_base, read_manifest
+from linearize.modeling.loading import load_student
 
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,

@@ -69,10 +69,10 @@ def bench(
 
 
 def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool, *, insisting: bool) -> None:
-    from linearize.bench import DECODED, bench_model, crossovers
+    from linearize.checkpoint.outputs import newest_output
     from linearize.device import compute_dtype, pick_device
+    from linearize.evaluation.efficiency import DECODED, bench_model, crossovers
     from linearize.modeling.loading import load_student, positions_of
-    from linearize.outputs import newest_output
     from linearize.report.markdown import efficiency_rows, table
 
     if folder is None:
@@ -94,8 +94,8 @@ def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool, *, 
 
 
 def _bench_ops(only: str | None, lengths: tuple[int, ...], heads: int, dim: int, repeats: int, json_: bool) -> None:
-    from linearize.bench import bench_structures, structure_names
     from linearize.device import pick_device
+    from linearize.workflows.bench import bench_structures, structure_names
 
     names = structure_names(only)
     if not json_:

@@ -164,7 +164,7 @@ def convert(
             check_target(out, overwrite=overwrite)
         _print_plan(model, settings, json_, revision=revision, merge_adapter=merge_adapter, text_model=text_model)
         return
-    from linearize.convert import convert as run
+    from linearize.workflows.convert import convert as run
 
     quiet_libraries()
     result = run(
@@ -224,7 +224,7 @@ def plan(
 
 
 def _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, layers, sets) -> Any:
-    from linearize.recipe import load_config
+    from linearize.settings.loading import load_config
 
     flags = {"mixer": mixer, "window": window, "sinks": sinks, "mix": mix, "keep_softmax": keep_softmax}
     flags |= {"softmax_window": softmax_window, "convert_layers": layers}
@@ -232,8 +232,8 @@ def _settings(config, mixer, window, sinks, mix, keep_softmax, softmax_window, l
 
 
 def _print_plan(model: str, settings: Any, json_: bool, **source_options: Any) -> None:
-    from linearize.checkpoint.source import open_source
-    from linearize.inspection import inspect_source
+    from linearize.checkpoint.open import open_source
+    from linearize.conversion.inspection import inspect_source
 
     quiet_libraries()
     with open_source(model, dtype=settings.dtype, **source_options) as source:

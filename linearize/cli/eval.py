@@ -167,12 +167,12 @@ def evaluate(
     ] = False,
 ) -> int:
     """Measure the student beside its base on the same data, with a verdict."""
+    from linearize.checkpoint.outputs import newest_output
     from linearize.device import keep_freed_memory
-    from linearize.evaluate import evaluate as run
     from linearize.evaluation.suite import choose_suite
-    from linearize.outputs import newest_output
     from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
+    from linearize.workflows.evaluate import evaluate as run
 
     chosen = choose_suite(
         suite,

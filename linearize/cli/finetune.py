@@ -93,7 +93,7 @@ def finetune(
     ] = False,
 ) -> None:
     """Recover quality: distil the base model into the linear heads with LoRA. Resumes after an interruption."""
-    from linearize.recipe import load_recipe
+    from linearize.settings.loading import load_recipe
 
     flags: dict[str, Any] = {
         "tokens": tokens,
@@ -103,9 +103,9 @@ def finetune(
         "data": data or None,
     }
     settings = load_recipe(recipe, flags, set_)
+    from linearize.checkpoint.outputs import newest_conversion
     from linearize.device import keep_freed_memory
-    from linearize.finetune import finetune as run
-    from linearize.outputs import newest_conversion
+    from linearize.workflows.finetune import finetune as run
 
     if model is None:
         model = newest_conversion()

@@ -72,7 +72,7 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
         ]
         refused = [{"name": name, "status": "refused", "why": why, "covers": ""} for name, why in REFUSED.items()]
         return sorted(listed, key=lambda row: row["status"], reverse=True) + refused
-    from linearize.recipe import load_config, load_recipe, packaged
+    from linearize.settings.loading import load_config, load_recipe, packaged
 
     load = load_recipe if kind is Kind.recipes else load_config
     return [
@@ -83,7 +83,7 @@ def _rows(kind: Kind) -> list[dict[str, Any]]:
 
 def doctor(json_: Json = False) -> None:
     """Show versions, devices, kernels, disk and memory, and say what will be slow."""
-    from linearize.doctor import examine
+    from linearize.workflows.doctor import examine
 
     found = examine()
     if json_:

@@ -32,9 +32,9 @@ def run(
     """Convert, finetune, evaluate and gate as one command that goes on where it stopped."""
     from linearize.cli.finetune import Reporter
     from linearize.device import keep_freed_memory
-    from linearize.pipeline import load_pipeline, run_pipeline
     from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
+    from linearize.workflows.pipeline import load_pipeline, run_pipeline
 
     loaded = load_pipeline(pipeline)
     quiet_libraries()

@@ -5,9 +5,9 @@ import itertools
 import torch
 from transformers import PreTrainedModel
 
+from linearize.data.documents import chat_text, prompt_tokens
 from linearize.evaluation.lab import Lab
 from linearize.report.results import ASKED, Findings, make_metric
-from linearize.training.data import chat_text, prompt_tokens
 
 PROMPTS = (
     "Explain in two sentences why the sky is blue.",

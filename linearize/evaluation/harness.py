@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint
-from linearize.checkpoint.kept import kept
-from linearize.checkpoint.source import HUB_SECONDS, hub_answers
+from linearize.checkpoint.hub import HUB_SECONDS, hub_answers
+from linearize.checkpoint.result_cache import kept
 from linearize.errors import ConfigError, nearest, one_line
 from linearize.evaluation.lab import Lab
 from linearize.report.results import ASKED, BASE, STUDENT, Findings, make_metric

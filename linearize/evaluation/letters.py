@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.checkpoint.fingerprint import sha256
+from linearize.data.documents import prompt_tokens
 from linearize.errors import ConfigError
 from linearize.evaluation.lab import BATCH_TOKENS, Lab, final_hidden, require_finite
 from linearize.evaluation.suite import metric_stem
 from linearize.modeling.readout import readout_of
 from linearize.report.results import ASKED, Findings, make_metric
-from linearize.training.data import prompt_tokens
 
 HEAD = "The following is a multiple choice question. Answer with the letter of the right option.\n\n"
 

@@ -4,7 +4,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from linearize.modeling.plan import NO_BRANCH
+from linearize.plan import NO_BRANCH
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from linearize.checkpoint.names import ADDED
 from linearize.families.registry import find_family
 from linearize.mixers.structure import Site
 from linearize.modeling.branch import WindowHeads, build_linear_heads
-from linearize.modeling.plan import Plan
+from linearize.plan import Plan
 
 
 def added_shapes(config: dict[str, Any], plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -20,8 +20,8 @@ from linearize.families.family import Family
 from linearize.mixers.structure import Site
 from linearize.modeling.branch import WindowHeads, build_linear_heads, build_softmax_window_heads
 from linearize.modeling.cache import WindowCache, adopt_layer, context_of
-from linearize.modeling.plan import LayerPlan
 from linearize.ops.window import Scores
+from linearize.plan import LayerPlan
 
 IMPLEMENTATION = "linearize"
 # what transformers up to 5.23, from 5.24 on, and GPT-NeoX call the cache

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from linearize.mixers.registry import mixer_class
 from linearize.mixers.structure import NEVER, Site
 from linearize.modeling.cache import Context, Step
-from linearize.modeling.plan import MIX_OPTIONS, NO_BRANCH, LayerPlan
 from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, single_query_attention, window_attention
+from linearize.plan import MIX_OPTIONS, NO_BRANCH, LayerPlan
 
 # without gradients long prefills go through in parts this long, so that intermediate arrays stay small; a device needs
 # longer ones to be busy

@@ -6,7 +6,7 @@ from typing import Any
 from linearize.families.registry import find_family
 from linearize.modeling.added import linear_branches
 from linearize.modeling.branch import WindowHeads
-from linearize.modeling.plan import Plan
+from linearize.plan import Plan
 
 CONTEXTS = (4096, 32768, 131072)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from linearize.families.family import Family
-from linearize.modeling.plan import PREFIX, Plan
+from linearize.plan import PREFIX, Plan
 
 
 class LinearizedConfig:
@@ -32,7 +32,7 @@ class LinearizedConfig:
 
 def config_class(family: Family) -> type:
     """Builds and registers the config class of one family; needs none of its modelling code."""
-    # here, since importing it may lead to this very function (modeling/register.py)
+    # here, since importing it may lead to this very function (modeling/registration.py)
     from transformers import AutoConfig
 
     if family.model_type in _CONFIGS:

@@ -9,14 +9,15 @@ import ast
 import importlib.resources
 from pathlib import Path
 
+from linearize.device import versions
 from linearize.families.registry import find_family
 from linearize.mixers.registry import CHOICES, MIXERS
-from linearize.modeling.plan import Plan
+from linearize.plan import Plan
 
 PORTABLE_FILE = "modeling_linearized.py"
 # what follows the structures, in dependency order
 MODELING = (
-    "ops/window.py", "modeling/plan.py", "families/family.py", "modeling/configuration.py", "modeling/cache.py",
+    "ops/window.py", "plan.py", "families/family.py", "modeling/configuration.py", "modeling/cache.py",
     "modeling/branch.py", "modeling/attention.py",
 )  # fmt: skip
 # replaced by tables of what is at hand
@@ -55,8 +56,6 @@ def write_portable(folder: Path, plan: Plan) -> dict[str, str]:
 
 def portable_source(plan: Plan) -> str:
     """The text of the portable file for one plan."""
-    from linearize import __version__
-
     model_type = plan.base_model_type
     mixers = {name: MIXERS[name].path.split(":") for name in _structures(plan)}
     files: dict[str, None] = {}
@@ -65,7 +64,7 @@ def portable_source(plan: Plan) -> str:
     for file in MODELING:
         _collect(file, files)
     imports: set[str] = set()
-    first_modeling = list(files).index("modeling/plan.py")
+    first_modeling = list(files).index("plan.py")
     table = "".join(f'    "{name}": {cls},\n' for name, (_, cls) in mixers.items())
     bodies = [_body(file, imports) for file in files]
     bodies.insert(
@@ -82,7 +81,7 @@ def portable_source(plan: Plan) -> str:
         f"{names['config']} = _CLASSES.config\n{names['causal_lm']} = _CLASSES.causal_lm\n"
     )
     _assert_no_clash(bodies)
-    header = HEADER.format(family=model_type, version=__version__)
+    header = HEADER.format(family=model_type, version=versions()["linearize"])
     return header + "\n" + "\n".join(sorted(imports)) + "\n\n\n" + "\n\n".join(bodies)
 
 

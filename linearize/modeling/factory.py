@@ -31,9 +31,9 @@ from linearize.mixers.structure import Site
 from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention, Observation
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.configuration import config_class
-from linearize.modeling.plan import Plan
+from linearize.plan import Plan
 
-# writes the portable file and returns its auto_map; set by modeling/register.py, which a portable file does without
+# writes the portable file and returns its auto_map; set by modeling/registration.py, which a portable file does without
 PORTABLE_WRITER: Callable[[Path, Plan], dict[str, str]] | None = None
 
 

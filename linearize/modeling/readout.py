@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearize.families.registry import find_family
-from linearize.modeling.plan import PREFIX
+from linearize.plan import PREFIX
 
 
 @dataclass(frozen=True)

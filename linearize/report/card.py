@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from linearize.checkpoint.writing import write_text
-from linearize.modeling.plan import NO_BRANCH
+from linearize.plan import NO_BRANCH
 from linearize.report.results import STUDENT, Results
 
 BEGIN, END = "<!-- linearize eval -->", "<!-- end of linearize eval -->"

@@ -1,0 +1,1 @@
+"""Recovery training: the loop, the model under training, losses, attention transfer and saved states."""

@@ -10,7 +10,7 @@ import torch
 from peft import AdaLoraConfig, PeftModel
 from torch import Tensor
 
-from linearize.recipe import Lora
+from linearize.settings.recipe import Lora
 
 # of a run: steps at the full first rank, and at the end with the ranks that were found; the first rank over the last
 WARM, SETTLED, FIRST = 0.1, 0.4, 1.5

@@ -20,9 +20,9 @@ import torch
 from accelerate import Accelerator
 
 from linearize.checkpoint.names import METRICS
+from linearize.data.packing import Batch, join, read_ahead
 from linearize.errors import ConfigError, Interrupted, LinearizeError
-from linearize.recipe import Recipe, Stage
-from linearize.training.data import Batch, join, read_ahead
+from linearize.settings.recipe import Recipe, Stage
 from linearize.training.model import Distiller
 from linearize.training.state import load_state, save_state, states
 from linearize.training.transfer import transfer_backward

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.checkpoint.names import ADDED
+from linearize.data.packing import IGNORED, Batch
 from linearize.errors import ConfigError, nearest
 from linearize.families.registry import find_family
 from linearize.modeling.readout import readout_of
-from linearize.recipe import OWN_START, Lora, Loss, Optimizer, Stage
+from linearize.settings.recipe import OWN_START, Lora, Loss, Optimizer, Stage
 from linearize.training.adalora import adalora_config, add_orthogonality, allot, allotment, restore_allotment
-from linearize.training.data import IGNORED, Batch
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize.data.packing import Batch
 from linearize.modeling.attention import Observation
-from linearize.training.data import Batch
 
 EPSILON = 1e-6
 

@@ -24,7 +24,10 @@ from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError
 from linearize.evaluation.suite import Suite, choose_suite
-from linearize.recipe import ConversionConfig, Recipe, Strict, explain, load_config, load_recipe, read_yaml
+from linearize.settings.config import ConversionConfig
+from linearize.settings.loading import explain, load_config, load_recipe
+from linearize.settings.recipe import Recipe
+from linearize.settings.yaml_file import Strict, read_yaml
 
 STATE = "pipeline.json"
 
@@ -137,8 +140,9 @@ def run_pipeline(
     Raises:
         LinearizeError: what a step raises. A gate that fails is in the results, not raised.
     """
-    from linearize.evaluate import check_text, evaluate
-    from linearize.training.data import data_fingerprint
+    from linearize.data.documents import data_fingerprint
+    from linearize.evaluation.request import check_text
+    from linearize.workflows.evaluate import evaluate
 
     out = Path(pipeline.out)
     done = _State(out / STATE)
@@ -149,7 +153,7 @@ def run_pipeline(
     if done.has("convert", inputs, converted):
         progress(f"convert: {converted} is up to date")
     else:
-        from linearize.convert import convert
+        from linearize.workflows.convert import convert
 
         convert(
             pipeline.model, settings, out=converted, revision=pipeline.convert.revision, overwrite=converted.exists(),
@@ -166,7 +170,7 @@ def run_pipeline(
         if done.has("finetune", inputs, tuned):
             progress(f"finetune: {tuned} is up to date")
         else:
-            from linearize.finetune import finetune
+            from linearize.workflows.finetune import finetune
 
             finetune(
                 converted, recipe, recipe_name=pipeline.finetune.recipe, out=tuned, overwrite=tuned.exists(),
@@ -186,9 +190,9 @@ def run_pipeline(
 def _check_inputs(step: EvalStep | None, settings: ConversionConfig, recipe: Recipe | None) -> None:
     """Refuses text, tasks, gates and older results that cannot be read, and rows that train nothing, before hours go into
     what comes before them."""
-    from linearize.evaluate import check_request
-    from linearize.finetune import check_leaves_window
-    from linearize.training.data import open_dataset
+    from linearize.data.documents import open_dataset
+    from linearize.evaluation.request import check_request
+    from linearize.workflows.finetune import check_leaves_window
 
     data = []
     if recipe is not None:

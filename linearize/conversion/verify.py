@@ -1,4 +1,4 @@
-"""Checks a written checkpoint in a process of its own: `python -m linearize.verify FOLDER BASE`.
+"""Checks a written checkpoint in a process of its own: `python -m linearize.conversion.verify FOLDER BASE`.
 
 (a) every tensor is finite, (b) with every head set to softmax the logits equal the base model's, (c) cached decode
 equals the full forward, (d) so does a left-padded row, (e) and the family's readout of the hidden states. A window too
@@ -21,9 +21,9 @@ from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.weights import DTYPE_NAMES, TensorInfo, read_weights
 from linearize.device import has_amx, keep_freed_memory
 from linearize.modeling.agreement import TOLERANCES, difference, logits_behind_padding, logits_in_pieces
-from linearize.modeling.plan import Plan
 from linearize.modeling.readout import readout_of
-from linearize.modeling.register import register_checkpoint
+from linearize.modeling.registration import register_checkpoint
+from linearize.plan import Plan
 
 STREAM_ABOVE = 1 << 30
 BLOCK_BYTES = 1 << 24

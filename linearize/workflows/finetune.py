@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.names import ADDED, MANIFEST, METRICS
+from linearize.checkpoint.outputs import default_output
 from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import (
     alone_in,
@@ -27,19 +28,18 @@ from linearize.checkpoint.writing import (
     write_json,
     write_text,
 )
+from linearize.device import versions
 from linearize.errors import ConfigError
 from linearize.families.registry import FAMILIES
-from linearize.modeling.plan import NO_BRANCH, LayerPlan, Plan
-from linearize.outputs import default_output
-from linearize.recipe import OWN_START, Recipe
-from linearize.versions import versions
+from linearize.plan import NO_BRANCH, LayerPlan, Plan
+from linearize.settings.recipe import OWN_START, Recipe
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from linearize.training.data import Batch
+    from linearize.data.packing import Batch
     from linearize.training.loop import Leg
 
 
@@ -63,7 +63,8 @@ def finetune(
     """
     from accelerate.utils import set_seed
 
-    from linearize.modeling.loading import load_tokenizer, read_manifest
+    from linearize.checkpoint.student import read_manifest
+    from linearize.modeling.loading import load_tokenizer
     from linearize.training.loop import legs_of
     from linearize.training.model import Distiller, add_adapters
 
@@ -156,7 +157,8 @@ def _accelerator(precision: str) -> "tuple[Accelerator, torch.dtype]":
 def _rows_of_stages(recipe: Recipe, legs: "list[Leg]", tokenizer: Any, window: int) -> "list[Iterator[Batch]]":
     """What each stage trains on. Every dataset is opened and the first rows are read, so that bad data fails before anything
     is loaded or written."""
-    from linearize.training.data import open_dataset, packed_rows, with_copies
+    from linearize.data.documents import open_dataset
+    from linearize.data.packing import packed_rows, with_copies
 
     for name in recipe.data:
         open_dataset(name)
@@ -249,7 +251,8 @@ def _write_weights(
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    from linearize.modeling.loading import ADAPTER, UNTRAINED_FILE, load_student, untrained_parameters
+    from linearize.checkpoint.student import ADAPTER, UNTRAINED_FILE
+    from linearize.modeling.loading import load_student, untrained_parameters
     from linearize.report.card import conversion_card
 
     adapted.save_pretrained(folder / ADAPTER)
@@ -266,7 +269,7 @@ def _write_weights(
 
 def run_fingerprint(model: Path, manifest: dict, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
     """Everything that decides what training computes."""
-    from linearize.training.data import data_fingerprint
+    from linearize.data.documents import data_fingerprint
 
     return {
         "base": manifest["base"]["fingerprint"],
@@ -307,7 +310,8 @@ def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
     inside = manifest["kind"] == "converted" and recipe.lora.variant not in OWN_START
     if all(stage.loss.kind != "kl" for stage in recipe.plan()) or (named is None and inside):
         return None
-    from linearize.modeling.loading import load_base, load_unconverted, open_base
+    from linearize.checkpoint.student import open_base
+    from linearize.modeling.loading import load_base, load_unconverted
 
     with open_base(manifest, named, option="--teacher") as source:
         config = source.read_config()

@@ -1,4 +1,4 @@
-"""Benchmarks, always beside the thing to beat and in alternation with it, because machines are shared and noisy."""
+"""Measure prefill and decode speed, cache size and peak memory of a student beside its base."""
 
 import contextlib
 import ctypes
@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab
-from linearize.mixers.registry import MIXERS, mixer_class
-from linearize.mixers.structure import Site
 from linearize.modeling.cache import CACHE_NAME
 from linearize.report.results import STUDENT, Findings
 
@@ -23,80 +20,7 @@ from linearize.report.results import STUDENT, Findings
 DECODED = 8
 
 
-def bench_structures(
-    names: list[str],
-    *,
-    lengths: tuple[int, ...] = (2048, 8192),
-    heads: int = 9,
-    head_dim: int = 64,
-    repeats: int = 5,
-    device: str = "cpu",
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> list[dict[str, Any]]:
-    """Forward and backward of every structure, gates and feature maps included, beside causal softmax attention.
-
-    Args:
-        heads, head_dim: of one layer without grouped queries; batch 1, float32.
-        repeats: timings of each, taken in turn; medians count.
-
-    Returns:
-        one row a structure and length: seconds of both and their ratio.
-    """
-    rows = []
-    for length in lengths:
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(1, length, heads, head_dim, device=device, requires_grad=True) for _ in range(3))
-        for name in names:
-            structure = mixer_class(name)(Site(tuple(range(heads)), heads, 1, head_dim, 0, 1)).to(device)
-            with torch.no_grad():
-                structure.reset_parameters()
-            times: dict[str, list[float]] = {"softmax": [], "structure": []}
-            for _ in range(repeats):
-                times["softmax"].append(_seconds(_softmax, q, k, v))
-                times["structure"].append(_seconds(structure, q, k, v))
-            softmax, ours = (statistics.median(times[kind]) for kind in ("softmax", "structure"))
-            row = {
-                "structure": name,
-                "length": length,
-                "softmax_seconds": softmax,
-                "structure_seconds": ours,
-                "ratio": ours / softmax,
-            }
-            rows.append(row)
-            progress(row)
-    return rows
-
-
-def structure_names(text: str | None) -> list[str]:
-    """The structures of a comma-separated list, all of them for none."""
-    from linearize.errors import ConfigError, nearest
-
-    if text is None:
-        return list(MIXERS)
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in MIXERS:
-            raise ConfigError(f"--only: got '{name}', allowed are {', '.join(MIXERS)}{nearest(name, MIXERS)}")
-    return names
-
-
-def _softmax(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return (F.scaled_dot_product_attention(q, k, v, is_causal=True),)
-
-
-def _seconds(run: Callable[..., tuple], *inputs: Tensor) -> float:
-    """Of run(*inputs)[0] forward and backward."""
-    for x in inputs:
-        x.grad = None
-    _wait(inputs[0])
-    start = time.perf_counter()
-    run(*inputs)[0].sum().backward()
-    _wait(inputs[0])
-    return time.perf_counter() - start
-
-
-def _wait(x: Tensor) -> None:
+def synchronize(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize()
 
@@ -157,7 +81,7 @@ def _inference(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
     started = time.perf_counter()
     result = model(ids, use_cache=True, logits_to_keep=1)
     token = result.logits[:, -1:].argmax(-1)
-    _wait(ids)
+    synchronize(ids)
     first = time.perf_counter() - started
     cache = result[CACHE_NAME]
     times = []
@@ -165,7 +89,7 @@ def _inference(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
         started = time.perf_counter()
         result = model(token, use_cache=True, **{CACHE_NAME: cache})
         token, cache = result.logits[:, -1:].argmax(-1), result[CACHE_NAME]
-        _wait(ids)
+        synchronize(ids)
         times.append(time.perf_counter() - started)
     return {
         "prefill_tokens_per_second": ids.shape[1] / first,

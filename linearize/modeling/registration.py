@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from linearize.families.registry import FAMILIES, find_family
-from linearize.modeling.plan import PREFIX
+from linearize.plan import PREFIX
 
 
 def register_configs() -> None:

@@ -4,14 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from linearize.versions import versions
+from linearize.device import versions
 
 
 def examine() -> dict[str, Any]:
     """Versions, devices, kernels, memory and disk, with advice in words."""
     import torch
 
-    from linearize.checkpoint.source import hub_answers
+    from linearize.checkpoint.hub import hub_answers
     from linearize.device import available_memory, bf16_is_fast, has_amx, total_memory
     from linearize.ops.dispatch import fla_available
 

@@ -1,22 +1,22 @@
 """Which key/value heads keep softmax, where running the base decides: its copies, its facts, its long text.
 
-linearize/scoring.py computes the scores; placement.py reads `--keep-softmax` and takes the best.
+linearize/conversion/scoring.py computes the scores; keep_softmax.py reads `--keep-softmax` and takes the best.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.fingerprint import tokenizer_fingerprint
-from linearize.checkpoint.kept import kept
+from linearize.checkpoint.result_cache import kept
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import Weights
+from linearize.conversion.keep_softmax import kept_count, scored_share
 from linearize.device import base_runs
 from linearize.errors import ConfigError
-from linearize.placement import kept_count, scored_share
-from linearize.recipe import ConversionConfig
+from linearize.settings.config import ConversionConfig
 
 if TYPE_CHECKING:
-    from linearize.scoring import Probe
+    from linearize.conversion.probes import Probe
 
 # `keep_softmax` unless something else is asked for
 AUTO, AUTO_KEPT = "auto", "recall:12.5%"
@@ -28,7 +28,7 @@ def with_kept_heads(
     """The settings with `keep_softmax: auto` decided: heads chosen by recall where the base can be run, none elsewhere."""
     if settings.keep_softmax != AUTO:
         return settings
-    from linearize.scoring import fitting_distances
+    from linearize.conversion.probes import fitting_distances
 
     usable = fitting_distances(tuple(settings.scoring.distances), settings.window, config["max_position_embeddings"])
     keep = AUTO_KEPT if usable and base_runs(weights.nbytes) else "none"
@@ -51,10 +51,11 @@ def base_head_scores(
     progress: Callable[[str], None],
 ) -> list[list[float]]:
     """What recall or long text loses with each head, from running the base; kept for its next conversion."""
+    from linearize.checkpoint.student import tokenizer_of
+    from linearize.conversion.scoring import combined, eliminate, head_scores
+    from linearize.data.documents import data_fingerprint
     from linearize.device import compute_dtype, pick_device
-    from linearize.modeling.loading import load_base, tokenizer_of
-    from linearize.scoring import combined, eliminate, head_scores
-    from linearize.training.data import data_fingerprint
+    from linearize.modeling.loading import load_base
 
     if not layers:  # nothing to choose from; what then converts nothing is refused where heads are counted
         return [[0.0] * config["num_key_value_heads"]] * config["num_hidden_layers"]
@@ -90,8 +91,9 @@ def _probe_groups(
     source: Source, config: dict[str, Any], settings: ConversionConfig, by: str, model, progress: Callable[[str], None]
 ) -> "list[list[Probe]]":
     """What the base is asked: copies, and facts where it answers them, for `recall`; long text for `text`; all for `both`."""
-    from linearize.calibrate import text_rows
-    from linearize.scoring import answers, recall_probes, text_probe
+    from linearize.conversion.probes import recall_probes, text_probe
+    from linearize.conversion.scoring import answers
+    from linearize.data.text_rows import text_rows
 
     scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
     groups = []
@@ -118,9 +120,9 @@ def _probe_groups(
 
 def _facts(source: Source, config: dict[str, Any], settings: ConversionConfig) -> "Probe | None":
     """Facts at the longest distance that fits; None without a tokenizer, or where neither text nor positions are long enough."""
-    from linearize.calibrate import text_rows
-    from linearize.modeling.loading import tokenizer_of
-    from linearize.scoring import BEFORE, facts_probe
+    from linearize.checkpoint.student import tokenizer_of
+    from linearize.conversion.probes import BEFORE, facts_probe
+    from linearize.data.text_rows import text_rows
 
     scoring, room = settings.scoring, 2 * BEFORE
     fitting = [n for n in scoring.distances if n > settings.window and n + room <= config["max_position_embeddings"]]

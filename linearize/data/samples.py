@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-_FOLDER = Path(__file__).resolve().parent / "data"
+_FOLDER = Path(__file__).resolve().parent
 SAMPLES = {"sample": _FOLDER / "sample.jsonl", "sample-eval": _FOLDER / "sample-eval.jsonl"}

@@ -19,24 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.source import Source
+from linearize.data.recall_rows import SPAN, recall_task
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import CheckpointError
-from linearize.evaluation.recall import SPAN, recall_task
 from linearize.modeling.attention import Observation
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import context_of
-from linearize.modeling.loading import load_unconverted, tokenizer_of
-from linearize.modeling.plan import Plan
+from linearize.modeling.loading import load_unconverted
 from linearize.modeling.readout import readout_of
 from linearize.ops.dispatch import without_kernels
-from linearize.training.data import documents
+from linearize.plan import Plan
 from linearize.training.losses import chunked_kl
 
-LONGEST = 2048
 # rows that nothing but the mix is fitted on: one of text, one of copying
 HELD = 2
 SEED = 777_002
@@ -80,26 +78,6 @@ class Calibration:
             "part": self.part,
             "divergence": self.divergence,
         }
-
-
-def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | None:
-    """Token ids [rows, T] of a dataset, T as long as text and positions allow, at most 2048; None where that is not
-    twice as long as the window, or without a tokenizer.
-
-    Raises:
-        ConfigError: no such dataset.
-    """
-    if (tokenizer := tokenizer_of(source.folder)) is None:
-        return None
-    ids: list[int] = []
-    for document, _ in documents(name, tokenizer, text_field="text", completion_only=False, seed=None):
-        ids += document
-        if len(ids) >= rows * LONGEST:
-            break
-    length = min(len(ids) // rows, LONGEST, AutoConfig.from_pretrained(source.folder).max_position_embeddings)
-    if length < 2 * window:
-        return None
-    return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
 @without_kernels()

@@ -3,7 +3,7 @@
 1. Resolve the settings, the source and its family; refuse what cannot be converted.
 2. Make the plan, layer by layer and head by head.
 3. Check the base's tensors, from the safetensors headers, against what the family expects.
-4. Where the base can be run, fit the added parameters to it (linearize/calibrate.py).
+4. Where the base can be run, fit the added parameters to it (linearize/conversion/calibrate.py).
 5. Write beside the target: base weights linked or copied, new parameters in a file of their own, index, config,
    tokenizer and licence files, the portable modelling file, the model card.
 6. Verify in a fresh process.
@@ -23,18 +23,18 @@ from linearize.checkpoint.assets import copy_assets
 from linearize.checkpoint.base import base_config, expected_tensors
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.names import MANIFEST
-from linearize.checkpoint.source import open_source
+from linearize.checkpoint.open import open_source
+from linearize.checkpoint.outputs import default_output
 from linearize.checkpoint.weights import INDEX, SINGLE, read_weights
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
+from linearize.conversion.inspection import Inspection, inspect_source
+from linearize.device import versions
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
-from linearize.inspection import Inspection, inspect_source
-from linearize.outputs import default_output
-from linearize.recipe import ConversionConfig
-from linearize.versions import versions
+from linearize.settings.config import ConversionConfig
 
 if TYPE_CHECKING:
-    from linearize.calibrate import Calibration
+    from linearize.conversion.calibrate import Calibration
 
 
 def convert(
@@ -110,7 +110,8 @@ def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Ca
         if settings.when == "always":
             progress("not calibrated: this conversion adds no parameters")
         return None
-    from linearize.calibrate import calibrate, text_rows
+    from linearize.conversion.calibrate import calibrate
+    from linearize.data.text_rows import text_rows
 
     rows = text_rows(inspection.source, inspection.plan.longest_window(), settings.text, settings.rows)
     if rows is None and settings.when == "auto":
@@ -243,8 +244,8 @@ def _assert_coverage(inspection: Inspection) -> dict[str, int]:
 
 
 def run_verification(folder: Path, base: Path) -> dict[str, Any]:
-    """Step 6: `python -m linearize.verify` on the written folder; its JSON, or an error that says what differs."""
-    command = [sys.executable, "-m", "linearize.verify", str(folder), str(base)]
+    """Step 6: `python -m linearize.conversion.verify` on the written folder; its JSON, or an error that says what differs."""
+    command = [sys.executable, "-m", "linearize.conversion.verify", str(folder), str(base)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         result = json.loads(run.stdout)

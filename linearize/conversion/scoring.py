@@ -28,113 +28,21 @@ Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from linearize.conversion.probes import Probe, hidden_states
 from linearize.errors import ConfigError
-from linearize.evaluation.recall import SPAN, recall_task
 from linearize.families.registry import find_family
-from linearize.modeling.readout import readout_of
-from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, window_attention
-from linearize.training.losses import chunked_kl
 
 IMPLEMENTATION = "linearize_scoring"
 METHODS = ("gradient", "swap", "lookup")
-# far from every seed that an evaluation is likely to be given
-SEED = 777_001
 # nats a token that the answers have to cost more without what lies beyond the window
 READS = 0.5
-# where a divergence from the base has a slope: not at 1
-RECALL_GATES, TEXT_GATES = (1.0, 0.5), (0.75, 0.25)
-CHUNK_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Rows whose loss says what a head is good for.
-
-    Attributes:
-        ids: [rows, T].
-        loss: of the gated model on the row of this number.
-        gates: where `gradient` takes the slope.
-        queries, far: `lookup` asks of these positions, [Q], how much they attend to those keys, [Q, T] bool.
-    """
-
-    name: str
-    ids: Tensor
-    loss: Callable[[PreTrainedModel, int], Tensor]
-    gates: tuple[float, ...]
-    queries: Tensor
-    far: Tensor
-
-
-def recall_probe(distance: int, rows: int, vocabulary: int, start_token: int | None) -> Probe:
-    """Copies that come again after `distance` tokens."""
-    task = recall_task(distance, rows, vocabulary, start_token, SEED)
-    T = task.ids.shape[1]
-    queries = torch.arange(T - task.counted - 1, T - 1)
-    # the token that came after the current one last time
-    far = torch.arange(T) == (queries + 1 - distance)[:, None]
-
-    def loss(gated: PreTrainedModel, number: int) -> Tensor:
-        return _loss_of_last(gated, task.ids[number], task.counted)
-
-    return Probe(f"recall at distance {distance}", task.ids, loss, RECALL_GATES, queries, far)
-
-
-FACT = " To open the {thing} of {owner}, enter {number}.\n"
-QUESTION = "\nTo open the {thing} of {owner}, enter"
-THINGS = ("locker", "suitcase", "safe", "garden gate", "bicycle lock", "archive", "workshop", "cellar")
-OWNERS = ("Miriam", "Oscar", "Helena", "Tobias", "Ingrid", "Marcus", "Beatrice", "Conrad")
-# tokens of text before the farthest fact: what is read there is not the sinks
-BEFORE = 64
-
-
-def facts_probe(
-    encode: Callable[[str], list[int]], text: Sequence[int], window: int, distance: int, rows: int
-) -> Probe:
-    """Made-up facts in text, each asked for another number of tokens later, all above `window`, at most `distance`.
-
-    Args:
-        encode: text to token ids, without special tokens.
-        text: token ids to fill the rows with, at least `distance` + 2 BEFORE.
-    """
-    generator = torch.Generator().manual_seed(SEED + distance)
-
-    def pick(options: Sequence[Any]) -> Any:
-        return options[int(torch.randint(len(options), (1,), generator=generator))]
-
-    def fact() -> tuple[list[int], list[int], list[int]]:
-        about = {"thing": pick(THINGS), "owner": pick(OWNERS)}
-        number = str(10_000 + pick(range(90_000)))
-        question, answered = (encode(QUESTION.format(**about) + end) for end in ("", f" {number}"))
-        return encode(FACT.format(**about, number=number)), question, answered[len(question) :]
-
-    # as long as the first one's answer is in tokens, so that rows have the same positions to ask about
-    drawn = [fact() for _ in range(64 * rows)]
-    drawn = [found for found in drawn if len(found[2]) == len(drawn[0][2])][:rows]
-    length, asked = distance + 2 * BEFORE, len(drawn[0][2])
-    made, far = [], torch.zeros(length, dtype=torch.bool)
-    for number, (stated, question, answer) in enumerate(drawn):
-        after = max(0, window + (number + 1) * (distance - window) // rows - len(question))
-        before = length - after - sum(map(len, (stated, question, answer)))
-        start = number * length % max(1, len(text) - length)
-        filler = list(text[start : start + before + after])
-        made.append([*filler[:before], *stated, *filler[before:], *question, *answer])
-        far[before : before + len(stated)] = True
-    ids = torch.tensor(made)
-
-    def loss(gated: PreTrainedModel, number: int) -> Tensor:
-        return _loss_of_last(gated, ids[number], asked)
-
-    queries = torch.arange(length - asked - 1, length - 1)
-    return Probe(f"facts at distance {distance}", ids, loss, RECALL_GATES, queries, far.expand(asked, -1))
 
 
 def answers(model: PreTrainedModel, probe: Probe, *, window: int, sinks: int) -> bool:
@@ -146,23 +54,6 @@ def answers(model: PreTrainedModel, probe: Probe, *, window: int, sinks: int) ->
                 attention.head_gates.fill_(value)
             losses.append(sum(probe.loss(model, number).item() for number in range(len(probe.ids))) / len(probe.ids))
     return losses[1] - losses[0] > READS
-
-
-@torch.no_grad()
-def text_probe(model: PreTrainedModel, ids: Tensor, window: int, sinks: int) -> Probe:
-    """Rows of text [rows, T] on which the gated model should do as the base, wherever it sees beyond the window."""
-    references = [_hidden(model, row)[window:] for row in ids]
-    head = readout_of(model)
-
-    def loss(gated: PreTrainedModel, number: int) -> Tensor:
-        hidden = _hidden(gated, ids[number])[window:]
-        weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
-        return chunked_kl(hidden, references[number], head, head, weights, CHUNK_TOKENS)
-
-    T = ids.shape[1]
-    queries, keys = torch.arange(window, T), torch.arange(T)
-    far = (queries[:, None] - keys >= window) & (keys >= sinks)
-    return Probe("text", ids, loss, TEXT_GATES, queries, far)
 
 
 def head_scores(
@@ -251,32 +142,10 @@ def eliminate(
     return turns.tolist()
 
 
-def recall_probes(
-    distances: Sequence[int], rows: int, *, window: int, positions: int, vocabulary: int, start_token: int | None
-) -> list[Probe]:
-    """One for every distance that is outside the window.
-
-    Raises:
-        ConfigError: none is, and fits the model's positions.
-    """
-    fitting = fitting_distances(tuple(distances), window, positions)
-    if not fitting:
-        raise ConfigError(
-            f"keep_softmax: no recall can be scored: of distances {', '.join(map(str, distances))} none is outside the "
-            f"window of {window} and inside the model's {positions} positions"
-        )
-    return [recall_probe(n, rows, vocabulary, start_token) for n in fitting]
-
-
 def combined(*scores: list[list[float]]) -> list[list[float]]:
     """The sum of scores, each as its share of its total; what is below nothing counts as nothing."""
     total = sum(x / x.sum().clamp(min=1e-12) for x in (torch.tensor(s).clamp(min=0) for s in scores))
     return total.tolist()
-
-
-def fitting_distances(distances: tuple[int, ...], window: int, positions: int) -> list[int]:
-    """The distances outside the window whose rows the model's positions can hold."""
-    return [n for n in distances if n > window and n + SPAN + 1 <= positions]
 
 
 @contextlib.contextmanager
@@ -342,18 +211,6 @@ def _attend(
 AttentionInterface.register(IMPLEMENTATION, _attend)
 
 
-def _loss_of_last(gated: PreTrainedModel, row: Tensor, counted: int) -> Tensor:
-    """Cross-entropy of the last `counted` tokens of a row, [T]."""
-    ids = row[None].to(gated.device)
-    logits = gated(input_ids=ids, use_cache=False, logits_to_keep=counted + 1).logits[:, :-1]
-    return F.cross_entropy(logits.to(state_dtype(logits)).flatten(0, 1), ids[0, -counted:])
-
-
-def _hidden(model: PreTrainedModel, row: Tensor) -> Tensor:
-    """[T, D] of a row of ids, [T]."""
-    return model.base_model(input_ids=row[None].to(model.device), use_cache=False).last_hidden_state[0]
-
-
 @torch.enable_grad()
 def _gradient(model, attentions, probe, progress) -> Tensor:
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -413,6 +270,6 @@ def _lookup(model, attentions, probe, progress) -> Tensor:
     for layer, attention in enumerate(attentions):
         attention.scoring["lookup"] = listener(layer)
     for row in probe.ids:
-        _hidden(model, row)
+        hidden_states(model, row)
     progress(f"scoring heads by {probe.name}: where they look")
     return scores

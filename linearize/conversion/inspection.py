@@ -9,13 +9,13 @@ from typing import Any
 from linearize.checkpoint.base import base_config, check_tensors, full_config, weights_of_config
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import BITS, FLOATING, Weights, has_weights, read_weights
+from linearize.conversion.head_choice import base_head_scores, with_kept_heads
+from linearize.conversion.keep_softmax import softmax_heads
 from linearize.device import base_runs
 from linearize.errors import ConfigError
 from linearize.families.registry import find_family
-from linearize.head_choice import base_head_scores, with_kept_heads
-from linearize.modeling.plan import LayerPlan, Plan
-from linearize.placement import softmax_heads
-from linearize.recipe import ConversionConfig, layer_numbers
+from linearize.plan import LayerPlan, Plan
+from linearize.settings.config import ConversionConfig, layer_numbers
 
 # torch, transformers and a model without weights: 355 MiB where a 4 GiB model was linked without verification
 IMPORTED = 355 << 20

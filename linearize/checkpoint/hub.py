@@ -1,0 +1,88 @@
+"""Download checkpoints from the model hub, and find out first whether it answers."""
+
+import os
+import threading
+import urllib.request
+from pathlib import Path
+
+from linearize.errors import CheckpointError, ConfigError, one_line
+
+HUB_SECONDS = 8
+
+
+HUB_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py", "LICENSE*",
+    "LICENCE*", "USE_POLICY*", "NOTICE*",
+]  # fmt: skip
+
+
+def download(model: str, revision: str | None, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    answers = hub_answers()
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                local_files_only=not answers,
+                etag_timeout=HUB_SECONDS,
+            )
+        )
+    except GatedRepoError:
+        raise ConfigError(
+            f"{option}: '{model}' is gated; accept its licence on the hub and log in (`hf auth login`)"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(f"{option}: the hub has no model '{model}', and there is no such file or folder") from None
+    except RevisionNotFoundError:
+        raise ConfigError(f"--revision: the hub's '{model}' has no revision '{revision}'") from None
+    except (LocalEntryNotFoundError, EntryNotFoundError, FileNotFoundError):
+        raise CheckpointError(
+            f"{option}: no file or folder '{model}' here, {why_no_hub()}, and the model is not in the local cache; name a "
+            "local folder or .gguf file, or try again online"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{option}: downloading '{model}' failed: {one_line(error)}") from None
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+
+
+def why_no_hub() -> str:
+    """What there is to say where `hub_answers` says no."""
+    return "the hub was not asked (HF_HUB_OFFLINE)" if _offline() else f"the hub did not answer within {HUB_SECONDS} s"
+
+
+def hub_answers() -> bool:
+    """Whether the model hub can be reached within HUB_SECONDS."""
+    if _offline():
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "linearize"})
+        try:
+            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, if not a friendly one
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    # a thread, because name resolution knows no timeout
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answered.is_set()

@@ -1,0 +1,1 @@
+"""What a conversion needs before it writes: inspection, the choice of softmax heads, calibration, verification."""
