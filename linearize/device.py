@@ -1,25 +1,41 @@
-"""Where to compute and in what precision."""
+"""Choose a device and a precision, measure its memory, and record the versions that computed."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-# weights that a CPU gets through in seconds to minutes
+# torch is imported inside functions: the command line answers --help and refuses bad options without it
+if TYPE_CHECKING:
+    import torch
+
+# bytes of weights that a CPU gets through in seconds to minutes
 CPU_LIMIT = 1 << 30
+# share of a GPU's free memory that weights may take; activations need the rest
+GPU_SHARE = 0.7
+# Linux' figures for the machine, and a container's limit and use (control groups version 2)
+MEMINFO = Path("/proc/meminfo")
+CONTAINER_LIMIT, CONTAINER_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+# M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+# packages whose versions decide the results
+RECORDED_PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
 
 
 def pick_device() -> str:
-    """ "cuda" where there is such a device, else "cpu"."""
+    """Return "cuda" if this machine has a CUDA device, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def bf16_is_fast() -> bool:
-    """bf16 on CUDA cards that compute in it, and on CPUs with instructions for it (AMX, or AVX-512's); elsewhere float32
-    is faster."""
+    """Return True if bf16 is faster than float32 here.
+
+    CUDA cards must compute in it, and CPUs need instructions for it (AMX, or AVX-512's).
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -28,13 +44,14 @@ def bf16_is_fast() -> bool:
 
 
 def has_amx() -> bool:
+    """Return True if the CPU has AMX, Intel's matrix instructions."""
     import torch
 
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def compute_dtype(precision: str) -> Any:
-    """The dtype of weights and activations for `precision` auto, bf16 or fp32."""
+def compute_dtype(precision: str) -> "torch.dtype":
+    """Return the dtype of weights and activations for `precision`: "auto", "bf16" or "fp32"."""
     import torch
 
     if precision == "auto":
@@ -43,64 +60,61 @@ def compute_dtype(precision: str) -> Any:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that can still be taken on a device, within the limits of a container."""
+    """Return the bytes that can still be allocated on `device`, within the limits of a container."""
     import torch
 
     if device != "cpu":
         return torch.cuda.mem_get_info()[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():  # not Linux: all there is
+    if not MEMINFO.is_file():  # not Linux: assume that all of it is free
         return total_memory()
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = [1024 * int(fields["MemAvailable"].split()[0])]
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and limit.read_text().strip() != "max":
-        free.append(int(limit.read_text()) - int(used.read_text()))
-    return min(free)
-
-
-def base_runs(nbytes: int) -> bool:
-    """Whether a base of so many bytes of weights can be run here in reasonable time: a GPU has room for it, or it is small."""
-    import torch
-
-    if torch.cuda.is_available():
-        return nbytes < 0.7 * torch.cuda.mem_get_info()[0]
-    return nbytes <= CPU_LIMIT
+    fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+    kibibytes = int(fields["MemAvailable"].split()[0])
+    free = 1024 * kibibytes
+    if CONTAINER_LIMIT.is_file() and (limit := CONTAINER_LIMIT.read_text().strip()) != "max":
+        free = min(free, int(limit) - int(CONTAINER_USE.read_text()))
+    return free
 
 
 def total_memory() -> int:
-    """Bytes of the machine's memory."""
+    """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def keep_freed_memory() -> None:
-    """Asks glibc to keep freed buffers instead of returning each to the kernel.
+def can_run_base(nbytes: int) -> bool:
+    """Return True if a base model with `nbytes` of weights runs here in reasonable time.
 
-    Activations are freed and allocated again all the time; faulting their pages in anew took a third of a training
-    step on a CPU (SmolLM2-135M, 1024 tokens, 6.5 s against 4.5 s). Elsewhere than on glibc this does nothing. Before the
-    first tensor it also has PyTorch ask for huge pages, which fault in 512 at a time (there, 2048 tokens, 13.5 s against 9.1 s).
+    A GPU must have room for it; a CPU takes models of up to `CPU_LIMIT` bytes.
     """
-    import ctypes
-    import platform
+    import torch
 
+    if torch.cuda.is_available():
+        return nbytes < GPU_SHARE * torch.cuda.mem_get_info()[0]
+    return nbytes <= CPU_LIMIT
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed buffers instead of returning each to the kernel.
+
+    Activations are freed and allocated again all the time. Faulting their pages in anew took a third of a training
+    step on a CPU (SmolLM2-135M, 1,024 tokens: 6.5 s against 4.5 s). Elsewhere than on glibc this does nothing.
+
+    Called before the first tensor, it also makes PyTorch ask for huge pages, which fault in 512 at a time (2,048 tokens:
+    13.5 s against 9.1 s).
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] != "glibc":
         return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
     libc = ctypes.CDLL(None)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-    libc.mallopt(mmap_max, 0)
-
-
-PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
+    libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(MMAP_MAX, 0)
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' versions, for the record."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    """Return the versions of Python and of the recorded packages, by name."""
+    by_package = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            by_package[package] = "not installed"
+    return by_package

@@ -1,11 +1,11 @@
-"""The project's exceptions and the exit codes they end a command with."""
+"""The project's exceptions, each with the exit code that it ends a command with."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class LinearizeError(Exception):
-    """A failure with a message a user can act on. Exit code 1: runtime failure."""
+    """A failure that the user can act on; the message says how. Exit code 1."""
 
     exit_code = 1
 
@@ -17,39 +17,39 @@ class ConfigError(LinearizeError):
 
 
 class UnsupportedModelError(LinearizeError):
-    """A model that cannot be converted, and why. Exit code 4."""
+    """A model that cannot be converted; the message says why. Exit code 4."""
 
     exit_code = 4
 
 
 class ResourceError(LinearizeError):
-    """Out of memory or disk. Exit code 5."""
+    """Too little memory or disk space. Exit code 5."""
 
     exit_code = 5
 
 
 class CheckpointError(LinearizeError):
-    """A checkpoint that is missing, damaged or not what it says. Exit code 1."""
+    """A checkpoint that is missing, damaged or inconsistent with its own description. Exit code 1."""
 
 
 class CoverageError(LinearizeError):
-    """Planned and converted heads differ, or keys are missing or unexpected. Exit code 1."""
+    """A conversion whose heads or tensors differ from its plan. Exit code 1."""
 
 
 class Interrupted(LinearizeError):
-    """Stopped by the user; the work so far is kept. Exit code 130."""
+    """A command that the user stopped; finished work stays on disk. Exit code 130."""
 
     exit_code = 130
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
-    """An error's text without its line breaks, cut after `limit` characters."""
+    """Return the text of `error` without line breaks, cut after `limit` characters."""
     return " ".join(str(error).split())[:limit]
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """'; did you mean 'x'?' for the closest allowed name, or nothing."""
+    """Return "; did you mean 'x'?" for the allowed name closest to `name`, or "" if none is close."""
     names = list(allowed)
-    swapped = [known for known in names if sorted(known) == sorted(name)]  # letters in another order
-    match = swapped or difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    anagrams = [candidate for candidate in names if sorted(candidate) == sorted(name)]  # swapped letters: gal, gla
+    matches = anagrams or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -11,7 +11,7 @@ from linearize.checkpoint.result_cache import kept
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import Weights
 from linearize.conversion.keep_softmax import kept_count, scored_share
-from linearize.device import base_runs
+from linearize.device import can_run_base
 from linearize.errors import ConfigError
 from linearize.settings.config import ConversionConfig
 
@@ -31,7 +31,7 @@ def with_kept_heads(
     from linearize.conversion.probes import fitting_distances
 
     usable = fitting_distances(tuple(settings.scoring.distances), settings.window, config["max_position_embeddings"])
-    keep = AUTO_KEPT if usable and base_runs(weights.nbytes) else "none"
+    keep = AUTO_KEPT if usable and can_run_base(weights.nbytes) else "none"
     if keep != "none" and not converting:
         progress(
             f"{source.name}: convert keeps softmax in {keep} of the heads (--keep-softmax {keep} shows which); here: none"

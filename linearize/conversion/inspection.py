@@ -11,7 +11,7 @@ from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import BITS, FLOATING, Weights, has_weights, read_weights
 from linearize.conversion.head_choice import base_head_scores, with_kept_heads
 from linearize.conversion.keep_softmax import softmax_heads
-from linearize.device import base_runs
+from linearize.device import can_run_base
 from linearize.errors import ConfigError
 from linearize.families.registry import find_family
 from linearize.plan import LayerPlan, Plan
@@ -60,7 +60,7 @@ class Inspection:
     def calibrates(self) -> bool:
         """Whether the base is to be run to fit what is added."""
         when = self.settings.calibration.when
-        return bool(self.added) and (when == "always" or (when == "auto" and base_runs(self.weights.nbytes)))
+        return bool(self.added) and (when == "always" or (when == "auto" and can_run_base(self.weights.nbytes)))
 
     @property
     def key_value_heads(self) -> int:
