@@ -1,8 +1,13 @@
 #!/bin/bash
-# Runs the test suite in a fresh environment of its own. Arguments go to pytest: scripts/test.sh -m "not slow"
+# Check style and types, then run the test suite, in a fresh environment of its own.
+# Arguments go to pytest: scripts/test.sh -m "not slow"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 rm -rf .venv-test build
 bash scripts/setup.sh .venv-test test
+# the tests run even where a check fails, so that one run tells everything
+checks=0
+bash scripts/check.sh .venv-test || checks=$?
 # a file's tests stay in one process, which shares its fixtures
-exec .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+.venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+[ "$checks" = 0 ] || { echo "scripts/check.sh failed: see the top of this output" >&2; exit 1; }
