@@ -9,7 +9,6 @@ CPU. Prints Markdown tables and writes scripts/results/bench.json with versions 
 import argparse
 import contextlib
 import gc
-import json
 import platform
 import shlex
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from results_file import write_results
 
 from linearize.device import compute_dtype, keep_freed_memory, pick_device, versions
 from linearize.modeling.cache import CACHE_NAME
@@ -53,7 +53,7 @@ def main() -> None:
         "decode": bench_decode(model, lengths),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_results(RESULTS / "bench.json", record)
     print(render(record))
 
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from results_file import write_results
 from torch.nn import functional as F
 
 from linearize.device import compute_dtype, keep_freed_memory
@@ -44,7 +45,7 @@ def main() -> None:
         lines += compared(arguments.students, windows_of(ids, window, arguments.tokens), name, arguments.branch_off)
     if arguments.results:
         document = {"command": shlex.join(["python", *sys.argv]), "lines": lines}
-        arguments.results.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(arguments.results, document)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Methods of linearization beside one another: the same base, text, budget and measurements, by the tool's own commands.
 
     python scripts/compare_methods.py run MODEL --work FOLDER [--tokens 300K] [--only ours,liger] [--seeds 0,1,2]
-    python scripts/compare_methods.py render      the README's table, from scripts/results/methods.json
+    python scripts/compare_methods.py render      the table of scripts/results/methods.md, from methods.json beside it
 
 Every row is one `convert`, `finetune` and `eval`; stopped and started again, `run` goes on where it was. `--tokens 0` leaves the
 training out: such rows stand beside the trained ones. The windows of rows with `beside` are as long as makes their cache as large
@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from commands import linearize
+from results_file import write_results
 
 from linearize.settings.loading import load_config
 from linearize.settings.recipe import tokens_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "methods.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "scripts" / "results" / "methods.md"
 BEGIN, END = "<!-- methods: scripts/compare_methods.py render -->\n", "<!-- end of methods -->\n"
 CONFIG = "smollm2-135m"
 # perplexity in other units, and what has no ratio to the base
@@ -142,8 +143,8 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
     parts = [short]
     if arguments.book:
         long = ["--only", "perplexity", "--lengths", "8192", "--max-tokens", "8192"]
-        for name, measured in (("long", long), ("passkey", ["--only", "passkey", "--suite", "full"])):
-            parts.append(linearize("eval", tuned, *measured, "--data", arguments.book, "-o", folder / name))
+        for part, measured in (("long", long), ("passkey", ["--only", "passkey", "--suite", "full"])):
+            parts.append(linearize("eval", tuned, *measured, "--data", arguments.book, "-o", folder / part))
     manifest = json.loads((tuned / "linearize.json").read_text())
     row = {
         "method": name,
@@ -155,13 +156,18 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         "recipe": manifest.get("finetune", {}).get("recipe"),
         "cache": manifest["cache_bytes"][str(CONTEXT)],
         "state_bytes": manifest["state_bytes"],
-        "metrics": {metric["name"]: metric for part in parts for metric in part["metrics"]},
+        "metrics": {metric["name"]: figures_of(metric) for part in parts for metric in part["metrics"]},
         "data": [part["data"] for part in parts],
         "versions": short["versions"],
         "command": shlex.join(["python", *sys.argv]),
     }
-    arguments.results.write_text(json.dumps({**known_rows(arguments.results), row_name: row}, indent=1) + "\n")
+    write_results(arguments.results, {**known_rows(arguments.results), row_name: row})
     shutil.rmtree(folder)  # the weights have served
+
+
+def figures_of(metric: dict) -> dict:
+    """Return a metric's means, errors, counts and tests, without its name and ratios, which the file's reader knows."""
+    return {key: value for key, value in metric.items() if key not in ("name", "ratio") and value not in (None, "")}
 
 
 def equal_window(model: str, method: Method) -> int:
@@ -184,10 +190,10 @@ def known_rows(results: Path = RESULTS) -> dict[str, dict]:
 
 
 def render() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, found, rest = text.partition(BEGIN)
-    assert found, f"{README} has no line {BEGIN!r}"
-    README.write_text(
+    assert found, f"{PAGE} has no line {BEGIN!r}"
+    PAGE.write_text(
         before + BEGIN + table(list(known_rows().values())) + END + rest.partition(END)[2], encoding="utf-8"
     )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from results_file import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.conversion import scoring
@@ -115,7 +116,7 @@ def main() -> None:
         "choices": choices,
         "scores": scores,
     }
-    (RESULTS / arguments.results).write_text(json.dumps(record, indent=1) + "\n")
+    write_results(RESULTS / arguments.results, record)
     print(table(record))
 
 

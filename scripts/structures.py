@@ -3,7 +3,7 @@
     python scripts/structures.py run MODEL --work FOLDER [--only gla,kda]   measures, one at a time, what neither FOLDER
                                                                             nor scripts/results/structures.json has
     python scripts/structures.py render --work FOLDER                       adds what FOLDER has to that file, and
-                                                                            renders the table of scripts/results/README.md
+                                                                            renders the table of scripts/results/structures.md
 
 All share window 256 and 4 sinks on every head, `outside` (hedgehog, vq: `joint`), the `lora` recipe, and text. Gates that
 have a normaliser get 64, so that they remember past the window. Stopped and started again, `run` goes on where it was.
@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 
 from commands import linearize
+from results_file import write_results
 
 from linearize.mixers.registry import MIXERS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "structures.json"
-README = ROOT / "scripts" / "results" / "README.md"
+PAGE = ROOT / "scripts" / "results" / "structures.md"
 BEGIN, END = "<!-- structures: scripts/structures.py render -->\n", "<!-- end of structures -->\n"
 SETTINGS = {"hgrn2": ["--set", "mixer_options.lower_bound=0.97"], "hedgehog": ["--mix", "joint"]}
 # what tells most comes first, since the whole list takes hours on a CPU
@@ -114,12 +115,12 @@ def render(work: Path) -> None:
     if not rows:
         sys.exit(f"{work} holds no measured structure")
     rows.sort(key=lambda row: row["metrics"][f"perplexity@{LENGTHS[-1]}"]["student"])
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    text = README.read_text(encoding="utf-8")
+    write_results(RESULTS, rows)
+    text = PAGE.read_text(encoding="utf-8")
     before, found, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    assert found, f"{README} has no line {BEGIN!r}"
-    README.write_text(before + BEGIN + table(rows) + END + after, encoding="utf-8")
+    assert found, f"{PAGE} has no line {BEGIN!r}"
+    PAGE.write_text(before + BEGIN + table(rows) + END + after, encoding="utf-8")
 
 
 def table(rows: list[dict]) -> str:
