@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, VOCABULARY, quiet, reshard, tiny_base
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 # beside other workers one thread each; small models gain nothing from more. What a test starts inherits it.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else max(1, min(2, os.cpu_count() or 1))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
@@ -25,62 +24,6 @@ def pytest_collection_modifyitems(items):
     """What takes longest starts first, so that no worker is left alone with it."""
     slowest = ("test_real_model.py", "test_versions.py", "test_report.py")
     items.sort(key=lambda item: slowest.index(item.path.name) if item.path.name in slowest else len(slowest))
-
-
-# grouped, single and as many key/value heads as query heads; tied and untied; with biases; an odd number of layers
-SHAPES = {
-    "gqa": {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48},
-    "mqa_tied": {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 32, "tie_word_embeddings": True},
-    "mha_bias": {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32, "attention_bias": True},
-    "wide_head": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "head_dim": 16},
-}
-VOCABULARY = 320
-
-
-def tiny_config(shape: str = "gqa", **changes):
-    from transformers import LlamaConfig
-
-    settings = {
-        "vocab_size": VOCABULARY,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-        **SHAPES[shape],
-        **changes,
-    }
-    return LlamaConfig(**settings)
-
-
-def tiny_base(shape: str = "gqa", seed: int = 0, **changes):
-    """A random Llama whose attention is far from uniform, so that mistakes in it show."""
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(shape, **changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
-                parameter.mul_(12.0)
-            elif "bias" in name:
-                parameter.normal_(std=0.2)
-    return model
-
-
-def tiny_student(plan, base):
-    """`base` under `plan`, with the same weights."""
-    from linearize.families.registry import FAMILIES
-    from linearize.modeling.factory import linearized_classes
-
-    classes = linearized_classes(FAMILIES[plan.base_model_type])
-    config = base.config.to_dict()
-    config.pop("model_type")
-    student = classes.causal_lm(classes.config.from_dict({**config, "linearize": plan.to_dict()})).eval()
-    missing, unexpected = student.load_state_dict(base.state_dict(), strict=False)
-    assert not unexpected and all(".mixer." in name for name in missing)
-    return student
 
 
 @pytest.fixture(scope="session")
@@ -109,21 +52,6 @@ def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
     return folder
-
-
-def reshard(folder: Path, shards: int) -> None:
-    """Splits model.safetensors into `shards` files with an index."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    weight_map = {}
-    for number in range(shards):
-        names = sorted(tensors)[number::shards]
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 @pytest.fixture
@@ -181,3 +109,15 @@ def cli(capsys, tmp_path, monkeypatch):
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def converted(base_folder, tmp_path):
+    """A converted tiny model: window 12, two sinks and a recurrent branch that is not silent."""
+    from linearize.settings.loading import load_config
+    from linearize.workflows.convert import convert
+
+    out = tmp_path / "linearized" / "tiny"
+    settings = load_config(None, {"window": 12, "sinks": 2}, ["mix_options.log_mass=0.0"])
+    convert(str(base_folder()), settings, out=out, verify=False, progress=quiet)
+    return out

@@ -1,4 +1,4 @@
-"""Every gated structure by name. A new one is one file beside this one, one line here, one row in tests/test_mixers.py."""
+"""Every gated structure by name. A new one is one file beside this one, one line here, one row in tests/helpers.py."""
 
 import importlib
 from dataclasses import dataclass, field

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import COMMON, FAMILIES, VOCABULARY, family_base, family_config
+from helpers import COMMON, FAMILIES, VOCABULARY, family_base, family_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linearize.checkpoint.gguf_file import complete

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
+from helpers import SHARED
 from safetensors.torch import load_file
 from transformers import AutoConfig
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 # families whose code differs most; test_families.py itself runs all of them on the newest version
 CASES = "llama or gemma2 or gpt_neox or mixtral or gguf"
@@ -30,7 +30,7 @@ def test_the_oldest_transformers(tmp_path):
     )  # fmt: skip
     assert version.stdout.strip() == f"{bound}.0", version.stderr[-2000:]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_families.py", "-k", CASES],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/unit/test_families.py", "-k", CASES],
         capture_output=True, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import LENGTHS, assert_same_with_gradients, window_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -16,8 +17,6 @@ from linearize.ops.simple_gla import simple_gla_chunked
 from linearize.ops.softmax import softmax_attention, softmax_attention_naive
 from linearize.ops.window import window_attention, window_attention_naive
 
-LENGTHS = (1, 63, 64, 65, 500)
-
 
 def gla_inputs(T, B=2, J=2, G=3, K=8, V=5, dtype=torch.float64, key_scale=1.0, state=True, documents=False, seed=0):
     torch.manual_seed(seed)
@@ -26,22 +25,6 @@ def gla_inputs(T, B=2, J=2, G=3, K=8, V=5, dtype=torch.float64, key_scale=1.0, s
     initial = torch.randn(B, J, K, V, dtype=torch.promote_types(dtype, torch.float32)) if state else None
     segments = (torch.rand(B, T) < 0.05).cumsum(-1) if documents else None
     return [q, k, v, log_decay], initial, segments
-
-
-def assert_same_with_gradients(fast, naive, inputs, tolerance=1e-10):
-    tensors = [x.requires_grad_() for x in inputs if x is not None]
-    got, wanted = fast(), naive()
-    loss_weights = [torch.randn_like(x) for x in wanted]
-    gradients = [
-        torch.autograd.grad(sum((x * w).sum() for x, w in zip(result, loss_weights)), tensors, allow_unused=True)
-        for result in (got, wanted)
-    ]
-    for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    for a, b in zip(*gradients):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("T", LENGTHS)
@@ -277,21 +260,6 @@ def test_kernels_serve_neither_float64_nor_single_tokens(serving):
     inputs, _, _ = gla_inputs(5)
     for sequence in (inputs, [x[:, :1].float() for x in inputs]):
         assert dispatch.run_kernel("m", "n", sequence[0], list, initial_state=None, segments=None) is None
-
-
-def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=True, seed=0):
-    torch.manual_seed(seed)
-    q, k, v = (torch.randn(2, n, h, 8, dtype=torch.float64) for n, h in ((T, J * G), (S, J), (S, J)))
-    keywords = {
-        "key_mask": torch.rand(2, S) > 0.3 if padding else None,
-        "segments": (torch.rand(2, S) < 0.1).cumsum(-1) if documents else None,
-    }
-    if sinks:
-        keywords["sink_keys"], keywords["sink_values"] = (
-            torch.randn(2, N, J, 8, dtype=torch.float64) for _ in range(2)
-        )
-        keywords["sink_mask"] = torch.rand(2, T, N) > 0.5
-    return [q, k, v], keywords
 
 
 @pytest.mark.parametrize("T", LENGTHS)

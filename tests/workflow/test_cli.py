@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 COMMANDS = ["convert", "plan", "finetune", "eval", "run", "bench", "list", "doctor"]
 

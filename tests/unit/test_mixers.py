@@ -1,16 +1,23 @@
 """Every gated structure: chunked = token by token, values and gradients; states, documents, padding, extreme gates.
 
-A new structure is one row of ROWS. The formulas are held against flash-linear-attention's in test_fla.py.
+A new structure is one row of STRUCTURES in helpers.py. The formulas are held against flash-linear-attention's in test_fla.py.
 """
 
 import math
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_student
+from helpers import (
+    LENGTHS,
+    STRUCTURES,
+    assert_same_with_gradients,
+    structure_inputs,
+    tiny_base,
+    tiny_structure,
+    tiny_student,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import LENGTHS, assert_same_with_gradients
 
 from linearize.errors import ConfigError
 from linearize.mixers.registry import MIXERS, mixer_class
@@ -20,62 +27,17 @@ from linearize.modeling.cache import context_of
 from linearize.ops.window import Scores
 from linearize.plan import LayerPlan, Plan
 
-# name of the row -> structure, options
-ROWS = {
-    "gla": ("gla", {}),
-    "gsa": ("gsa", {}),
-    "hgrn2": ("hgrn2", {}),
-    "hgrn2 bounded": ("hgrn2", {"lower_bound": 0.9}),
-    "rwkv6": ("rwkv6", {}),
-    "mamba2": ("mamba2", {}),
-    "mamba2 step": ("mamba2", {"learned_step": True}),
-    "retention": ("retention", {}),
-    "mlstm": ("mlstm", {}),
-    "retnet": ("retnet", {}),
-    "lightning": ("lightning", {}),
-    "linear": ("linear", {}),
-    "linear relu": ("linear", {"feature_map": "relu"}),
-    "linear exp": ("linear", {"feature_map": "exp"}),
-    "linear softmax rms": ("linear", {"feature_map": "softmax", "normalization": "rms"}),
-    "linear identity none": ("linear", {"feature_map": "identity", "normalization": "none"}),
-    "transnormer": ("transnormer", {}),
-    "hedgehog": ("hedgehog", {}),
-    "vq": ("vq", {"codes": 6}),
-    "based": ("based", {"features": 4}),
-    "t2r": ("t2r", {"features": 6}),
-    "mala": ("mala", {}),
-    "longhorn": ("longhorn", {}),
-    "deltanet": ("deltanet", {}),
-    "deltanet negative": ("deltanet", {"negative_eigenvalues": True}),
-    "gated_deltanet": ("gated_deltanet", {}),
-    "gated_deltaproduct": ("gated_deltaproduct", {"steps": 3}),
-    "kda": ("kda", {}),
-    "rwkv7": ("rwkv7", {}),
-    "mom": ("mom", {"memories": 3, "top": 2}),
-    "mom deltanet": ("mom", {"inner": "deltanet", "memories": 2, "top": 1}),
-}
-GATED = [row for row, (name, _) in ROWS.items() if MIXERS[name].gated]
+GATED = [row for row, (name, _) in STRUCTURES.items() if MIXERS[name].gated]
 
 
 def test_every_structure_has_a_row():
-    assert {name for name, _ in ROWS.values()} == set(MIXERS)
+    assert {name for name, _ in STRUCTURES.values()} == set(MIXERS)
 
 
-def structure(row, J=2, G=2, K=8, dtype=torch.float64):
-    name, options = ROWS[row]
-    built = mixer_class(name)(Site(tuple(range(J)), J, G, K, 1, 4), **options)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        built.reset_parameters()
-        for parameter in built.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return built.to(dtype)
-
-
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", STRUCTURES)
 def test_first_values_do_not_depend_on_what_the_model_is_loaded_in(row):
     """transformers makes the weights' dtype the default one while it builds a model."""
-    name, options = ROWS[row]
+    name, options = STRUCTURES[row]
     mix = "outside" if "outside" in MIXERS[name].mixes else "joint"
     plan = LayerPlan((), mixer=name, mixer_options=options, window=8, sinks=2, mix=mix)
     built = []
@@ -90,29 +52,13 @@ def test_first_values_do_not_depend_on_what_the_model_is_loaded_in(row):
 
 
 def test_what_a_cache_keeps_of_an_assignment_is_all_of_it():
-    built = structure("vq")
+    built = tiny_structure("vq")
     assigned = built.arrive(torch.randn(3, 5, 2, 8, dtype=torch.float64))
     packed = built.pack(assigned)
     assert packed.dtype == torch.uint8 and packed.shape[-1] == built.arrival_bytes() == 3
     torch.testing.assert_close(built.unpack(packed, torch.float64), assigned, rtol=0, atol=1e-15)
     with pytest.raises(ConfigError, match="codes: got 7, which is odd"):
         mixer_class("vq")(Site((0,), 1, 1, 8, 0, 1), codes=7)
-
-
-def inputs(built, T, B=2, extra=1, key_scale=1.0, state=False, offset=False, dtype=torch.float64):
-    site = built.site
-    J, K = len(site.heads), site.head_dim
-    torch.manual_seed(T)
-    q, k = torch.randn(B, T, J * site.group, K, dtype=dtype), key_scale * torch.randn(B, T, J, K, dtype=dtype)
-    v = torch.randn(B, T, J, K + extra, dtype=dtype)  # one more where a column of ones rides along
-    keywords = {}
-    if offset:
-        keywords["offset"] = torch.randn(B, T, J, built.gate_width(), dtype=dtype)
-    if state:  # a state that the structure can really be in
-        before = [torch.randn(B, 9, *x.shape[2:], dtype=dtype) for x in (q, k, v)]
-        with torch.no_grad():
-            keywords["initial_state"] = built.naive(*before)[1]
-    return (q, k, v), keywords
 
 
 def compare(built, sequence, keywords, tolerance=1e-8):
@@ -123,25 +69,25 @@ def compare(built, sequence, keywords, tolerance=1e-8):
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", STRUCTURES)
 def test_chunked_equals_token_by_token(row, T):
-    built = structure(row)
-    compare(built, *inputs(built, T, B=1 if T == 500 else 2, state=T != 64))
+    built = tiny_structure(row)
+    compare(built, *structure_inputs(built, T, B=1 if T == 500 else 2, state=T != 64))
 
 
-@pytest.mark.parametrize(("row", "key_scale"), [*((row, 1.0) for row in ROWS), *((row, 30.0) for row in GATED)])
+@pytest.mark.parametrize(("row", "key_scale"), [*((row, 1.0) for row in STRUCTURES), *((row, 30.0) for row in GATED)])
 def test_documents_and_masked_tokens(row, key_scale):
-    built = structure(row)
-    sequence, keywords = inputs(built, 90, state=True, key_scale=key_scale)
+    built = tiny_structure(row)
+    sequence, keywords = structure_inputs(built, 90, state=True, key_scale=key_scale)
     keywords["segments"] = (torch.rand(2, 90) < 0.06).cumsum(-1)
     keywords["write_mask"] = torch.rand(2, 90) < 0.7
     compare(built, sequence, keywords, 1e-8 if key_scale == 1 else 1e-5)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", STRUCTURES)
 def test_a_packed_document_equals_the_document_alone(row):
-    built = structure(row)
-    sequence, _ = inputs(built, 100, B=1)
+    built = tiny_structure(row)
+    sequence, _ = structure_inputs(built, 100, B=1)
     packed, state = built(*sequence, segments=(torch.arange(100) >= 37).long()[None])
     first, _ = built(*(x[:, :37] for x in sequence))
     second, final = built(*(x[:, 37:] for x in sequence))
@@ -149,10 +95,10 @@ def test_a_packed_document_equals_the_document_alone(row):
     torch.testing.assert_close(state, final)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", STRUCTURES)
 def test_prefill_then_decode_equals_whole(row):
-    built = structure(row)
-    sequence, keywords = inputs(built, 80, state=True)
+    built = tiny_structure(row)
+    sequence, keywords = structure_inputs(built, 80, state=True)
     whole, final = built(*sequence, **keywords)
     output, state = built(*(x[:, :70] for x in sequence), **keywords)
     outputs = [output]
@@ -163,33 +109,33 @@ def test_prefill_then_decode_equals_whole(row):
     torch.testing.assert_close(state, final)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", STRUCTURES)
 @pytest.mark.parametrize("key_scale", [0.0, 30.0])
 def test_extreme_gates(row, key_scale):
     if row in ("linear exp", "based") and key_scale > 1:
         key_scale = 3.0  # these features grow without bound, and so does what they sum to
-    built = structure(row)
-    sequence, _ = inputs(built, 70, key_scale=key_scale)
+    built = tiny_structure(row)
+    sequence, _ = structure_inputs(built, 70, key_scale=key_scale)
     output, _ = built(*sequence)
     assert output.isfinite().all()
     wanted, _ = built.naive(*sequence)
     torch.testing.assert_close(output, wanted, rtol=1e-6, atol=1e-6)
-    built, sequence = structure(row, dtype=torch.float32), [x.float() for x in sequence]
+    built, sequence = tiny_structure(row, dtype=torch.float32), [x.float() for x in sequence]
     (read, _), (decoded, _) = built(*sequence), built.naive(*sequence)
     assert (decoded - read).abs().max() <= 1e-4 * read.abs().max()
 
 
 @pytest.mark.parametrize("outlier", [2000.0, 5000.0])
-@pytest.mark.parametrize("row", [row for row in ROWS if row not in ("linear exp", "based")])
+@pytest.mark.parametrize("row", [row for row in STRUCTURES if row not in ("linear exp", "based")])
 def test_one_channel_far_above_the_rest(row, outlier):
     """As keys of pretrained models have: float32 stays finite, gradients too, and close to float64."""
-    built = structure(row)
-    (q, k, v), _ = inputs(built, 70, B=1)
+    built = tiny_structure(row)
+    (q, k, v), _ = structure_inputs(built, 70, B=1)
     k[..., 3] += outlier
     results = []
     for dtype in (torch.float64, torch.float32):
         tensors = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        output, state = structure(row, dtype=dtype)(*tensors)
+        output, state = tiny_structure(row, dtype=dtype)(*tensors)
         gradients = torch.autograd.grad(output.sum() + state.sum(), tensors)
         results.append([output.double(), *(x.double() for x in gradients)])
     for wanted, got in zip(*results):
@@ -199,8 +145,8 @@ def test_one_channel_far_above_the_rest(row, outlier):
 
 @pytest.mark.parametrize("row", GATED)
 def test_gate_offsets(row):
-    built = structure(row)
-    sequence, keywords = inputs(built, 40, offset=True)
+    built = tiny_structure(row)
+    sequence, keywords = structure_inputs(built, 40, offset=True)
     compare(built, sequence, keywords)
     moved, _ = built(*sequence, **keywords)
     plain, _ = built(*sequence)
@@ -208,23 +154,23 @@ def test_gate_offsets(row):
     assert torch.equal(plain, zero) and not torch.allclose(plain, moved)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", STRUCTURES)
 def test_float32(row):
-    built = structure(row)
-    sequence, _ = inputs(built, 130)
+    built = tiny_structure(row)
+    sequence, _ = structure_inputs(built, 130)
     wanted, _ = built.naive(*sequence)
-    got, state = structure(row, dtype=torch.float32)(*(x.float() for x in sequence))
+    got, state = tiny_structure(row, dtype=torch.float32)(*(x.float() for x in sequence))
     assert got.dtype == state.dtype == torch.float32
     torch.testing.assert_close(got.double(), wanted, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(
-    "row", [row for row, (name, options) in ROWS.items() if MIXERS[name].shares_normaliser(options)]
+    "row", [row for row, (name, options) in STRUCTURES.items() if MIXERS[name].shares_normaliser(options)]
 )
 def test_shared_normalisers_are_not_negative(row):
-    built = structure(row)
+    built = tiny_structure(row)
     assert built.positive
-    (q, k, v), _ = inputs(built, 100)
+    (q, k, v), _ = structure_inputs(built, 100)
     weights, _ = built(q, k, torch.ones_like(v))
     assert (weights[..., : v.shape[-1]] >= 0).all()
 
@@ -233,11 +179,16 @@ def test_shared_normalisers_are_not_negative(row):
 @given(data=st.data())
 def test_any_shape(data):
     draw = data.draw
-    built = structure(
-        draw(st.sampled_from(list(ROWS))), draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(3, 6))
+    built = tiny_structure(
+        draw(st.sampled_from(list(STRUCTURES))),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        2 * draw(st.integers(3, 6)),
     )
     T, state = draw(st.integers(1, 100)), draw(st.booleans())
-    sequence, keywords = inputs(built, T, B=draw(st.integers(1, 3)), extra=draw(st.integers(0, 1)), state=state)
+    sequence, keywords = structure_inputs(
+        built, T, B=draw(st.integers(1, 3)), extra=draw(st.integers(0, 1)), state=state
+    )
     if draw(st.booleans()):
         keywords["write_mask"] = torch.rand(sequence[0].shape[:2]) < 0.8
     got, got_state = built(*sequence, **keywords)

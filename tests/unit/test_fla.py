@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mixers import inputs, structure
+from helpers import structure_inputs, tiny_structure
 from torch.nn import functional as F
 
 J, K = 3, 8
@@ -133,8 +133,8 @@ def rwkv7(built, q, k, v, state):
 @pytest.mark.parametrize("T", [1, 70])
 @pytest.mark.parametrize("name", CASES)
 def test_structure_equals_flash_linear_attention(name, T):
-    built = structure(name, J=J, G=1, K=K, dtype=torch.float32)
-    (q, k, v), keywords = inputs(built, T, state=True, extra=0, dtype=torch.float32)
+    built = tiny_structure(name, J=J, G=1, K=K, dtype=torch.float32)
+    (q, k, v), keywords = structure_inputs(built, T, state=True, extra=0, dtype=torch.float32)
     state = keywords["initial_state"]
     wanted, wanted_state = CASES[name](built, q, k, v, state.clone())
     got, got_state = built(q, k, v, initial_state=state)
@@ -144,7 +144,7 @@ def test_structure_equals_flash_linear_attention(name, T):
 
 def test_retnet_equals_flash_linear_attention():
     """fla fixes the decays of eight heads; ours spread the same ones over any number."""
-    built = structure("retnet", J=8, G=1, K=K, dtype=torch.float32)
-    (q, k, v), _ = inputs(built, 70, extra=0, dtype=torch.float32)
+    built = tiny_structure("retnet", J=8, G=1, K=K, dtype=torch.float32)
+    (q, k, v), _ = structure_inputs(built, 70, extra=0, dtype=torch.float32)
     wanted = reference("retention/naive.py", "naive_retention")(*head_first(q * K**0.5, k, v)).transpose(1, 2)
     torch.testing.assert_close(built(q, k, v)[0], wanted, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_student
+from helpers import tiny_base, tiny_student
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 

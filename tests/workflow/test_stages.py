@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_base
+from helpers import SETTINGS, quiet, student_of, tiny_base, weights_of
 from peft import PeftModel
-from test_calibrate import student_of
-from test_finetune import SETTINGS, quiet, weights_of
 from transformers import AutoTokenizer
 
 from linearize.data.packing import Batch, packed_rows

@@ -3,7 +3,7 @@
 On a CUDA device they are compiled; elsewhere they run in Triton's interpreter, minutes for all of them. Of the dozens of
 configurations that fla tries for its speed the first serves, for trying takes minutes more:
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py       needs triton 3.9 and fla-core 0.6
+    TRITON_INTERPRET=1 python -m pytest tests/unit/test_kernels.py       needs triton 3.9 and fla-core 0.6
 """
 
 import builtins
@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from test_mixers import inputs, structure
+from helpers import structure_inputs, tiny_structure
 
 from linearize.ops import dispatch
 
@@ -24,7 +24,7 @@ CUDA = torch.cuda.is_available()
 TOLERANCE = 2e-2 if CUDA else 2e-4
 # exponentials of keys thirty times as long, and of their rounding (gsa: 2.7e-2 on an H200)
 STRONG = 5e-2 if CUDA else TOLERANCE
-# row of test_mixers.py -> the kernel that it must have run on
+# row of STRUCTURES -> the kernel that it must have run on
 KERNELS = {
     "gla": "chunk_gla",
     "hgrn2": "chunk_gla",
@@ -114,8 +114,10 @@ def gradients(outputs, tensors, weights):
 def test_kernel_equals_naive(row, case, kernels_run, recwarn):
     """With documents come masked tokens and a state; always grouped queries and a column more in the values."""
     documents, key_scale = case == "documents", 30.0 if case == "strong gates" else 1.0
-    built = structure(row, J=1, G=2, K=16, dtype=torch.float32)
-    sequence, keywords = inputs(built, 70, B=1 + documents, key_scale=key_scale, state=documents, dtype=torch.float32)
+    built = tiny_structure(row, J=1, G=2, K=16, dtype=torch.float32)
+    sequence, keywords = structure_inputs(
+        built, 70, B=1 + documents, key_scale=key_scale, state=documents, dtype=torch.float32
+    )
     if documents:
         keywords["segments"] = (torch.arange(70) >= torch.tensor([[37], [50]])).long()
         keywords["write_mask"] = torch.rand(2, 70) < 0.8

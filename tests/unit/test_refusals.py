@@ -53,7 +53,7 @@ def test_the_list_is_what_decides(cli):
 def test_an_unlisted_family_is_read_off_and_called_experimental(tmp_path, cli):
     """Helium: nobody listed it, its attention goes through the interface, verification accepts it."""
     import torch
-    from tiny import COMMON
+    from helpers import COMMON
     from transformers import AutoModelForCausalLM
 
     from linearize.modeling.loading import load_student

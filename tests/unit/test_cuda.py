@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_student
-from test_modeling import plan_for, tokens
-from test_ops import window_inputs
+from helpers import plan_for, tiny_base, tiny_student, tokens, window_inputs
 
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import CACHE_NAME

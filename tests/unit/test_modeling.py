@@ -9,30 +9,12 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
-from conftest import SHAPES, VOCABULARY, tiny_base, tiny_student
+from helpers import LOUD, SHAPES, plan_for, tiny_base, tiny_student, tokens
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from linearize.mixers.registry import MIXERS
 from linearize.plan import NO_BRANCH, LayerPlan, Plan
-
-LOUD = {"log_mass": 0.5}  # a recurrent branch that matters, so that mistakes in it show
-
-
-def plan_for(mix: str, key_value_heads: int, window: int = 8, sinks: int = 2) -> Plan:
-    """Three layers: all heads linear, one head kept (where there are several), all kept. In "windows" kept heads see a
-    window too."""
-    softmax_window = 13 if mix == "windows" else None
-    mix = "outside" if mix == "windows" else mix
-    options = LOUD if mix == "outside" else {}
-    mixer = NO_BRANCH if mix == NO_BRANCH else "gla"
-    every = tuple(range(key_value_heads))
-    layers = (
-        LayerPlan((), mixer, window=window, sinks=sinks, mix=mix, mix_options=options),
-        LayerPlan(every[1:2], mixer, window=window - 3, sinks=sinks + 1, mix=mix, mix_options=options),
-        LayerPlan(every),
-    )
-    return Plan("llama", tuple(replace(layer, softmax_window=softmax_window) for layer in layers))
 
 
 @pytest.fixture(params=["outside", "windows", "sum", NO_BRANCH])
@@ -45,10 +27,6 @@ def pair(request, mix):
     """(base, student) of one shape and one mix."""
     base = tiny_base(request.param)
     return base, tiny_student(plan_for(mix, base.config.num_key_value_heads), base)
-
-
-def tokens(batch: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def loop_attention(q, k, v, q_rotary, k_rotary, plan: LayerPlan, scale: float, log_mass: float, normalizer: float):

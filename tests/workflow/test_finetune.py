@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from helpers import SETTINGS, quiet, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,20 +26,6 @@ from linearize.training.losses import chunked_cross_entropy, chunked_kl
 from linearize.training.model import Distiller
 from linearize.workflows.convert import convert
 from linearize.workflows.finetune import finetune
-
-SETTINGS = [
-    "seq_len=48",
-    "batch_size=2",
-    "tokens=960",
-    "checkpoint_every=2",
-    "lora.rank=2",
-    "optimizer.lr=0.01",
-    "precision=fp32",
-]
-
-
-def quiet(*_) -> None:
-    pass
 
 
 def recipe(*sets: str) -> Recipe:
@@ -160,7 +147,7 @@ def test_no_merge_writes_the_adapter_and_loads(converted, tmp_path):
 
 def test_teacher_is_the_base_and_the_student_starts_as_converted(converted):
     """The first loss is the divergence of the untrained conversion from the base, computed here the long way."""
-    from conftest import tiny_base
+    from helpers import tiny_base
 
     from linearize.training.model import Distiller, add_adapters
 
@@ -177,10 +164,6 @@ def test_teacher_is_the_base_and_the_student_starts_as_converted(converted):
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         student_log, base_log = (model(**inputs).logits.log_softmax(-1) for model in (plain, base))
     torch.testing.assert_close(got, (base_log.exp() * (base_log - student_log)).sum(-1).mean(), rtol=1e-4, atol=1e-6)
-
-
-def weights_of(folder) -> dict:
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
 
 
 def test_copying_rows_repeat_a_span_from_outside_the_window():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from helpers import COMMON
 from safetensors.torch import load_file, save_file
-from tiny import COMMON
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from linearize.checkpoint.student import open_base, read_manifest

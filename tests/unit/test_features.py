@@ -6,8 +6,8 @@ the heads linear and half kept the student has to give the base's logits. The sa
 
 import pytest
 import torch
+from helpers import VOCABULARY, family_base, family_config
 from safetensors.torch import load_file
-from tiny import VOCABULARY, family_base, family_config
 from transformers import AutoModelForCausalLM
 
 from linearize.conversion.inspection import make_plan

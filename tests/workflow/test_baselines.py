@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_base
-from test_evaluate import SUITE, quiet
+from helpers import SUITE, quiet, tiny_base
 
 from linearize.conversion.keep_softmax import spread_evenly
 from linearize.errors import ConfigError

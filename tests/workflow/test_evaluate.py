@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_base
+from helpers import FLAGS, SUITE, quiet, tiny_base
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -26,21 +26,6 @@ from linearize.report.results import BASE, SCHEMA_VERSION, STUDENT, WINDOW, Find
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
 from linearize.workflows.evaluate import evaluate
-
-SUITE = Suite(lengths=(32, 64), recall=(8, 40), max_tokens=256, recall_rows=3)
-FLAGS = ["--lengths", "32,64", "--recall", "8,40", "--max-tokens", "256"]
-
-
-def quiet(*_) -> None:
-    pass
-
-
-@pytest.fixture
-def converted(base_folder, tmp_path):
-    out = tmp_path / "linearized" / "tiny"
-    settings = load_config(None, {"window": 12, "sinks": 2}, ["mix_options.log_mass=0.0"])
-    convert(str(base_folder()), settings, out=out, verify=False, progress=quiet)
-    return out
 
 
 def test_figures_equal_a_plain_computation(converted, in_float32):

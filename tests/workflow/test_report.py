@@ -12,8 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import ROOT
-from test_evaluate import FLAGS, SUITE, converted, quiet  # noqa: F401  (a fixture)
+from helpers import FLAGS, ROOT, SUITE, quiet
 
 from linearize.data.recall_rows import associative_task
 from linearize.errors import Interrupted
@@ -125,7 +124,7 @@ def test_health():
 
 
 @pytest.fixture
-def whole(converted, tmp_path):  # noqa: F811
+def whole(converted, tmp_path):
     """Everything measured on a tiny model, and its folder."""
     out = tmp_path / "report"
     return evaluate(converted, WHOLE, out=out, progress=quiet), out
@@ -166,7 +165,7 @@ def test_everything_is_measured_written_and_valid(whole):
     )
 
 
-def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):
     suite, out = replace(SUITE, parity=True), tmp_path / "report"
     real, calls = recall.measure_recall, []
 
@@ -187,7 +186,7 @@ def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):  #
     assert results.metrics == fresh.metrics and results.checks == fresh.checks
 
 
-def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch, cli):  # noqa: F811
+def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch, cli):
     from linearize.modeling import cache
 
     plain = cache.WindowCache.extend
@@ -203,7 +202,7 @@ def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch,
     assert code == 3 and document["verdict"].startswith("FAILED: parity: cached = uncached")
 
 
-def test_gates_from_a_file_and_regressions(converted, cli, tmp_path):  # noqa: F811
+def test_gates_from_a_file_and_regressions(converted, cli, tmp_path):
     flags = [*FLAGS, "--only", "perplexity,recall"]
     gates = tmp_path / "gates.txt"
     gates.write_text("# for the release\nperplexity@64.ratio<=50  # generous\n\nrecall@8>=0\n")
@@ -233,8 +232,8 @@ def test_gates_from_a_file_and_regressions(converted, cli, tmp_path):  # noqa: F
     assert "is not a results.json" in cli("eval", converted, *flags, "--compare", older)[2]
 
 
-def test_results_of_an_older_schema_are_compared_where_they_mean_the_same(converted, cli, tmp_path):  # noqa: F811
-    from conftest import ROOT
+def test_results_of_an_older_schema_are_compared_where_they_mean_the_same(converted, cli, tmp_path):
+    from helpers import ROOT
 
     flags = [*FLAGS, "--only", "perplexity,recall"]
     now, older = tmp_path / "now", tmp_path / "older.json"
@@ -272,7 +271,7 @@ def test_results_of_an_older_schema_are_compared_where_they_mean_the_same(conver
         assert code == 2 and "is not a results.json" in err
 
 
-def test_the_card_carries_the_evaluation_once(converted, cli):  # noqa: F811
+def test_the_card_carries_the_evaluation_once(converted, cli):
     for _ in range(2):
         assert cli("eval", converted, *FLAGS, "--only", "perplexity,recall")[0] == 0
     card = (converted / "README.md").read_text()
@@ -282,7 +281,7 @@ def test_the_card_carries_the_evaluation_once(converted, cli):  # noqa: F811
     assert "base_model" in metadata and {"perplexity@32", "perplexity@64"} <= {metric["name"] for metric in metrics}
 
 
-def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):  # noqa: F811
+def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'linearize[tasks]')")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = tmp_path / "data"
@@ -291,7 +290,7 @@ def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):  # noqa: F
     (data / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [{"context": f"the number {i} is", "continuation": "odd"} for i in range(5)]
     (data / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
-    from conftest import ROOT
+    from helpers import ROOT
 
     maker = [sys.executable, ROOT / "scripts" / "make_tasks.py", data, tmp_path / "tasks"]
     subprocess.run(maker, check=True, capture_output=True)
@@ -534,7 +533,7 @@ def test_the_page_in_a_browser(whole, tmp_path):
         assert f'id="{plot.name}"' in dom
 
 
-def test_bench_model_is_the_efficiency_part_alone(converted, cli):  # noqa: F811
+def test_bench_model_is_the_efficiency_part_alone(converted, cli):
     code, out, err = cli("bench", "model", converted, "--lengths", "32,64", "--json")
     assert code == 0, err
     document = json.loads(out)
@@ -554,7 +553,7 @@ def test_suites_grow():
 
 
 def test_the_pipeline_of_the_readme_loads(tmp_path):
-    from conftest import ROOT
+    from helpers import ROOT
 
     from linearize.workflows.pipeline import load_pipeline
 
@@ -585,7 +584,7 @@ def test_the_pipeline_of_the_readme_loads(tmp_path):
         (["finetune", ".", "--set", "lora.rank=0"], "command line: lora.rank: got 0"),
     ],
 )
-def test_one_line_that_names_what_was_given(converted, cli, command, words):  # noqa: F811
+def test_one_line_that_names_what_was_given(converted, cli, command, words):
     code, _, err = cli(*(str(converted) if part == "." else part for part in command))
     assert code == 2 and words in err and len([line for line in err.splitlines() if "error:" in line]) == 1
 
@@ -599,7 +598,7 @@ def test_one_line_that_names_what_was_given(converted, cli, command, words):  # 
         ("--data", b"three short words", "fewer than one window"),
     ],
 )
-def test_files_that_say_nothing(converted, cli, tmp_path, option, content, words):  # noqa: F811
+def test_files_that_say_nothing(converted, cli, tmp_path, option, content, words):
     path = tmp_path / "given.txt"
     path.write_bytes(content)
     code, _, err = cli("eval", converted, "--only", "parity", option, path)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_base, tiny_student
+from helpers import quiet, student_of, tiny_base
 
 from linearize.checkpoint.student import read_manifest
 from linearize.conversion.calibrate import PARTS, _choose_part
@@ -12,18 +12,8 @@ from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import context_of
 from linearize.modeling.loading import load_student
 from linearize.ops.window import Scores
-from linearize.plan import LayerPlan, Plan
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
-
-
-def quiet(*_) -> None:
-    pass
-
-
-def student_of(base, **settings):
-    layers = tuple(LayerPlan(heads, window=8, sinks=2, **settings) for heads in ((), (1,), (0, 2)))
-    return tiny_student(Plan("llama", layers), base)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Pinned numbers: logits of every mixer and mix, a conversion and an evaluation, equal to those recorded in pins.json.
 
 A change that moves code must not move numbers. After a change that is meant to move them, record them again:
-`pytest tests/test_pins.py --record-pins`.
+`pytest tests/workflow/test_pins.py --record-pins`.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_base, tiny_student
+from helpers import VOCABULARY, tiny_base, tiny_student
 
 from linearize.evaluation.suite import Suite
 from linearize.mixers.registry import CHOICES
