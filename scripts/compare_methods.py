@@ -20,7 +20,7 @@ from commands import linearize
 from results_file import write_results
 
 from linearize.settings.loading import load_config
-from linearize.settings.recipe import tokens_of
+from linearize.settings.recipe import parse_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results" / "methods.json"
@@ -94,7 +94,7 @@ def main() -> None:
     run.add_argument("model")
     run.add_argument("--work", type=Path, required=True, help="folder of the runs")
     run.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas")
-    run.add_argument("--tokens", type=tokens_of, default=300_000)
+    run.add_argument("--tokens", type=parse_tokens, default=300_000)
     run.add_argument("--seeds", default="0")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change of every row's recipe")
     run.add_argument("--results", type=Path, default=RESULTS)

@@ -1,6 +1,10 @@
-"""Define the schema of a conversion config: every choice that `linearize convert` makes about a model."""
+"""Define the schema of a conversion config: every choice that `linearize convert` makes about a model.
+
+A config names a mixer and how it meets the window, and which heads keep softmax. Single layers can differ from the rest.
+"""
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,27 +12,30 @@ from pydantic import Field, field_validator, model_validator
 from linearize.errors import nearest
 from linearize.mixers.registry import CHOICES
 from linearize.plan import MIX_OPTIONS, NO_BRANCH
-from linearize.settings.yaml_file import Strict
+from linearize.settings.schema import Strict, unknown_key
 
-# tokens that a window can be asked for
-LONGEST = 2**31 - 1
-
-
-# more than any model has
+# tokens: no window is longer than a 32-bit index
+LONGEST_WINDOW = 2**31 - 1
+# more than any model has, so that a mistyped range does not fill the memory
 MOST_LAYERS = 100_000
-
-
+# options of mixers that have to be above 0
 ABOVE_ZERO = {"gate_logit_normalizer"}
 
-
 Options = dict[str, float | int | bool | str]
+Mix = Literal["sum", "outside", "joint", "none"]
+Gate = Literal["key", "learned"]
 
 
 class ScoringSettings(Strict):
     """How `keep_softmax: recall:SHARE`, `text:SHARE` and `both:SHARE` score heads (linearize/conversion/scoring.py).
 
-    Recall is scored at `distances`, in tokens, with `rows` rows of copies at each and `fact_rows` rows of facts at the longest;
-    the facts stand in text of the dataset `text`, and long text is scored on `text_rows` rows of it.
+    Attributes:
+        method: how a head's score is computed.
+        distances: tokens between a span and its copy, at which recall is scored.
+        rows: rows of copies at each distance.
+        fact_rows: rows of facts to be answered, at the longest distance; the facts stand in text of the dataset `text`.
+        text: the dataset of that text and of the long text.
+        text_rows: rows of long text that are scored.
     """
 
     method: Literal["gradient", "swap", "lookup", "elimination"] = "gradient"
@@ -42,7 +49,10 @@ class ScoringSettings(Strict):
 class CalibrationSettings(Strict):
     """How added parameters get their first values from the base model (linearize/conversion/calibrate.py).
 
-    `auto` calibrates where the base can be run: on a GPU that holds it, on a CPU up to 1 GiB of weights.
+    Attributes:
+        when: "auto" calibrates where the base can be run: on a GPU that holds it, on a CPU up to 1 GiB of weights.
+        text: the dataset to calibrate on.
+        rows: rows of its text.
     """
 
     when: Literal["auto", "always", "never"] = "auto"
@@ -51,141 +61,184 @@ class CalibrationSettings(Strict):
 
 
 class LayerSettings(Strict):
-    """What can differ from layer to layer; what is not said is as in the rest of the config."""
+    """Settings of single layers, laid over those of the config; a key without a value changes nothing."""
 
     mixer: str | None = None
     mixer_options: Options | None = None
-    gate: Literal["key", "learned"] | None = None
-    window: int | None = Field(default=None, ge=1, le=LONGEST)
+    gate: Gate | None = None
+    window: int | None = Field(default=None, ge=1, le=LONGEST_WINDOW)
     sinks: int | None = Field(default=None, ge=0)
-    softmax_window: int | None = Field(default=None, ge=1, le=LONGEST)
-    mix: Literal["sum", "outside", "joint", "none"] | None = None
+    softmax_window: int | None = Field(default=None, ge=1, le=LONGEST_WINDOW)
+    mix: Mix | None = None
     mix_options: Options | None = None
 
 
 class ConversionConfig(Strict):
-    """What `linearize convert` decides about a model."""
+    """Every choice that `linearize convert` makes about a model.
+
+    Attributes:
+        description: a line for `linearize list configs`.
+        mixer: the recurrent structure of linear heads (`linearize list mixers`), or "none".
+        mixer_options: its options.
+        gate: where gate logits come from: the key projection, or that and a learned correction.
+        window: keys that a linear head sees through softmax, the query's own included.
+        sinks: first tokens of a document that stay visible after they left the window.
+        mix: how window and recurrent branch become one output.
+        mix_options: options of the mix.
+        layers: settings of layers that differ, by layer numbers: "0-3,7".
+        convert_layers: layers to convert: "full" (those without a sliding window of their own), "all" or "0-3,7".
+        keep_softmax: heads that keep softmax: "auto", "none", "all", "every:N", a score and a share, layers, or
+            layer:head pairs.
+        softmax_window: keys that these heads see beside the sinks; without it, all.
+        scoring: how heads are scored, where `keep_softmax` asks for a score.
+        calibration: how added parameters get their first values.
+        dtype: precision that the weights of a GGUF file are read in.
+    """
 
     description: str = ""
     mixer: str = "vq"
     mixer_options: Options = {}
-    gate: Literal["key", "learned"] = "key"
-    window: int = Field(default=512, ge=1, le=LONGEST)
+    gate: Gate = "key"
+    window: int = Field(default=512, ge=1, le=LONGEST_WINDOW)
     sinks: int = Field(default=4, ge=0)
-    mix: Literal["sum", "outside", "joint", "none"] = "outside"
+    mix: Mix = "outside"
     mix_options: Options = {}
-    # layers that differ: "0-3,7" -> settings
     layers: dict[str, LayerSettings] = {}
-    # which layers are converted at all: "full" (those without a sliding window of their own), "all" or "0-3,7"
     convert_layers: str = "full"
     keep_softmax: str = "auto"
-    # tokens that the heads so kept see, beside the sinks; none said: all
-    softmax_window: int | None = Field(default=None, ge=1, le=LONGEST)
+    softmax_window: int | None = Field(default=None, ge=1, le=LONGEST_WINDOW)
     scoring: ScoringSettings = ScoringSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @model_validator(mode="before")
     @classmethod
-    def _mixer_and_mix(cls, data: Any) -> Any:
-        """Of the two, what is not said follows from the other."""
+    def _fill_mixer_and_mix(cls, data: Any) -> Any:
+        """Derive a mixer that is not given from the mix, then a mix that is not given from the mixer."""
         if not isinstance(data, dict):
             return data
-        mix = data.get("mix")
-        mixer = data.get("mixer") or (
-            mix if mix == NO_BRANCH else "vq" if mix in (None, *CHOICES["vq"].mixes[:1]) else "gla"
-        )
-        return {**data, "mixer": mixer, "mix": mix or _default_mix(mixer)}
+        mixer = data.get("mixer") or _default_mixer(data.get("mix"))
+        mix = data.get("mix") or _default_mix(mixer)
+        return {**data, "mixer": mixer, "mix": mix}
 
     @field_validator("keep_softmax", "convert_layers", mode="before")
     @classmethod
-    def _text(cls, value: Any) -> Any:
+    def _number_as_text(cls, value: Any) -> Any:
+        """Take a single layer, which YAML reads as a number, as text."""
         return str(value) if isinstance(value, int) else value
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _text_keys(cls, value: Any) -> Any:
+    def _keys_as_text(cls, value: Any) -> Any:
+        """Take single layers as keys, which YAML reads as numbers, as text."""
         return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _options_fit(self) -> "ConversionConfig":
-        problems = _problems(self.layer_settings({}), "")
+    def _check_settings_together(self) -> "ConversionConfig":
+        """Refuse values that do not fit one another, in the config and in each group of layers."""
+        problems = _layer_problems(self.layer_settings({}), "")
         if self.convert_layers not in ("full", "all"):
             try:
                 layer_numbers(self.convert_layers)
             except ValueError as error:
                 problems.append(f"convert_layers: {error}; or full, or all")
-        claimed: dict[int, str] = {}
         for spec, changes in self.layers.items():
-            problems += _problems(self.layer_settings(changes.model_dump(exclude_none=True)), f"layers.{spec}.")
-            try:
-                for layer in layer_numbers(spec):
-                    if layer in claimed:
-                        problems.append(f"layers.{spec}: layer {layer} is already in '{claimed[layer]}'")
-                    claimed[layer] = spec
-            except ValueError as error:
-                problems.append(f"layers.{spec}: {error}")
+            problems += _layer_problems(self.layer_settings(changes.model_dump(exclude_none=True)), f"layers.{spec}.")
+        problems += _overlapping_layers(self.layers)
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
 
     def layer_settings(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """The settings of one layer: these, with `changes` on top. Another mixer or mix starts from its own defaults."""
+        """Return the settings of one layer: those of the config with `changes` laid over them.
+
+        Another mixer or mix starts from default options. Another mixer that cannot use the config's mix gets its own.
+        """
         names = ("mixer", "mixer_options", "gate", "window", "sinks", "mix", "mix_options", "softmax_window")
         settings = {name: getattr(self, name) for name in names}
         for kind in ("mixer", "mix"):
             if changes.get(kind, settings[kind]) != settings[kind]:
                 settings[f"{kind}_options"] = {}
-        if (
-            "mix" not in changes
-            and changes.get("mixer") in CHOICES
-            and settings["mix"] not in CHOICES[changes["mixer"]].mixes
-        ):
-            settings["mix"], settings["mix_options"] = _default_mix(changes["mixer"]), {}
+        mixer = CHOICES.get(changes.get("mixer", ""))
+        if mixer is not None and "mix" not in changes and settings["mix"] not in mixer.mixes:
+            settings["mix"], settings["mix_options"] = mixer.mixes[0], {}
         for name, value in changes.items():
             settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
         return settings
 
 
+def _default_mixer(mix: Any) -> str:
+    """Return the mixer for a mix that was given without one."""
+    if mix == NO_BRANCH:
+        return NO_BRANCH
+    if mix is None or mix == _default_mix("vq"):
+        return "vq"
+    return "gla"
+
+
 def _default_mix(mixer: Any) -> str:
+    """Return the first mix of a mixer; of one that does not exist, any mix does."""
     return CHOICES[mixer].mixes[0] if isinstance(mixer, str) and mixer in CHOICES else "outside"
 
 
 def layer_numbers(spec: str) -> list[int]:
-    """The layers that a key of `layers` names: "0-3,7" -> [0, 1, 2, 3, 7]."""
+    """Return the layers that a text names: "0-3,7" -> [0, 1, 2, 3, 7].
+
+    Raises:
+        ValueError: the text is not made of layers and ranges.
+    """
     numbers: list[int] = []
     for part in spec.split(","):
         first, dash, last = (text.strip() for text in part.partition("-"))
-        fits = first.isdecimal() and (not dash or (last.isdecimal() and int(first) <= int(last) < MOST_LAYERS))
-        if not fits:
+        valid = first.isdecimal()
+        if dash:
+            valid = valid and last.isdecimal() and int(first) <= int(last) < MOST_LAYERS
+        if not valid:
             raise ValueError(f"got '{spec}', allowed are layers and ranges, for example 0-3,7")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
 
 
-def _problems(settings: dict[str, Any], prefix: str) -> list[str]:
-    """What is wrong with one layer's settings, beyond their types."""
+def _overlapping_layers(specs: Iterable[str]) -> list[str]:
+    """Return the problems of the keys of `layers`: malformed ones, and layers that stand in two of them."""
+    problems = []
+    claimed: dict[int, str] = {}
+    for spec in specs:
+        try:
+            numbers = layer_numbers(spec)
+        except ValueError as error:
+            problems.append(f"layers.{spec}: {error}")
+            continue
+        for layer in numbers:
+            if layer in claimed:
+                problems.append(f"layers.{spec}: layer {layer} is already in '{claimed[layer]}'")
+            claimed[layer] = spec
+    return problems
+
+
+def _layer_problems(settings: dict[str, Any], prefix: str) -> list[str]:
+    """Return what is wrong with the settings of one layer beyond their types; `prefix` is the path of their group."""
     name, mix = settings["mixer"], settings["mix"]
     if name not in CHOICES:
         return [f"{prefix}mixer: got '{name}'; allowed are {', '.join(CHOICES)}{nearest(name, CHOICES)}"]
-    entry = CHOICES[name]
-    problems = _check_options(f"{prefix}mixer_options", settings["mixer_options"], entry.options)
+    mixer = CHOICES[name]
+    problems = _check_options(f"{prefix}mixer_options", settings["mixer_options"], mixer.options)
     problems += _check_options(f"{prefix}mix_options", settings["mix_options"], MIX_OPTIONS[mix])
-    if mix not in entry.mixes:
-        problems.append(f"{prefix}mix: got '{mix}', allowed with {name} is {' or '.join(entry.mixes)}")
-    kept = settings["softmax_window"]
-    if kept is not None and kept < settings["window"]:
+    if mix not in mixer.mixes:
+        problems.append(f"{prefix}mix: got '{mix}', allowed with {name} is {' or '.join(mixer.mixes)}")
+    window, softmax_window = settings["window"], settings["softmax_window"]
+    if softmax_window is not None and softmax_window < window:
         problems.append(
-            f"{prefix}softmax_window: got {kept}, allowed is at least the other heads' window, {settings['window']}"
+            f"{prefix}softmax_window: got {softmax_window}, allowed is at least the other heads' window, {window}"
         )
     if problems:
         return problems
-    if mix == "joint" and not entry.shares_normaliser(settings["mixer_options"]):
+    if mix == "joint" and not mixer.shares_normaliser(settings["mixer_options"]):
         problems.append(
             f"{prefix}mix: {name} can give tokens negative weights or has a norm of its own, so it cannot share a "
             "normaliser (joint); allowed are sum, outside"
         )
-    if settings["gate"] == "learned" and not entry.has_gates(settings["mixer_options"]):
+    if settings["gate"] == "learned" and not mixer.has_gates(settings["mixer_options"]):
         problems.append(f"{prefix}gate: {name} has no gate to learn; allowed is key")
     return problems
 
@@ -217,7 +270,3 @@ def _check_options(group: str, given: dict, allowed: dict) -> list[str]:
     if not problems and top is not None and top > memories:
         problems.append(f"{group}.top: got {top}, allowed is at most memories, {memories}")
     return problems
-
-
-def unknown_key(dotted: str, key: str, allowed) -> str:
-    return f"{dotted}: unknown key, allowed are {', '.join(allowed) or 'none'}{nearest(key, allowed)}"

@@ -1,7 +1,6 @@
-"""Configs (choices for one model) and recipes (a training procedure): schema, loading, precedence.
+"""Define the schema of a recipe: how `linearize finetune` trains.
 
-A key is set by, later ones winning: the schema's default, the named or given YAML file, a command-line flag, `--set`.
-Unknown keys and wrong values are collected at every depth and reported together.
+A recipe is one stage, or a list of stages that share out the tokens. `recipes/README.md` lists every key.
 """
 
 import math
@@ -9,13 +8,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from linearize.settings.yaml_file import Strict
+from linearize.settings.schema import Strict
 
 
 class Loss(Strict):
-    """What is minimised. `kl` is the forward divergence from the teacher to the student, of which `ce_share` can be
-    next-token loss; `ce` is next-token loss alone; `attention` the square error of every layer's attention output, relative
-    to the base's, on the base's own hidden states (training/transfer.py)."""
+    """The loss that a stage minimises.
+
+    Attributes:
+        kind: "kl" is the forward divergence from the teacher to the student; "ce" is next-token loss; "attention" is the
+            square error of every layer's attention output, relative to the base's, on the base's own hidden states
+            (training/transfer.py).
+        ce_share: the share of next-token loss in "kl".
+        completion_only: count the assistant's last answer only.
+        chunk_tokens: tokens whose logits exist at once.
+    """
 
     kind: Literal["kl", "ce", "attention"] = "kl"
     ce_share: float = Field(default=0.0, ge=0, le=1)
@@ -23,26 +29,43 @@ class Loss(Strict):
     chunk_tokens: int = Field(default=256, ge=1)
 
 
-# variants that take their start out of the base weights, so that these alone are no longer the base model
-OWN_START = ("pissa", "olora")
+# variants that start from a decomposition of the base weights and change these: alone they are no longer the base model
+CHANGES_BASE = ("pissa", "olora")
 
 
 class Lora(Strict):
-    """Low-rank adapters (arXiv 2106.09685) on projections of every attention block, or one of PEFT's variants; `vera`
-    (arXiv 2310.11454) trains vectors alone, so that it wants a larger rank and rate, and has no alpha; `adalora` (arXiv
-    2303.10512) starts at one and a half times `rank`, which is what the average is at the end."""
+    """Low-rank adapters (arXiv 2106.09685) on projections of every attention block, or one of PEFT's variants.
+
+    Attributes:
+        variant: `vera` (arXiv 2310.11454) trains vectors alone, so it wants a larger rank and rate, and has no alpha;
+            `adalora` (arXiv 2303.10512) starts at one and a half times `rank`, which is its average at the end.
+        rank: rows of the low-rank factors.
+        alpha: scale of the adapters, times the rank.
+        dropout: dropout before the adapters.
+        targets: names of projections; without any, every projection of the family's attention blocks.
+    """
 
     variant: Literal["lora", "dora", "rslora", "pissa", "olora", "vera", "adalora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    # none named: every projection of the family's attention blocks
     targets: list[str] | None = Field(default=None, min_length=1)
 
 
 class Optimizer(Strict):
-    """Optimizer and schedule. `muon` is for matrices, with AdamW for the rest. `mixer_lr` is the rate of the parameters a
-    conversion added."""
+    """The optimizer and the schedule of its rates.
+
+    Attributes:
+        name: "muon" is for matrices, with AdamW for the rest; "adamw8bit" needs bitsandbytes.
+        lr: rate of the adapters.
+        mixer_lr: rate of the parameters that a conversion added.
+        weight_decay: of the adapters.
+        betas: of AdamW.
+        warmup_fraction: share of a stage's steps with rising rates.
+        schedule: "cosine" falls to `final_fraction` of the rate, "constant" stays.
+        final_fraction: see `schedule`.
+        clip_norm: largest norm of the gradient; null clips nothing.
+    """
 
     name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: float = Field(default=5e-4, gt=0)
@@ -56,7 +79,12 @@ class Optimizer(Strict):
 
 
 class Stage(Strict):
-    """One part of a recipe. What it leaves out is as in the recipe around it; its name decides the kind of loss."""
+    """One part of a recipe. Keys that it leaves out have the recipe's values; its name decides the kind of loss.
+
+    Attributes:
+        name: "transfer" matches attention outputs, "distill" and "longcontext" the teacher's logits, "finetune" the text.
+        share: share of the recipe's tokens.
+    """
 
     name: Literal["transfer", "distill", "finetune", "longcontext"]
     share: float = Field(default=1.0, gt=0, le=1)
@@ -67,23 +95,49 @@ class Stage(Strict):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all processes."""
+        return self.seq_len * self.batch_size
+
     def steps(self, tokens: int) -> int:
-        """Optimizer steps of this stage, of a budget of `tokens` for the whole recipe."""
-        return max(1, math.ceil(self.share * tokens / (self.seq_len * self.batch_size)))
+        """Return the optimizer steps of this stage, given the token budget of the whole recipe."""
+        return max(1, math.ceil(self.share * tokens / self.tokens_per_step))
 
 
-STAGE_LOSSES = {"transfer": "attention", "distill": "kl", "longcontext": "kl", "finetune": "ce"}
+LOSS_OF_STAGE = {"transfer": "attention", "distill": "kl", "longcontext": "kl", "finetune": "ce"}
+# the name of the one stage of a recipe without stages
+STAGE_OF_LOSS: dict[str, Any] = {"kl": "distill", "ce": "finetune", "attention": "transfer"}
+# keys of a stage that it takes from the recipe where it leaves them out; groups of keys are merged
+SHARED_KEYS = ("seq_len", "batch_size", "window_dropout", "copy_share")
+SHARED_GROUPS = ("loss", "optimizer")
 
 
 class Recipe(Strict):
-    """What `linearize finetune` does: one stage as the keys here say, or the `stages`, which share out the tokens. A key given
-    beside the file, as `--lr` or `--set`, holds for every stage.
+    """How `linearize finetune` trains: one stage as the keys here say, or the `stages`, which share out the tokens.
 
-    `window_dropout` is the probability that a linear head's window is, for one step, a quarter as long (none at all in the
-    mix `sum`), so that the recurrent branch has to do more. `copy_share` of the rows end with a copy of a span from outside
-    the window. Documents of fewer tokens than `shortest_document` are left out: within the window there is nothing to learn.
-    `quantization` holds the frozen weights in 8 or 4 bits while adapters train (QLoRA, arXiv 2305.14314); what is written
-    are the checkpoint's own weights with the adapters.
+    A key given beside the file, as `--lr` or `--set`, holds for every stage.
+
+    Attributes:
+        description: a line for `linearize list recipes`.
+        data: datasets to train on: `sample`, files, or hub ids.
+        text_field: the field of a row that holds its text.
+        shortest_document: fewest tokens of a document; within the window a shorter one has nothing to learn from.
+        tokens: budget of all stages.
+        seq_len: tokens of a row.
+        batch_size: rows of a step, over all processes.
+        gradient_accumulation: parts that each process computes its rows of a step in.
+        gradient_checkpointing: compute activations again in the backward pass, for less memory.
+        precision: what is computed in; "auto" is bf16 where that is fast.
+        quantization: hold the frozen weights in 8 or 4 bits while adapters train (QLoRA, arXiv 2305.14314). The
+            checkpoint that is written has its own, whole weights with the adapters.
+        checkpoint_every: steps between saved states.
+        seed: of the order of documents, of copies, window dropout and adapters.
+        window_dropout: probability that a linear head's window is, for one step, a quarter as long (none at all in the
+            mix `sum`), so that the recurrent branch has to do more.
+        copy_share: share of rows that end with a copy of a span from outside the window.
+        loss, lora, optimizer: groups of keys.
+        stages: the stages in their order; without any, the keys here are the one stage.
     """
 
     description: str = ""
@@ -108,60 +162,67 @@ class Recipe(Strict):
 
     @field_validator("tokens", mode="before")
     @classmethod
-    def _suffixed(cls, value: Any) -> Any:
-        return tokens_of(value) if isinstance(value, str) else value
+    def _tokens_with_suffix(cls, value: Any) -> Any:
+        return parse_tokens(value) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_stages(cls, data: Any) -> Any:
+    def _complete_stages(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
             return data
-        shared = ("seq_len", "batch_size", "window_dropout", "copy_share")
-        filled = []
-        for stage in data["stages"]:
-            if isinstance(stage, dict):
-                name = str(stage.get("name"))
-                kind = {"kind": STAGE_LOSSES[name]} if name in STAGE_LOSSES else {}
-                first = {"completion_only": True} if name == "finetune" else {}
-                loss = _over(first, data.get("loss", {}), kind, stage.get("loss", {}))
-                optimizer = _over(data.get("optimizer", {}), stage.get("optimizer", {}))
-                around = {key: data[key] for key in shared if key in data}
-                stage = {**around, **stage, "loss": loss, "optimizer": optimizer}
-            filled.append(stage)
-        return {**data, "stages": filled}
+        return {**data, "stages": [_complete_stage(stage, data) for stage in data["stages"]]}
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> "Recipe":
-        if self.stages and abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
-            raise ValueError(f"stages: shares add up to {sum(s.share for s in self.stages):g}, allowed is 1")
-        if self.quantization and self.lora.variant in OWN_START:
+    def _check_settings_together(self) -> "Recipe":
+        total = sum(stage.share for stage in self.stages)
+        if self.stages and abs(total - 1) > 1e-6:
+            raise ValueError(f"stages: shares add up to {total:g}, allowed is 1")
+        if self.quantization and self.lora.variant in CHANGES_BASE:
             raise ValueError(
                 f"quantization: got {self.quantization}, but {self.lora.variant} starts from whole weights"
             )
-        seen = [stage.loss.kind for stage in self.plan()]
-        if "attention" in seen[1:]:
+        later_stages = self.resolved_stages()[1:]
+        if any(stage.loss.kind == "attention" for stage in later_stages):
             raise ValueError("stages: transfer matches the base's own hidden states, so allowed is only as the first")
         return self
 
-    def plan(self) -> list[Stage]:
-        """The stages to go through."""
+    def resolved_stages(self) -> list[Stage]:
+        """Return the stages in their order: those of the recipe, or the one that its keys describe."""
         if self.stages:
             return self.stages
-        name = {"kl": "distill", "ce": "finetune", "attention": "transfer"}[self.loss.kind]
-        around = self.model_dump(include={"seq_len", "batch_size", "window_dropout", "copy_share", "loss", "optimizer"})
-        return [Stage.model_validate({"name": name, **around})]
+        keys = self.model_dump(include={*SHARED_KEYS, *SHARED_GROUPS})
+        return [Stage.model_validate({"name": STAGE_OF_LOSS[self.loss.kind], **keys})]
 
 
-def _over(*groups: Any) -> Any:
-    """Groups of keys laid over one another; what is no group is left for the schema to refuse."""
-    wrong = [group for group in groups if not isinstance(group, dict)]
-    return wrong[-1] if wrong else {key: value for group in groups for key, value in group.items()}
+def _complete_stage(stage: Any, recipe: dict[str, Any]) -> Any:
+    """Return a stage as a file gives it, with the recipe's values for what it leaves out."""
+    if not isinstance(stage, dict):
+        return stage  # for the schema to refuse
+    name = str(stage.get("name"))
+    kind = {"kind": LOSS_OF_STAGE[name]} if name in LOSS_OF_STAGE else {}
+    first = {"completion_only": True} if name == "finetune" else {}
+    shared = {key: recipe[key] for key in SHARED_KEYS if key in recipe}
+    return {
+        **shared,
+        **stage,
+        "loss": _merge_groups(first, recipe.get("loss", {}), kind, stage.get("loss", {})),
+        "optimizer": _merge_groups(recipe.get("optimizer", {}), stage.get("optimizer", {})),
+    }
 
 
-def tokens_of(text: str) -> int | str:
-    """A number of tokens as people write it: 300K, 1.5M, 20_000. What is none of them comes back unchanged."""
+def _merge_groups(*groups: Any) -> Any:
+    """Merge groups of keys, later ones winning. Return the last value that is no group, for the schema to refuse."""
+    invalid = [group for group in groups if not isinstance(group, dict)]
+    if invalid:
+        return invalid[-1]
+    return {key: value for group in groups for key, value in group.items()}
+
+
+def parse_tokens(text: str) -> int | str:
+    """Read a number of tokens as people write it: 300K, 1.5M, 20_000. Return any other text unchanged."""
     units = {"K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
-    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    suffix = text[-1:].upper()
+    number, unit = (text[:-1], units[suffix]) if suffix in units else (text, 1)
     try:
         return round(float(number.replace("_", "")) * unit)
     except (ValueError, OverflowError):

@@ -1,47 +1,71 @@
-"""Read YAML files strictly: no duplicate keys, no surprising types."""
+"""Read YAML strictly: no duplicate keys, no surprising types.
+
+Two rules differ from YAML 1.1. A pair such as 18:2 (a layer and a head) is text and not a number in base 60; 1e-3 is a
+number. A key that stands twice, of which YAML keeps the second without a word, is an error.
+"""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from linearize.errors import ConfigError, one_line
 
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+# numbers as YAML 1.2 and Python write them
+_NUMBER_PATTERNS = {
+    "int": r"^[-+]?(?:0|[1-9][0-9_]*)$",
+    "float": r"""^[-+]?(?:
+        [0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        | \.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+        | [0-9]+[eE][-+]?[0-9]+
+        | \.(?:inf|Inf|INF)
+        )$
+        | ^\.(?:nan|NaN|NAN)$""",
+}
+# characters that a number can begin with
+_NUMBER_STARTS = list("-+.0123456789")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, in which 18:2 is no number of base 60, and a key that stands twice, of which YAML keeps the second, a mistake."""
+    """A safe YAML loader with the two rules above."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; refuse a key that stands twice. `<<` merges mappings and may."""
         keys = [key.value for key, _ in node.value]
-        for key, (at, _) in zip(keys, node.value):
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.YAMLError(f"key '{key}' stands twice{at.start_mark}")
+        for key, _ in node.value:
+            if key.value != "<<" and keys.count(key.value) > 1:
+                raise yaml.YAMLError(f"key '{key.value}' stands twice{key.start_mark}")
         return super().construct_mapping(node, deep)
 
 
-_NUMBERS = {
-    "int": r"^[-+]?(?:0|[1-9][0-9_]*)$",
-    "float": r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-    r"|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$",
-}
+def _without_numbers(resolvers: list[tuple[str, re.Pattern[str]]]) -> list[tuple[str, re.Pattern[str]]]:
+    """Leave out the resolvers of YAML 1.1 for the types in _NUMBER_PATTERNS."""
+    return [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _NUMBER_PATTERNS]
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _NUMBERS]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: _without_numbers(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _tag, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list("-+.0123456789"))
+for _type, _pattern in _NUMBER_PATTERNS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(_pattern, re.VERBOSE), _NUMBER_STARTS)
+
+
+def parse_value(text: str) -> Any:
+    """Parse a value as it would stand in a YAML file; no text at all is the empty string.
+
+    Raises:
+        yaml.YAMLError: the text is not valid YAML.
+    """
+    return yaml.load(text, _Loader) if text else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises: ConfigError: it is none, or a key stands twice."""
+    """Read the mapping that a YAML file holds; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: the file is not valid YAML, holds no mapping, or repeats a key.
+    """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

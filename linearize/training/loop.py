@@ -61,7 +61,7 @@ class Leg:
 
 def legs_of(recipe: Recipe) -> list[Leg]:
     """The stages of a recipe in their order."""
-    stages = recipe.plan()
+    stages = recipe.resolved_stages()
     counts = [stage.steps(recipe.tokens) for stage in stages]
     sizes = [count * stage.seq_len * stage.batch_size for count, stage in zip(counts, stages)]
     return [

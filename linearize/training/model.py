@@ -13,7 +13,7 @@ from linearize.data.packing import IGNORED, Batch
 from linearize.errors import ConfigError, nearest
 from linearize.families.registry import find_family
 from linearize.modeling.readout import readout_of
-from linearize.settings.recipe import OWN_START, Lora, Loss, Optimizer, Stage
+from linearize.settings.recipe import CHANGES_BASE, Lora, Loss, Optimizer, Stage
 from linearize.training.adalora import adalora_config, add_orthogonality, allot, allotment, restore_allotment
 from linearize.training.losses import chunked_cross_entropy, chunked_kl
 
@@ -66,7 +66,7 @@ def _adapter_config(lora: Lora, steps: int, **common) -> LoraConfig | VeraConfig
         lora_dropout=lora.dropout,
         use_dora=lora.variant == "dora",
         use_rslora=lora.variant == "rslora",
-        init_lora_weights=lora.variant if lora.variant in OWN_START else True,
+        init_lora_weights=lora.variant if lora.variant in CHANGES_BASE else True,
         **common,
     )
 

@@ -32,7 +32,7 @@ from linearize.device import versions
 from linearize.errors import ConfigError
 from linearize.families.registry import FAMILIES
 from linearize.plan import NO_BRANCH, LayerPlan, Plan
-from linearize.settings.recipe import OWN_START, Recipe
+from linearize.settings.recipe import CHANGES_BASE, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -288,7 +288,7 @@ def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
         raise ConfigError(f"MODEL: {model} holds an adapter only; finetune its parent {manifest['finetune']['parent']}")
     positions = config.get("max_position_embeddings")
     settings = manifest["settings"]
-    longest = max(stage.seq_len for stage in recipe.plan())
+    longest = max(stage.seq_len for stage in recipe.resolved_stages())
     if positions and longest > positions:
         raise ConfigError(f"seq_len: got {longest}, the model has {positions} positions")
     check_leaves_window(recipe, settings["mix"], settings["window"], settings["sinks"])
@@ -296,7 +296,7 @@ def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
 
 def check_leaves_window(recipe: Recipe, mix: str, window: int, sinks: int) -> None:
     """Refuses rows that end before the recurrent branch has anything to add."""
-    shortest = min(stage.seq_len for stage in recipe.plan())
+    shortest = min(stage.seq_len for stage in recipe.resolved_stages())
     if mix not in ("sum", NO_BRANCH) and shortest <= window + sinks:
         raise ConfigError(
             f"seq_len: got {shortest}, which never leaves the window of {window} keys and {sinks} sinks, so the recurrent "
@@ -307,8 +307,8 @@ def check_leaves_window(recipe: Recipe, mix: str, window: int, sinks: int) -> No
 def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
     """A teacher of its own: the one named, or the base of a student whose own weights were already trained or which the
     adapters' start changes."""
-    inside = manifest["kind"] == "converted" and recipe.lora.variant not in OWN_START
-    if all(stage.loss.kind != "kl" for stage in recipe.plan()) or (named is None and inside):
+    inside = manifest["kind"] == "converted" and recipe.lora.variant not in CHANGES_BASE
+    if all(stage.loss.kind != "kl" for stage in recipe.resolved_stages()) or (named is None and inside):
         return None
     from linearize.checkpoint.student import open_base
     from linearize.modeling.loading import load_base, load_unconverted
@@ -364,7 +364,7 @@ def _is_narrower(recipe: Recipe, trained: "torch.dtype", parent: Path) -> bool:
 
     if recipe.quantization:
         return True
-    if recipe.lora.variant in OWN_START or trained.itemsize >= 4:
+    if recipe.lora.variant in CHANGES_BASE or trained.itemsize >= 4:
         return False
     own = {torch.bfloat16: "BF16", torch.float16: "F16"}[trained]
     kept = {info.dtype for name, info in read_weights(parent).tensors.items() if ADDED not in name}

@@ -25,9 +25,10 @@ from linearize.checkpoint.writing import write_json
 from linearize.errors import ConfigError
 from linearize.evaluation.suite import Suite, choose_suite
 from linearize.settings.config import ConversionConfig
-from linearize.settings.loading import explain, load_config, load_recipe
+from linearize.settings.loading import load_config, load_recipe
 from linearize.settings.recipe import Recipe
-from linearize.settings.yaml_file import Strict, read_yaml
+from linearize.settings.schema import Strict, explain
+from linearize.settings.yaml_file import read_yaml
 
 STATE = "pipeline.json"
 

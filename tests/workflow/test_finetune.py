@@ -156,7 +156,7 @@ def test_teacher_is_the_base_and_the_student_starts_as_converted(converted):
     batch = next(packed_rows(["sample"], tokenizer, seq_len=48, text_field="text", completion_only=False, seed=0))
     student = load_student(converted, dtype=torch.float32)
     distiller = Distiller(add_adapters(student, settings.lora))
-    distiller.start(settings.plan()[0])
+    distiller.start(settings.resolved_stages()[0])
     got = distiller(batch, torch.tensor(float(distiller.counted(batch))))
     base = tiny_base(tie_word_embeddings=True)
     with torch.no_grad():
@@ -669,7 +669,7 @@ def test_losses_of_the_last_stage_are_those_that_are_told(converted, tmp_path):
 def test_stages_given_with_other_keys_keep_their_own():
     stages = [{"name": "distill", "share": 0.5, "seq_len": 128}, {"name": "distill", "share": 0.5, "seq_len": 512}]
     for flags in ({"stages": stages, "seq_len": 256}, {"seq_len": 256, "stages": stages}):
-        assert [stage.seq_len for stage in load_recipe("lora", flags).plan()] == [128, 512]
+        assert [stage.seq_len for stage in load_recipe("lora", flags).resolved_stages()] == [128, 512]
 
 
 def test_adapters_with_a_start_of_their_own_are_taught_by_the_recorded_base(base_folder, tmp_path):

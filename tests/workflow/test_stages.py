@@ -298,10 +298,10 @@ def test_bad_stages(tmp_path, sets, message):
 
 def test_what_is_given_beside_the_file_holds_for_every_stage():
     given = load_recipe("lolcats", {"seq_len": 2048}, ["optimizer.lr=1e-3", "optimizer.mixer_lr=0.5"])
-    rates = [(stage.optimizer.lr, stage.optimizer.mixer_lr, stage.seq_len) for stage in given.plan()]
+    rates = [(stage.optimizer.lr, stage.optimizer.mixer_lr, stage.seq_len) for stage in given.resolved_stages()]
     assert rates == [(1e-3, 0.5, 2048)] * 2
-    assert load_recipe("full", {"batch_size": 4}).plan()[-1].batch_size == 4
-    assert load_recipe("full").plan()[-1].batch_size == 8
+    assert load_recipe("full", {"batch_size": 4}).resolved_stages()[-1].batch_size == 4
+    assert load_recipe("full").resolved_stages()[-1].batch_size == 8
     with pytest.raises(ConfigError, match="in a recipe of stages their names decide"):
         load_recipe("lolcats", {}, ["loss.kind=ce"])
     # a mapping lies over what is there
@@ -309,8 +309,10 @@ def test_what_is_given_beside_the_file_holds_for_every_stage():
     assert (merged.optimizer.lr, merged.optimizer.mixer_lr, merged.lora.alpha) == (3e-4, 1e-3, 32)
     # completion_only is what a stage called finetune starts from, not what it insists on
     stages = ["stages=[{name: finetune}]"]
-    assert load_recipe("lora", {}, stages).plan()[0].loss.completion_only
-    assert not load_recipe("lora", {}, [*stages, "loss.completion_only=false"]).plan()[0].loss.completion_only
+    assert load_recipe("lora", {}, stages).resolved_stages()[0].loss.completion_only
+    assert (
+        not load_recipe("lora", {}, [*stages, "loss.completion_only=false"]).resolved_stages()[0].loss.completion_only
+    )
 
 
 def test_every_packaged_recipe_trains_the_default_conversion():
