@@ -32,7 +32,7 @@ class LinearizedConfig:
 
 def config_class(family: Family) -> type:
     """Builds and registers the config class of one family; needs none of its modelling code."""
-    # here, since importing it may lead to this very function (modeling/registration.py)
+    # here, since importing it may lead to this very function (modeling/registration.py, step 2)
     from transformers import AutoConfig
 
     if family.model_type in _CONFIGS:
