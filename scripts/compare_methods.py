@@ -19,6 +19,7 @@ from pathlib import Path
 from commands import linearize
 from results_file import write_results
 
+from linearize.checkpoint.student import Student
 from linearize.settings.loading import load_config
 from linearize.settings.recipe import parse_tokens
 
@@ -145,17 +146,18 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
         long = ["--only", "perplexity", "--lengths", "8192", "--max-tokens", "8192"]
         for part, measured in (("long", long), ("passkey", ["--only", "passkey", "--suite", "full"])):
             parts.append(linearize("eval", tuned, *measured, "--data", arguments.book, "-o", folder / part))
-    manifest = json.loads((tuned / "linearize.json").read_text())
+    manifest = Student.read(tuned).manifest
+    training = manifest.finetune
     row = {
         "method": name,
         "label": method.label,
         "seed": seed,
-        "tokens": manifest.get("finetune", {}).get("tokens", 0),
-        "seconds": manifest.get("finetune", {}).get("seconds", 0.0),
-        "settings": manifest["settings"],
-        "recipe": manifest.get("finetune", {}).get("recipe"),
-        "cache": manifest["cache_bytes"][str(CONTEXT)],
-        "state_bytes": manifest["state_bytes"],
+        "tokens": training.tokens if training else 0,
+        "seconds": training.seconds if training else 0.0,
+        "settings": manifest.to_dict()["settings"],
+        "recipe": training.recipe if training else None,
+        "cache": manifest.cache_bytes[str(CONTEXT)],
+        "state_bytes": manifest.state_bytes,
         "metrics": {metric["name"]: figures_of(metric) for part in parts for metric in part["metrics"]},
         "data": [part["data"] for part in parts],
         "versions": short["versions"],

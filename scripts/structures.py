@@ -18,6 +18,7 @@ from pathlib import Path
 from commands import linearize
 from results_file import write_results
 
+from linearize.checkpoint.student import Student
 from linearize.mixers.registry import MIXERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,13 +86,13 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
         "eval", tuned, "--max-tokens", arguments.eval_tokens, "--lengths", ",".join(map(str, LENGTHS)),
         "--recall", DISTANCE, "--recall-rows", 4, "--only", "perplexity,recall",
     )  # fmt: skip
-    manifest = json.loads((tuned / "linearize.json").read_text())
+    manifest = Student.read(tuned).manifest
     row = {
         "structure": name,
         "settings": results["settings"],
-        "parameters_added": manifest["parameters_added"],
-        "state_bytes": manifest["state_bytes"],
-        "training": {key: manifest["finetune"][key] for key in ("tokens", "tokens_per_second")},
+        "parameters_added": manifest.parameters_added,
+        "state_bytes": manifest.state_bytes,
+        "training": manifest.finetune.model_dump(include={"tokens", "tokens_per_second"}),
         "metrics": {
             metric["name"]: {model: value["mean"] for model, value in metric["values"].items()}
             for metric in results["metrics"]

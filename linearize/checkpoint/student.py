@@ -1,116 +1,157 @@
-"""Read a written checkpoint: its manifest, its tokenizer, the folder of its weights and the base it came from."""
+"""Describe a written checkpoint as an object: its folder, its manifest, its weights, its tokenizer and its base model."""
 
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
+from linearize.checkpoint.manifest import FinetuneRecord, Manifest
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.open import open_source
 from linearize.checkpoint.source import Source, local_fingerprint
 from linearize.errors import CheckpointError, ConfigError, one_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# folder of the LoRA adapter in a finetuned checkpoint
 ADAPTER = "adapter"
-
-
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
-
 # beside finetuned weights: the added parameters before any training
 UNTRAINED_FILE = "untrained.safetensors"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """linearize.json of a written checkpoint.
+@dataclass(frozen=True)
+class Student:
+    """A checkpoint that `linearize convert` or `linearize finetune` wrote.
 
-    Raises:
-        ConfigError: no such folder, or not one that linearize wrote.
+    Attributes:
+        folder: the folder of linearize.json.
+        manifest: the content of linearize.json.
     """
-    if not folder.is_dir():
-        raise ConfigError(
-            f"MODEL: no folder '{folder}'; finetune and eval take a folder that `linearize convert` wrote"
-        )
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ConfigError(
-            f"MODEL: {folder} is not a linearized checkpoint (no {MANIFEST}); run `linearize convert` first"
-        )
-    try:
-        manifest = json.loads(path.read_bytes())
-        if not isinstance(manifest, dict) or "kind" not in manifest or "base" not in manifest:
-            raise ValueError("not a manifest")
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
-    return manifest
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Student":
+        """Read the checkpoint in `folder`.
+
+        Raises:
+            ConfigError: no such folder, or not one that linearize wrote.
+            CheckpointError: its linearize.json is damaged or of a newer format version.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"MODEL: no folder '{folder}'; finetune and eval take a folder that `linearize convert` wrote"
+            )
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ConfigError(
+                f"MODEL: {folder} is not a linearized checkpoint (no {MANIFEST}); run `linearize convert` first"
+            )
+        return cls(folder, Manifest.read(path))
+
+    @property
+    def kind(self) -> str:
+        """Kind of the checkpoint: "converted", "finetuned" or "adapter"."""
+        return self.manifest.kind
+
+    @property
+    def is_adapter_only(self) -> bool:
+        """True if the folder holds a LoRA adapter and no model; its parent has the rest."""
+        return self.kind == "adapter"
+
+    @property
+    def weights_folder(self) -> Path:
+        """Folder of config.json and weights: the checkpoint's own, or that of an adapter's parent.
+
+        Raises:
+            ConfigError: the parent is gone, or has changed.
+        """
+        return self.parent().folder if self.is_adapter_only else self.folder
+
+    @property
+    def parent_folder(self) -> Path:
+        """Folder of the checkpoint that was trained, as recorded; it may be gone."""
+        return Path(self._training().parent)
+
+    def _training(self) -> FinetuneRecord:
+        assert self.manifest.finetune is not None, "only a trained checkpoint has a parent"
+        return self.manifest.finetune
+
+    def parent(self) -> "Student":
+        """Return the checkpoint that this adapter was trained from.
+
+        Raises:
+            ConfigError: it is gone, or has changed since.
+        """
+        parent = self.parent_folder
+        if not (parent / "config.json").is_file():
+            raise ConfigError(
+                f"MODEL: {self.folder} holds an adapter only, and the checkpoint that it belongs to, {parent}, is gone"
+            )
+        recorded = self._training().parent_fingerprint  # older manifests have none
+        if recorded is not None and recorded != local_fingerprint(str(parent)):
+            raise ConfigError(
+                f"MODEL: {self.folder} holds an adapter only, and the checkpoint that it belongs to, {parent}, has "
+                "changed since"
+            )
+        return Student.read(parent)
+
+    def read_config(self) -> dict[str, Any]:
+        """Read the model's config.json, a parent's where the folder holds an adapter only."""
+        return json.loads((self.weights_folder / "config.json").read_bytes())
+
+    @contextlib.contextmanager
+    def open_base(self, override: str | None = None, *, option: str = "--base") -> Iterator[Source]:
+        """Open the base model that the manifest records, or `override` in its place.
+
+        Args:
+            option: the command-line option that names `override`, for errors.
+
+        Raises:
+            ConfigError: the recorded base is gone, or has changed since the conversion.
+        """
+        recorded = self.manifest.base
+        reference = override or recorded.reference
+        # everything but a hub id is recorded with its full path
+        if override is None and Path(reference).is_absolute() and not Path(reference).exists():
+            raise ConfigError(f"{option}: the recorded base '{reference}' is gone; name it with {option}")
+        with open_source(
+            reference,
+            revision=recorded.revision if override is None else None,
+            dtype=self.manifest.settings.dtype,
+            merge_adapter=override is None and recorded.kind == "adapter",
+            text_model=override is None and recorded.kind == "text_model",
+            option=option,
+        ) as source:
+            if override is None and (fingerprint := source.fingerprint()) != recorded.fingerprint:
+                raise ConfigError(
+                    f"{option}: '{reference}' has changed since the conversion (fingerprint {str(fingerprint)[:12]}, "
+                    f"recorded {recorded.fingerprint[:12]}); convert again, or name the right base with {option}"
+                )
+            yield source
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document that `--json` prints: the folder as "output", then the manifest."""
+        return {"output": str(self.folder.resolve()), **self.manifest.to_dict()}
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """A folder's tokenizer, None where it has none.
+def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
+    """Load the tokenizer of a checkpoint folder; None if it has no tokenizer files.
 
     Raises:
         CheckpointError: it is damaged.
     """
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare ones
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {one_line(error, 200)}") from None
-
-
-def weights_folder(folder: Path) -> Path:
-    """Where a checkpoint's weights lie: its own folder, of an adapter-only one its parent's."""
-    if (folder / "config.json").is_file():
-        return folder
-    return parent_folder(folder, read_manifest(folder))
-
-
-def parent_folder(folder: Path, manifest: dict[str, Any]) -> Path:
-    """Where the checkpoint lies that an adapter-only folder was trained from.
-
-    Raises:
-        ConfigError: it is gone, or another than then.
-    """
-    trained = manifest["finetune"]
-    parent = Path(trained["parent"])
-    if not (parent / "config.json").is_file():
-        raise ConfigError(
-            f"MODEL: {folder} holds an adapter only, and the checkpoint that it belongs to, {parent}, is gone"
-        )
-    recorded = trained.get("parent_fingerprint")  # older manifests have none
-    if recorded is not None and recorded != local_fingerprint(str(parent)):
-        raise ConfigError(
-            f"MODEL: {folder} holds an adapter only, and the checkpoint that it belongs to, {parent}, has changed since"
-        )
-    return parent
-
-
-@contextlib.contextmanager
-def open_base(manifest: dict[str, Any], override: str | None = None, *, option: str = "--base") -> Iterator[Source]:
-    """The base model that a manifest records, or the one named instead of it by `option`.
-
-    Raises:
-        ConfigError: it is gone, or has changed since the conversion.
-    """
-    recorded = manifest["base"]
-    reference = override or recorded["reference"]
-    # what is not a hub id is recorded with its full path
-    if override is None and Path(reference).is_absolute() and not Path(reference).exists():
-        raise ConfigError(f"{option}: the recorded base '{reference}' is gone; name it with {option}")
-    with open_source(
-        reference,
-        revision=recorded["revision"] if override is None else None,
-        dtype=manifest["settings"]["dtype"],
-        merge_adapter=override is None and recorded["kind"] == "adapter",
-        text_model=override is None and recorded["kind"] == "text_model",
-        option=option,
-    ) as source:
-        if override is None and source.fingerprint() != recorded["fingerprint"]:
-            raise ConfigError(
-                f"{option}: '{reference}' has changed since the conversion (fingerprint {source.fingerprint()[:12]}, "
-                f"recorded {recorded['fingerprint'][:12]}); convert again, or name the right base with {option}"
-            )
-        yield source

@@ -167,7 +167,7 @@ def convert(
     from linearize.workflows.convert import convert as run
 
     quiet_libraries()
-    result = run(
+    student = run(
         model,
         settings,
         out=out,
@@ -181,22 +181,21 @@ def convert(
         progress=note,
     )
     if json_:
-        emit_json(result)
+        emit_json(student.to_dict())
         return
-    coverage = result["coverage"]
+    manifest, coverage = student.manifest, student.manifest.coverage
     emit(
-        f"converted {coverage['layers_converted']} of {coverage['layers_planned']} planned layers and "
-        f"{coverage['heads_converted']} of {coverage['heads_planned']} planned key/value heads; "
-        f"{result['parameters_added']:,} parameters added; weights: {result['weights']['placed']}"
+        f"converted {coverage.layers_converted} of {coverage.layers_planned} planned layers and "
+        f"{coverage.heads_converted} of {coverage.heads_planned} planned key/value heads; "
+        f"{manifest.parameters_added:,} parameters added; weights: {manifest.weights.placed}"
     )
-    if "verification" in result:
-        check = result["verification"]
+    if (verification := manifest.verification) is not None:
         emit(
-            f"verified over {check['tokens']} tokens: softmax everywhere differs from the base by "
-            f"{check['softmax_everywhere_max_difference']:g}, cached decode from the full forward by "
-            f"{check['cached_decode_max_difference']:.1e}"
+            f"verified over {verification.tokens} tokens: softmax everywhere differs from the base by "
+            f"{verification.softmax_everywhere_max_difference:g}, cached decode from the full forward by "
+            f"{verification.cached_decode_max_difference:.1e}"
         )
-    emit(result["output"])
+    emit(str(student.folder))
 
 
 def plan(

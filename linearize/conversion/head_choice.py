@@ -51,7 +51,7 @@ def base_head_scores(
     progress: Callable[[str], None],
 ) -> list[list[float]]:
     """What recall or long text loses with each head, from running the base; kept for its next conversion."""
-    from linearize.checkpoint.student import tokenizer_of
+    from linearize.checkpoint.student import read_tokenizer
     from linearize.conversion.scoring import combined, eliminate, head_scores
     from linearize.data.documents import data_fingerprint
     from linearize.device import compute_dtype, pick_device
@@ -61,7 +61,7 @@ def base_head_scores(
         return [[0.0] * config["num_key_value_heads"]] * config["num_hidden_layers"]
     scoring, reach = settings.scoring, {"window": settings.window, "sinks": settings.sinks}
     key = {"base": source.fingerprint(), "by": by, **reach, **scoring.model_dump(), "layers": list(layers)}
-    key["data"] = [data_fingerprint([scoring.text]), tokenizer_fingerprint(tokenizer_of(source.folder))]
+    key["data"] = [data_fingerprint([scoring.text]), tokenizer_fingerprint(read_tokenizer(source.folder))]
     key["precision"] = str(compute_dtype("auto"))
     first: list[list[float]] = []
     if eliminating := scoring.method == "elimination":
@@ -120,13 +120,13 @@ def _probe_groups(
 
 def _facts(source: Source, config: dict[str, Any], settings: ConversionConfig) -> "Probe | None":
     """Facts at the longest distance that fits; None without a tokenizer, or where neither text nor positions are long enough."""
-    from linearize.checkpoint.student import tokenizer_of
+    from linearize.checkpoint.student import read_tokenizer
     from linearize.conversion.probes import BEFORE, facts_probe
     from linearize.data.text_rows import text_rows
 
     scoring, room = settings.scoring, 2 * BEFORE
     fitting = [n for n in scoring.distances if n > settings.window and n + room <= config["max_position_embeddings"]]
-    if not scoring.fact_rows or not fitting or (tokenizer := tokenizer_of(source.folder)) is None:
+    if not scoring.fact_rows or not fitting or (tokenizer := read_tokenizer(source.folder)) is None:
         return None
     text = text_rows(source, settings.window, scoring.text, scoring.fact_rows)
     if text is None or text.numel() < max(fitting) + room:

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from linearize.checkpoint.source import Source
-from linearize.checkpoint.student import tokenizer_of
+from linearize.checkpoint.student import read_tokenizer
 from linearize.data.documents import documents
 
 LONGEST = 2048
@@ -18,7 +18,7 @@ def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | Non
     Raises:
         ConfigError: no such dataset.
     """
-    if (tokenizer := tokenizer_of(source.folder)) is None:
+    if (tokenizer := read_tokenizer(source.folder)) is None:
         return None
     ids: list[int] = []
     for document, _ in documents(name, tokenizer, text_field="text", completion_only=False, seed=None):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from linearize.checkpoint.student import Student
 from linearize.checkpoint.writing import check_writable
 from linearize.errors import ConfigError
 from linearize.evaluation.suite import Suite, within_positions
@@ -28,7 +29,6 @@ def check_request(
     Raises:
         ConfigError: a gate on what is not measured, an unreadable file, an unknown task.
     """
-    from linearize.checkpoint.student import read_manifest
     from linearize.evaluation.harness import load_tasks
     from linearize.evaluation.letters import read_items
 
@@ -41,7 +41,7 @@ def check_request(
     if summary_file is not None:
         check_writable(summary_file, "--summary-file", folder=False)
     if suite.control is not None:
-        read_manifest(Path(suite.control))
+        Student.read(suite.control)
     for path in suite.choice:
         read_items(Path(path), suite.task_limit)
     tasks = load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None) if suite.tasks else {}
@@ -71,13 +71,12 @@ def check_text(
     Raises:
         ConfigError: one of these.
     """
-    from linearize.checkpoint.student import read_manifest
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_tokenizer
 
     # a conversion has its base's positions
     suite, _ = within_positions(suite, json.loads((model / "config.json").read_bytes()))
-    check_recovery(min_recovery, suite, read_manifest(model)["settings"]["window"])
+    check_recovery(min_recovery, suite, Student.read(model).manifest.settings.window)
     check_gates(expand_gates(gates), suite.figures(), open_ended=bool(suite.tasks))
     older = read_older(compare) if compare else None
     read_evaluation_text(suite, load_tokenizer(model), older, compute_dtype("auto"), pick_device())

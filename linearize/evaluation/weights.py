@@ -1,15 +1,14 @@
 """Decide which sets of weights an evaluation needs, how each is loaded, and whether all fit into memory at once."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from linearize.checkpoint.fingerprint import sha256
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.source import Source
+from linearize.checkpoint.student import Student
 from linearize.conversion.keep_softmax import spread_evenly
 from linearize.errors import ConfigError
 from linearize.evaluation.suite import Suite
@@ -21,41 +20,40 @@ HEADROOM = 1.25
 
 
 def weight_loaders(
-    model: Path, manifest: dict[str, Any], source: Source, suite: Suite, dtype
+    student: Student, source: Source, suite: Suite, dtype
 ) -> tuple[dict[str, Callable], dict[str, Path]]:
     """The sets of weights of an evaluation: functions that load them, and the folders they come from."""
-    from linearize.checkpoint.student import read_manifest
     from linearize.evaluation.lab import REFERENCE
     from linearize.modeling.loading import load_student, load_unconverted, untrained_parameters
 
-    plan = Plan.from_dict(manifest["plan"])
+    plan = student.manifest.plan
     vocabulary = source.read_config()["vocab_size"]
     loaders: dict[str, Callable] = {
-        REFERENCE: lambda: load_unconverted(source, plan, dtype=dtype, added=untrained_parameters(model, manifest)),
-        STUDENT: lambda: _same_vocabulary(load_student(model, dtype=dtype), vocabulary, "the student"),
+        REFERENCE: lambda: load_unconverted(source, plan, dtype=dtype, added=untrained_parameters(student)),
+        STUDENT: lambda: _same_vocabulary(load_student(student.folder, dtype=dtype), vocabulary, "the student"),
     }
-    folders = {REFERENCE: source.folder, STUDENT: model}
+    folders = {REFERENCE: source.folder, STUDENT: student.weights_folder}
     if suite.uniform:
-        heads = manifest["coverage"]["heads"] // len(plan.layers)
-        uniform = spread_softmax_heads(plan, heads)
+        uniform = spread_softmax_heads(plan, student.manifest.coverage.heads_per_layer)
         loaders[UNIFORM] = lambda: load_unconverted(
-            source, uniform, dtype=dtype, added=_calibrated(source, uniform, manifest)
+            source, uniform, dtype=dtype, added=_calibrated(source, uniform, student)
         )
         folders[UNIFORM] = source.folder
     if suite.control is not None:
-        folder = Path(suite.control)
-        control = read_manifest(folder)
-        if control["base"]["fingerprint"] != manifest["base"]["fingerprint"]:
+        control = Student.read(suite.control)
+        if control.manifest.base.fingerprint != student.manifest.base.fingerprint:
             raise ConfigError(
-                f"--control: {folder} comes from another base ({control['base']['name']}) than the student"
+                f"--control: {control.folder} comes from another base ({control.manifest.base.name}) than the student"
             )
-        if control["coverage"]["heads_converted"]:
+        if linear_heads := control.manifest.coverage.heads_converted:
             raise ConfigError(
-                f"--control: {folder} has {control['coverage']['heads_converted']} linear heads; a control is the base "
+                f"--control: {control.folder} has {linear_heads} linear heads; a control is the base "
                 "with the student's recipe (`linearize convert --keep-softmax all`, then `linearize finetune`)"
             )
-        loaders[CONTROL] = lambda: _same_vocabulary(load_student(folder, dtype=dtype), vocabulary, "the control")
-        folders[CONTROL] = folder
+        loaders[CONTROL] = lambda: _same_vocabulary(
+            load_student(control.folder, dtype=dtype), vocabulary, "the control"
+        )
+        folders[CONTROL] = control.weights_folder
     return loaders, folders
 
 
@@ -71,16 +69,16 @@ def spread_softmax_heads(plan: Plan, heads: int) -> Plan:
     return replace(plan, layers=tuple(layers))
 
 
-def _calibrated(source: Source, plan: Plan, manifest: dict[str, Any]):
+def _calibrated(source: Source, plan: Plan, student: Student):
     """Added parameters of another plan, calibrated as the student's were."""
-    if not manifest.get("calibration"):
+    settings = student.manifest.settings.calibration
+    if student.manifest.calibration is None or settings is None:
         return None
     from linearize.conversion.calibrate import calibrate
     from linearize.data.text_rows import text_rows
 
-    settings = manifest["settings"]["calibration"]
-    rows = text_rows(source, plan.longest_window(), settings["text"], settings["rows"])
-    return calibrate(source, plan, rows, settings["text"]).tensors
+    rows = text_rows(source, plan.longest_window(), settings.text, settings.rows)
+    return calibrate(source, plan, rows, settings.text).tensors
 
 
 def _same_vocabulary(model, size: int, name: str):
@@ -92,12 +90,11 @@ def _same_vocabulary(model, size: int, name: str):
     return model
 
 
-def require_same_shape(source: Source, model: Path) -> None:
+def require_same_shape(source: Source, student: Student) -> None:
     """A plan names heads, and what a conversion adds is as large as they are."""
-    from linearize.checkpoint.student import weights_folder
     from linearize.families.registry import find_family
 
-    own = json.loads((weights_folder(model) / "config.json").read_bytes())
+    own = student.read_config()
     family = find_family(own["linearize"]["base_model_type"])
     config, own = ({**raw, **family.heads(raw)} for raw in (source.read_config(), own))
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -125,22 +122,17 @@ def require_same_tokenizer(source: Source, tokenizer) -> None:
 
 def fits_in_memory(folders: dict[str, Path], dtype, device: str) -> bool:
     """Whether all weights and what computing takes beside them have room in memory at once."""
-    from linearize.checkpoint.student import weights_folder
     from linearize.checkpoint.weights import read_weights
     from linearize.device import available_memory
 
     parameters = sum(
-        math.prod(info.shape)
-        for folder in folders.values()
-        for info in read_weights(weights_folder(folder)).tensors.values()
+        math.prod(info.shape) for folder in folders.values() for info in read_weights(folder).tensors.values()
     )
     return parameters * dtype.itemsize * HEADROOM <= available_memory(device)
 
 
-def weights_fingerprint(model: Path) -> str:
+def weights_fingerprint(student: Student) -> str:
     """Of a student: its records, and names, sizes and times of its weights, of an adapter alone with its parent's."""
-    from linearize.checkpoint.student import weights_folder
-
-    files = [path for folder in {model, weights_folder(model)} for path in folder.rglob("*.safetensors")]
+    files = [path for folder in {student.folder, student.weights_folder} for path in folder.rglob("*.safetensors")]
     stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(files)]
-    return sha256([(model / MANIFEST).read_bytes(), *(line.encode() for line in stats)])
+    return sha256([(student.folder / MANIFEST).read_bytes(), *(line.encode() for line in stats)])

@@ -16,10 +16,8 @@ from linearize.checkpoint.student import (
     ADAPTER,
     TOKENIZERS,
     UNTRAINED_FILE,
-    parent_folder,
-    read_manifest,
-    tokenizer_of,
-    weights_folder,
+    Student,
+    read_tokenizer,
 )
 from linearize.checkpoint.weights import read_weights
 from linearize.errors import CheckpointError, ConfigError, CoverageError, one_line
@@ -35,13 +33,13 @@ def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None =
     Args:
         quantization: "int8" or "nf4" for the projections, by bitsandbytes.
     """
-    manifest = read_manifest(folder)
-    if (folder / "config.json").is_file():
+    student = Student.read(folder)
+    if not student.is_adapter_only:
         options = {} if quantization is None else {"quantization_config": _quantized(quantization, dtype)}
         return _load_exactly(folder, dtype=dtype, **options)
     from peft import PeftModel
 
-    parent = load_student(parent_folder(folder, manifest), dtype=dtype)
+    parent = load_student(student.weights_folder, dtype=dtype)
     return merged(PeftModel.from_pretrained(parent, folder / ADAPTER))
 
 
@@ -77,16 +75,16 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         ConfigError: there is none. CheckpointError: it is damaged.
     """
-    folder = weights_folder(folder)
+    folder = Student.read(folder).weights_folder
     register_checkpoint(folder)
-    if (tokenizer := tokenizer_of(folder)) is None:
+    if (tokenizer := read_tokenizer(folder)) is None:
         raise ConfigError(f"MODEL: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); put the base's into it")
     return tokenizer
 
 
 def positions_of(folder: Path) -> int:
     """How many positions a checkpoint's model has."""
-    register_checkpoint(folder := weights_folder(folder))
+    register_checkpoint(folder := Student.read(folder).weights_folder)
     return AutoConfig.from_pretrained(folder).max_position_embeddings
 
 
@@ -125,15 +123,15 @@ def load_unconverted(
     return model
 
 
-def untrained_parameters(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+def untrained_parameters(student: Student) -> dict[str, torch.Tensor] | None:
     """The added parameters of a checkpoint before any training, where calibration set them."""
-    if not manifest.get("calibration"):
+    if student.manifest.calibration is None:
         return None
-    if (folder / UNTRAINED_FILE).is_file():
-        return load_file(folder / UNTRAINED_FILE)
-    if (parent := weights_folder(folder)) != folder:
-        return untrained_parameters(parent, read_manifest(parent))
-    return added_of(folder)
+    if (student.folder / UNTRAINED_FILE).is_file():
+        return load_file(student.folder / UNTRAINED_FILE)
+    if student.is_adapter_only:
+        return untrained_parameters(student.parent())
+    return added_of(student.folder)
 
 
 def added_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,21 +6,20 @@ from typing import Any
 
 import yaml
 
+from linearize.checkpoint.manifest import BaseRecord, Manifest
 from linearize.checkpoint.writing import write_text
-from linearize.plan import NO_BRANCH
+from linearize.plan import NO_BRANCH, LayerPlan
 from linearize.report.results import STUDENT, Results
 
 BEGIN, END = "<!-- linearize eval -->", "<!-- end of linearize eval -->"
 
 
-def conversion_card(manifest: dict[str, Any], base_folder: Path) -> str:
+def conversion_card(manifest: Manifest, base_folder: Path) -> str:
     """The card of a converted or finetuned checkpoint. The licence is the base card's, when it states one."""
-    base, coverage, settings = manifest["base"], manifest["coverage"], manifest["settings"]
-    name = base["name"]
-    weights = "merged with LoRA" if "finetune" in manifest else "unchanged"
-    heads = coverage["heads"] // coverage["layers"]
-    changed = [layer for layer in manifest["plan"]["layers"] if len(layer["softmax_heads"]) < heads]
-    longer = settings.get("softmax_window")
+    base, coverage, name = manifest.base, manifest.coverage, manifest.base.name
+    weights = "unchanged" if manifest.finetune is None else "merged with LoRA"
+    changed = [layer for layer in manifest.plan.layers if len(layer.softmax_heads) < coverage.heads_per_layer]
+    longer = manifest.settings.softmax_window
     kept = f" The other heads see {longer:,} keys and the sinks." if longer else ""
     return f"""---
 {_metadata(base, base_folder)}library_name: transformers
@@ -30,10 +29,10 @@ tags: [linearize, linear-attention]
 
 # {name}, linearized
 
-[{name}]({_link(base)}) with softmax attention replaced in {coverage["heads_converted"]} of {coverage["heads"]} key/value
-heads by {_replacement(changed)}.{kept} Base weights are {weights}; {manifest["parameters_added"]:,} parameters were added.
+[{name}]({_link(base)}) with softmax attention replaced in {coverage.heads_converted} of {coverage.heads} key/value
+heads by {_replacement(changed)}.{kept} Base weights are {weights}; {manifest.parameters_added:,} parameters were added.
 {_calibration_note(manifest)}{_recovery_note(manifest)}
-{_cache_table(manifest["cache_bytes"])}
+{_cache_table(manifest.cache_bytes)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,37 +45,37 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 """
 
 
-def _replacement(layers: list[dict[str, Any]]) -> str:
+def _replacement(layers: list[LayerPlan]) -> str:
     """What stands in place of softmax, of every kind that the layers' plans name."""
     kinds: dict[str, None] = {}
     for layer in layers:
-        parts = [f"a window of {layer['window']} keys", f"{layer['sinks']} sinks"]
-        if layer["mixer"] != NO_BRANCH:
-            parts.append(f"a recurrent branch ({layer['mixer']}, mixed by `{layer['mix']}`)")
+        parts = [f"a window of {layer.window} keys", f"{layer.sinks} sinks"]
+        if layer.mixer != NO_BRANCH:
+            parts.append(f"a recurrent branch ({layer.mixer}, mixed by `{layer.mix}`)")
         kinds[f"{', '.join(parts[:-1])} and {parts[-1]}"] = None
     return "; elsewhere ".join(kinds) or "nothing"
 
 
-def _calibration_note(manifest: dict[str, Any]) -> str:
-    fitted = manifest.get("calibration")
-    if not fitted or not fitted["attention_error"]:
+def _calibration_note(manifest: Manifest) -> str:
+    fitted = manifest.calibration
+    if fitted is None or not fitted.attention_error:
         return ""
-    errors = fitted["attention_error"].values()
+    errors = fitted.attention_error.values()
     near, far = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
     return (
-        f"\nThe added parameters were fitted to the base's attention on rows of {fitted['tokens']:,} tokens, from "
-        f"{fitted['text']} and random ones copied; on two rows held out the relative square error beyond the window is "
+        f"\nThe added parameters were fitted to the base's attention on rows of {fitted.tokens:,} tokens, from "
+        f"{fitted.text} and random ones copied; on two rows held out the relative square error beyond the window is "
         f"{far:.3f} (window + sinks: {near:.3f}).\n"
     )
 
 
-def _recovery_note(manifest: dict[str, Any]) -> str:
-    if (done := manifest.get("finetune")) is None:
+def _recovery_note(manifest: Manifest) -> str:
+    if (training := manifest.finetune) is None:
         return ""
-    stages = done["recipe"]["stages"] or [done["recipe"]]
+    stages = training.recipe["stages"] or [training.recipe]
     return (
-        f"\nRecovered with recipe `{done['recipe_name']}` on {done['tokens']:,} tokens of "
-        f"{', '.join(done['recipe']['data'])} (loss {', then '.join(stage['loss']['kind'] for stage in stages)}).\n"
+        f"\nRecovered with recipe `{training.recipe_name}` on {training.tokens:,} tokens of "
+        f"{', '.join(training.recipe['data'])} (loss {', then '.join(stage['loss']['kind'] for stage in stages)}).\n"
     )
 
 
@@ -128,8 +127,8 @@ def model_index(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _metadata(base: dict[str, Any], base_folder: Path) -> str:
-    lines = [f"base_model: {base['reference'] if base['kind'] == 'hub' else base['name']}\n"]
+def _metadata(base: BaseRecord, base_folder: Path) -> str:
+    lines = [f"base_model: {base.reference if base.kind == 'hub' else base.name}\n"]
     card = base_folder / "README.md"
     if card.is_file():
         match = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
@@ -138,8 +137,8 @@ def _metadata(base: dict[str, Any], base_folder: Path) -> str:
     return "".join(lines)
 
 
-def _link(base: dict[str, Any]) -> str:
-    return f"https://huggingface.co/{base['reference']}" if base["kind"] == "hub" else base["name"]
+def _link(base: BaseRecord) -> str:
+    return f"https://huggingface.co/{base.reference}" if base.kind == "hub" else base.name
 
 
 def _mib(size: int) -> str:

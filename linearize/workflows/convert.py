@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from linearize.checkpoint.assets import copy_assets
 from linearize.checkpoint.base import base_config, expected_tensors
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.checkpoint.manifest import MANIFEST_VERSION, Manifest
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.open import open_source
 from linearize.checkpoint.outputs import default_output
+from linearize.checkpoint.student import Student
 from linearize.checkpoint.weights import INDEX, SINGLE, read_weights
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
 from linearize.conversion.inspection import Inspection, inspect_source
@@ -32,16 +34,17 @@ from linearize.device import versions
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
 from linearize.settings.config import ConversionConfig
+from linearize.settings.loading import load_config
 
 if TYPE_CHECKING:
     from linearize.conversion.calibrate import Calibration
 
 
 def convert(
-    model: str,
-    settings: ConversionConfig,
+    model: str | Path,
+    config: ConversionConfig | str | Path | None = None,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     revision: str | None = None,
     link: str = "auto",
     verify: bool = True,
@@ -50,12 +53,32 @@ def convert(
     merge_adapter: bool = False,
     text_model: bool = False,
     progress: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Converts `model` into the folder `out` and returns what linearize.json says, with the paths.
+) -> Student:
+    """Convert a pretrained model into a linear-time one, and write it as a checkpoint that transformers loads.
+
+    Args:
+        model: hub id, folder of safetensors, or .gguf file of the base model.
+        config: name of a packaged config (`linearize list configs`), a YAML file, or a `ConversionConfig`; None takes
+            the defaults.
+        out: folder to write; by default linearized/NAME-converted under the current folder.
+        revision: branch, tag or commit of a hub model.
+        link: placement of the base's weight files: "hard" insists on hard links, "copy" makes bytes of its own, "auto" takes
+            the cheapest way the file system has.
+        verify: check the result in a fresh process before it appears at `out`.
+        overwrite: replace a checkpoint that stands at `out`.
+        trust_remote_code: accept, without a message, a model that brings code of its own. The code is never run.
+        merge_adapter: `model` is a PEFT adapter; merge it into its base model first.
+        text_model: convert the text model inside a model for images or sound.
+        progress: receives one line of text at a time.
+
+    Returns:
+        The written checkpoint: its folder, and its manifest with coverage, added parameters and verification.
 
     Raises:
         LinearizeError: every foreseen failure, with its exit code. Nothing is left at `out`.
     """
+    settings = config if isinstance(config, ConversionConfig) else load_config(None if config is None else str(config))
+    model, out = str(model), None if out is None else Path(out)
     if out is not None:
         check_target(out, overwrite=overwrite)
     with open_source(
@@ -96,9 +119,10 @@ def convert(
             manifest = write_checkpoint(folder, inspection, placed, _calibration(inspection, progress))
             if verify:
                 progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
-                manifest["verification"] = run_verification(folder, source.folder)
-            write_json(folder / MANIFEST, manifest)
-    return {"output": str(out.resolve()), **manifest}
+                verification = run_verification(folder, source.folder)
+                manifest = Manifest.from_document({**manifest.to_dict(), "verification": verification})
+            write_json(folder / MANIFEST, manifest.to_dict())
+    return Student(out.resolve(), manifest)
 
 
 def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Calibration | None":
@@ -128,8 +152,8 @@ def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Ca
 
 def write_checkpoint(
     folder: Path, inspection: Inspection, placed: Callable[[], str], calibration: "Calibration | None" = None
-) -> dict[str, Any]:
-    """Step 5, the base's shards being on their way. Returns the manifest that becomes linearize.json."""
+) -> Manifest:
+    """Step 5, the base's shards being on their way. Returns the content of linearize.json."""
     from linearize.modeling.export import write_portable
     from linearize.report.card import conversion_card
 
@@ -140,8 +164,8 @@ def write_checkpoint(
     write_portable(folder, inspection.plan)
     how = placed()
     shard_names = _complete_weights(folder, inspection, calibration)
-    manifest = {
-        "format_version": 1,
+    document = {
+        "format_version": MANIFEST_VERSION,
         "kind": "converted",
         "base": inspection.source.describe(),
         "settings": inspection.settings.model_dump(),
@@ -158,8 +182,9 @@ def write_checkpoint(
         "sha256": {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()},
         "versions": versions(),
     }
+    manifest = Manifest.from_document(document)
     write_text(folder / "README.md", conversion_card(manifest, inspection.source.folder))
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, document)
     return manifest
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from linearize.checkpoint.student import Student
 from linearize.checkpoint.writing import check_writable, write_json, write_text
 from linearize.device import versions
 from linearize.errors import ConfigError
@@ -29,7 +30,6 @@ from linearize.evaluation.weights import (
     weight_loaders,
     weights_fingerprint,
 )
-from linearize.plan import Plan
 from linearize.report.card import add_evaluation
 from linearize.report.gates import (
     evaluate_gates,
@@ -65,7 +65,6 @@ def evaluate(
     Raises:
         ConfigError: bad gates, data, base, tasks, control. LinearizeError: logits that are not finite.
     """
-    from linearize.checkpoint.student import open_base, read_manifest
     from linearize.data.documents import data_fingerprint
     from linearize.device import compute_dtype, pick_device
     from linearize.evaluation.harness import task_fingerprint
@@ -73,8 +72,8 @@ def evaluate(
     from linearize.modeling.loading import load_tokenizer
 
     started = time.monotonic()
-    manifest = read_manifest(model)
-    window = manifest["settings"]["window"]
+    student = Student.read(model)
+    window = student.manifest.settings.window
     expressions, older, tasks = check_request(
         suite, window, gates=gates, min_recovery=min_recovery, compare=compare, summary_file=summary_file
     )
@@ -83,15 +82,15 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     dtype, device = compute_dtype(precision), pick_device()
     unfinished = None if out is None else out / UNFINISHED
-    with open_base(manifest, base) as source, work_folder(unfinished) as work:
+    with student.open_base(base) as source, work_folder(unfinished) as work:
         suite, notes = within_positions(suite, source.read_config())
         check_recovery(min_recovery, suite, window)
-        if not any(layer.has_branch for layer in Plan.from_dict(manifest["plan"]).layers):
+        if not any(layer.has_branch for layer in student.manifest.plan.layers):
             suite = replace(suite, branch=False)
-        require_same_shape(source, model)
+        require_same_shape(source, student)
         require_same_tokenizer(source, tokenizer)
         text, data = read_evaluation_text(suite, tokenizer, older, dtype, device)
-        loaders, folders = weight_loaders(model, manifest, source, suite, dtype)
+        loaders, folders = weight_loaders(student, source, suite, dtype)
         together = hold == "together" or (hold == "auto" and fits_in_memory(folders, dtype, device))
         if not together:
             notes.append(
@@ -100,20 +99,23 @@ def evaluate(
             )
         vocabulary = min(len(tokenizer), source.read_config()["vocab_size"])
         lab = Lab(loaders, tokenizer, vocabulary, text, device, suite.seed, together, work, progress)
-        identity = {name: weights_fingerprint(folders[name]) for name in (STUDENT, CONTROL) if name in folders}
+        identity = {STUDENT: weights_fingerprint(student)}
+        if suite.control is not None:
+            identity[CONTROL] = weights_fingerprint(Student.read(suite.control))
         identity |= {"base": source.fingerprint(), "dtype": str(dtype), "suite": asdict(suite)}
         identity |= {"data": data_fingerprint([*suite.data, *suite.choice])}
         identity |= {"tasks": [task_fingerprint(task, suite.task_limit) for task in tasks.values()]}
         findings = run_stages(lab, stages_of(suite, tasks, source.fingerprint()), identity, unfinished)
         base_name = source.name
+    record = student.manifest.to_dict()
     metrics = tuple(metric for found in findings for metric in found.metrics)
     results = Results(
         schema_version=SCHEMA_VERSION,
         model=model.resolve().name,
         base=base_name,
-        settings=manifest["settings"],
-        coverage=manifest["coverage"],
-        cache_bytes=manifest["cache_bytes"],
+        settings=record["settings"],
+        coverage=record["coverage"],
+        cache_bytes=record["cache_bytes"],
         data=data,
         metrics=metrics,
         positions={name: rows for found in findings for name, rows in found.positions.items()},

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.manifest import Manifest
 from linearize.checkpoint.names import ADDED, MANIFEST, METRICS
 from linearize.checkpoint.outputs import default_output
 from linearize.checkpoint.source import local_fingerprint
+from linearize.checkpoint.student import ADAPTER, UNTRAINED_FILE, Student
 from linearize.checkpoint.writing import (
     alone_in,
     atomic_folder,
@@ -63,19 +65,18 @@ def finetune(
     """
     from accelerate.utils import set_seed
 
-    from linearize.checkpoint.student import read_manifest
     from linearize.modeling.loading import load_tokenizer
     from linearize.training.loop import legs_of
     from linearize.training.model import Distiller, add_adapters
 
-    manifest = read_manifest(model)
-    _check_recipe(recipe, manifest, model)
+    source = Student.read(model)
+    _check_recipe(recipe, source)
     out = out or default_output(model.resolve().name.removesuffix("-converted"), Path(recipe_name).stem)
     if out.resolve() == model.resolve():
         raise ConfigError(f"--out: got {out}, the checkpoint that is to be trained; name another folder")
     check_target(out, overwrite=overwrite)
     if merge:
-        check_space(out.parent, manifest["weights"]["bytes"])
+        check_space(out.parent, source.manifest.weights.bytes)
     work = out.parent / f"{out.name}.training"
 
     accelerator, dtype = _accelerator(recipe.precision)
@@ -83,8 +84,8 @@ def finetune(
     if not main:
         progress = _silent
     legs = legs_of(recipe)
-    rows = _rows_of_stages(recipe, legs, load_tokenizer(model), manifest["settings"]["window"])
-    fingerprint = run_fingerprint(model, manifest, recipe, teacher, accelerator.num_processes)
+    rows = _rows_of_stages(recipe, legs, load_tokenizer(model), source.manifest.settings.window)
+    fingerprint = run_fingerprint(source, recipe, teacher, accelerator.num_processes)
     if main:
         check_free(work, out)
         _resume_or_restart(work, fingerprint, restart, progress)
@@ -92,7 +93,7 @@ def finetune(
 
     set_seed(recipe.seed)
     student = _student(model, recipe, dtype)
-    teacher_model = _teacher(manifest, recipe, teacher, dtype, accelerator.device)
+    teacher_model = _teacher(source, recipe, teacher, dtype, accelerator.device)
     before_adapters = sum(leg.steps for leg in legs if leg.stage.loss.kind == "attention")
     adapter_steps = max(legs[-1].total - before_adapters, 1)
     adapted = add_adapters(student, recipe.lora, steps=adapter_steps).to(accelerator.device)
@@ -125,19 +126,23 @@ def finetune(
         "processes": accelerator.num_processes,
         "data_fingerprint": fingerprint["data"],
     }
-    manifest = {
-        **{key: value for key, value in manifest.items() if key not in ("verification", "sha256", "finetune")},
+    document = {
+        **{
+            key: value
+            for key, value in source.manifest.to_dict().items()
+            if key not in ("verification", "sha256", "finetune")
+        },
         "kind": "finetuned" if merge else "adapter",
         "finetune": done,
         "versions": versions(),
     }
     with atomic_folder(out, overwrite=overwrite) as folder:
         shutil.copyfile(work / METRICS, folder / METRICS)
-        manifest |= _write_weights(folder, model, manifest, adapted, merge, _is_narrower(recipe, dtype, model))
-        write_json(folder / MANIFEST, manifest)
+        document |= _write_weights(folder, source, document, adapted, merge, _is_narrower(recipe, dtype, model))
+        write_json(folder / MANIFEST, document)
     shutil.rmtree(work)
     accelerator.wait_for_everyone()
-    return {"output": str(out.resolve()), **manifest}
+    return {"output": str(out.resolve()), **document}
 
 
 def _accelerator(precision: str) -> "tuple[Accelerator, torch.dtype]":
@@ -240,7 +245,7 @@ def _measured(metrics: Path, legs: "list[Leg]", trained: int, seconds: float) ->
 
 
 def _write_weights(
-    folder: Path, parent: Path, manifest: dict[str, Any], adapted: Any, merge: bool, narrower: bool
+    folder: Path, parent: Student, document: dict[str, Any], adapted: Any, merge: bool, narrower: bool
 ) -> dict[str, Any]:
     """The adapter, and with `merge` a checkpoint that holds it; returns what the manifest says of its files.
 
@@ -251,7 +256,6 @@ def _write_weights(
     from peft import PeftModel
     from safetensors.torch import save_file
 
-    from linearize.checkpoint.student import ADAPTER, UNTRAINED_FILE
     from linearize.modeling.loading import load_student, untrained_parameters
     from linearize.report.card import conversion_card
 
@@ -259,22 +263,22 @@ def _write_weights(
     if not merge:
         return {}
     if narrower:
-        adapted = PeftModel.from_pretrained(load_student(parent, dtype=torch.float32), folder / ADAPTER)
-    hashes = _write_merged(folder, parent, adapted)
-    if (untrained := untrained_parameters(parent, manifest)) is not None:
+        adapted = PeftModel.from_pretrained(load_student(parent.folder, dtype=torch.float32), folder / ADAPTER)
+    hashes = _write_merged(folder, parent.folder, adapted)
+    if (untrained := untrained_parameters(parent)) is not None:
         save_file(untrained, folder / UNTRAINED_FILE)
-    write_text(folder / "README.md", conversion_card(manifest, parent))
+    write_text(folder / "README.md", conversion_card(Manifest.from_document(document), parent.folder))
     return {"sha256": hashes}
 
 
-def run_fingerprint(model: Path, manifest: dict, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
+def run_fingerprint(student: Student, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
     """Everything that decides what training computes."""
     from linearize.data.documents import data_fingerprint
 
     return {
-        "base": manifest["base"]["fingerprint"],
-        "plan": manifest["plan_fingerprint"],
-        "student": local_fingerprint(str(model)),
+        "base": student.manifest.base.fingerprint,
+        "plan": student.manifest.plan_fingerprint,
+        "student": local_fingerprint(str(student.folder)),
         "teacher": teacher and [teacher, local_fingerprint(teacher)],
         "recipe": recipe.model_dump(exclude={"description", "checkpoint_every"}),
         "data": data_fingerprint(recipe.data),
@@ -282,16 +286,15 @@ def run_fingerprint(model: Path, manifest: dict, recipe: Recipe, teacher: str | 
     }
 
 
-def _check_recipe(recipe: Recipe, manifest: dict, model: Path) -> None:
-    config = json.loads((model / "config.json").read_bytes()) if (model / "config.json").is_file() else {}
-    if not config:
-        raise ConfigError(f"MODEL: {model} holds an adapter only; finetune its parent {manifest['finetune']['parent']}")
-    positions = config.get("max_position_embeddings")
-    settings = manifest["settings"]
+def _check_recipe(recipe: Recipe, student: Student) -> None:
+    if student.is_adapter_only:
+        raise ConfigError(f"MODEL: {student.folder} holds an adapter only; finetune its parent {student.parent_folder}")
+    positions = student.read_config().get("max_position_embeddings")
+    settings = student.manifest.settings
     longest = max(stage.seq_len for stage in recipe.resolved_stages())
     if positions and longest > positions:
         raise ConfigError(f"seq_len: got {longest}, the model has {positions} positions")
-    check_leaves_window(recipe, settings["mix"], settings["window"], settings["sinks"])
+    check_leaves_window(recipe, settings.mix, settings.window, settings.sinks)
 
 
 def check_leaves_window(recipe: Recipe, mix: str, window: int, sinks: int) -> None:
@@ -304,16 +307,15 @@ def check_leaves_window(recipe: Recipe, mix: str, window: int, sinks: int) -> No
         )
 
 
-def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
+def _teacher(student: Student, recipe: Recipe, named: str | None, dtype, device):
     """A teacher of its own: the one named, or the base of a student whose own weights were already trained or which the
     adapters' start changes."""
-    inside = manifest["kind"] == "converted" and recipe.lora.variant not in CHANGES_BASE
+    inside = student.kind == "converted" and recipe.lora.variant not in CHANGES_BASE
     if all(stage.loss.kind != "kl" for stage in recipe.resolved_stages()) or (named is None and inside):
         return None
-    from linearize.checkpoint.student import open_base
     from linearize.modeling.loading import load_base, load_unconverted
 
-    with open_base(manifest, named, option="--teacher") as source:
+    with student.open_base(named, option="--teacher") as source:
         config = source.read_config()
         family = FAMILIES.get(str(config.get("model_type")))
         if family is not None and family.masks_ignore_positions:  # under a plan that changes its masks alone
@@ -323,7 +325,7 @@ def _teacher(manifest: dict, recipe: Recipe, named: str | None, dtype, device):
         else:
             teacher = load_base(source, dtype=dtype)
         teacher.to(device).requires_grad_(False)
-    student_vocabulary = manifest["vocabulary"]
+    student_vocabulary = student.manifest.vocabulary
     if teacher.config.vocab_size != student_vocabulary:
         raise ConfigError(
             f"--teacher: '{named}' has a vocabulary of {teacher.config.vocab_size}, the student one of {student_vocabulary}; "

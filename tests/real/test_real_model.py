@@ -12,11 +12,10 @@ from helpers import SHARED
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from linearize.checkpoint.student import open_base, read_manifest
+from linearize.checkpoint.student import Student
 from linearize.modeling.cache import CACHE_NAME
 from linearize.modeling.loading import load_student, load_unconverted
 from linearize.modeling.readout import readout_of
-from linearize.plan import Plan
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
 
@@ -28,10 +27,10 @@ WIKITEXT = SHARED / "data" / "eval" / "wikitext-2" / "valid.txt"
 def converted(smollm2, tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "converted"
     settings = load_config("smollm2-135m", {"keep_softmax": "none", "window": 256}, ["calibration.rows=2"])
-    result = convert(smollm2, settings, out=out, progress=lambda message: None)
-    assert result["coverage"]["heads_converted"] == 90
-    assert result["verification"]["softmax_everywhere_max_difference"] == 0.0
-    assert result["verification"]["cached_decode_max_difference"] < 1e-5
+    manifest = convert(smollm2, settings, out=out, progress=lambda message: None).manifest
+    assert manifest.coverage.heads_converted == 90
+    assert manifest.verification.softmax_everywhere_max_difference == 0.0
+    assert manifest.verification.cached_decode_max_difference < 1e-5
     return out
 
 
@@ -56,7 +55,7 @@ def perplexity(model, ids: torch.Tensor) -> float:
 
 def test_softmax_mode_is_the_base_to_the_last_bit(converted, student):
     ids = sample_ids(converted, 300)
-    with open_base(read_manifest(converted)) as source, torch.no_grad():
+    with Student.read(converted).open_base() as source, torch.no_grad():
         from linearize.modeling.loading import load_base
 
         reference = load_base(source, dtype=torch.float32)(ids).logits
@@ -108,8 +107,8 @@ def test_chat_template_survives(converted):
 
 
 def test_cache_is_constant_and_a_fraction(converted):
-    manifest = read_manifest(converted)
-    sizes = {int(length): value["student"] / value["base"] for length, value in manifest["cache_bytes"].items()}
+    cache_bytes = Student.read(converted).manifest.cache_bytes
+    sizes = {int(length): value["student"] / value["base"] for length, value in cache_bytes.items()}
     assert sizes[32768] < 0.02 and sizes[131072] < 0.005
 
 
@@ -121,12 +120,12 @@ def test_the_config_keeps_the_heads_that_recall_needs(converted):
     from linearize.evaluation.recall import accuracy
     from linearize.modeling.loading import load_tokenizer
 
-    manifest, tokenizer = read_manifest(converted), load_tokenizer(converted)
+    checkpoint, tokenizer = Student.read(converted), load_tokenizer(converted)
     task = recall_task(1024, 1, len(tokenizer), tokenizer.bos_token_id, 0)
     text = sample_ids(converted, 2048)[0].tolist()
     facts = facts_probe(lambda words: tokenizer(words).input_ids, text, 512, 1024, 3)
     recalled, asked = {}, {}
-    with open_base(manifest) as source, torch.no_grad():
+    with checkpoint.open_base() as source, torch.no_grad():
         for kept in ("none", None):
             config = AutoConfig.from_pretrained(source.folder).to_dict()
             plan = make_plan("llama", config, load_config("smollm2-135m", {"keep_softmax": kept}))
@@ -151,10 +150,10 @@ def test_base_figures_on_wikitext(converted):
         pytest.skip(f"{WIKITEXT} is not there")
     from linearize.modeling.loading import load_tokenizer
 
-    manifest = read_manifest(converted)
+    checkpoint = Student.read(converted)
     ids = load_tokenizer(converted)(WIKITEXT.read_text()[:60000], return_tensors="pt").input_ids[:, :8192]
-    with open_base(manifest) as source:
-        model = load_unconverted(source, Plan.from_dict(manifest["plan"]), dtype=torch.float32)
+    with checkpoint.open_base() as source:
+        model = load_unconverted(source, checkpoint.manifest.plan, dtype=torch.float32)
     losses = {}
     for name, mode in (("base", model.softmax_attention), ("window", model.recurrent_branch_off)):
         with mode():
@@ -195,10 +194,10 @@ def test_no_cache_of_the_real_model_grows(smollm2, tmp_path):
     """Kept heads with a window: verified beyond it, decoded from text beyond it, bytes as planned at every length."""
     heads = {"keep_softmax": "7:2,8:0,20:1,23:0", "window": 128, "softmax_window": 384}
     settings = load_config("smollm2-135m", heads, ["calibration.when=never"])
-    result = convert(smollm2, settings, out=tmp_path / "out", progress=lambda message: None)
-    assert result["verification"]["tokens"] > 384
-    assert result["verification"]["softmax_everywhere_max_difference"] == 0.0
-    assert result["verification"]["cached_decode_max_difference"] < 1e-5
+    verification = convert(smollm2, settings, out=tmp_path / "out", progress=lambda message: None).manifest.verification
+    assert verification.tokens > 384
+    assert verification.softmax_everywhere_max_difference == 0.0
+    assert verification.cached_decode_max_difference < 1e-5
     ids = sample_ids(tmp_path / "out", 640)
     model = load_student(tmp_path / "out", dtype=torch.float32)
     whole, cache, pieces = model(ids, use_cache=False).logits, None, []
@@ -207,7 +206,7 @@ def test_no_cache_of_the_real_model_grows(smollm2, tmp_path):
         cache = output[CACHE_NAME]
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-3)
-    planned = read_manifest(tmp_path / "out")["cache_bytes"]
+    planned = Student.read(tmp_path / "out").manifest.cache_bytes
     model = load_student(tmp_path / "out", dtype=torch.bfloat16)
     for length in (400, 640):
         cache = model(ids[:, :length], use_cache=True)[CACHE_NAME]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import quiet, student_of, tiny_base
 
-from linearize.checkpoint.student import read_manifest
+from linearize.checkpoint.student import Student
 from linearize.conversion.calibrate import PARTS, _choose_part
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import context_of
@@ -120,14 +120,13 @@ def test_the_whole_model_has_the_last_word(mixer, options):
 def test_convert_calibrates_and_says_so(base_folder, tmp_path):
     base = base_folder()
     settings = load_config(None, {"mixer": "vq", "window": 12, "sinks": 2})
-    result = convert(str(base), settings, out=tmp_path / "out", progress=quiet)
-    fitted = result["calibration"]
-    assert fitted["text"] == "sample" and fitted["rows"] == 5 and fitted["tokens"] == 512
-    assert all(after < before for before, after in fitted["attention_error"].values())
+    fitted = convert(str(base), settings, out=tmp_path / "out", progress=quiet).manifest.calibration
+    assert fitted.text == "sample" and fitted.rows == 5 and fitted.tokens == 512
+    assert all(after < before for before, after in fitted.attention_error.values())
     assert "were fitted to the base's attention" in (tmp_path / "out" / "README.md").read_text()
     never = load_config(None, {"mixer": "vq", "window": 12, "sinks": 2}, ["calibration.when=never"])
     convert(str(base), never, out=tmp_path / "plain", verify=False, progress=quiet)
-    assert read_manifest(tmp_path / "plain")["calibration"] is None
+    assert Student.read(tmp_path / "plain").manifest.calibration is None
     ids = torch.randint(2, 300, (2, 200), generator=torch.Generator().manual_seed(0))
     students = [load_student(tmp_path / name, dtype=torch.float32) for name in ("out", "plain")]
     with torch.no_grad(), students[0].softmax_attention():

@@ -89,7 +89,7 @@ def test_an_adapter_is_merged_on_request_alone(base_folder, tmp_path, cli):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from linearize.checkpoint.student import open_base, read_manifest
+    from linearize.checkpoint.student import Student
     from linearize.modeling.loading import load_student
 
     base = base_folder()
@@ -107,7 +107,7 @@ def test_an_adapter_is_merged_on_request_alone(base_folder, tmp_path, cli):
     with torch.no_grad(), student.softmax_attention():
         merged = adapted.merge_and_unload()(ids).logits
         assert torch.equal(student(ids).logits, merged)
-    with open_base(read_manifest(tmp_path / "out")) as source:  # eval and resuming merge it again
+    with Student.read(tmp_path / "out").open_base() as source:  # eval and resuming merge it again
         assert source.kind == "adapter" and (source.folder / "config.json").is_file()
     for change, code, words in (
         ({"base_model_name_or_path": None}, 2, "names no base model"),

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.checkpoint.source import Source, local_fingerprint
-from linearize.checkpoint.student import read_manifest
+from linearize.checkpoint.student import Student
 from linearize.checkpoint.weights import read_weights
 from linearize.checkpoint.writing import alone_in
 from linearize.conversion.keep_softmax import softmax_heads
@@ -46,9 +46,9 @@ def digest(path: Path) -> str:
 def test_a_complete_checkpoint(base_folder, tmp_path, shape, mix, shards):
     base = base_folder(shape, shards=shards, dtype=torch.bfloat16)
     out = tmp_path / "out"
-    result = convert(str(base), settings(mix=mix), out=out, verify=False, progress=quiet)
+    student = convert(str(base), settings(mix=mix), out=out, verify=False, progress=quiet)
     heads = 3 * SHAPES[shape]["num_key_value_heads"]
-    assert result["coverage"] == {
+    assert student.manifest.coverage.model_dump() == {
         "layers": 3, "layers_planned": 3, "heads": heads, "heads_planned": heads, "layers_converted": 3,
         "heads_converted": heads,
     }  # fmt: skip
@@ -83,10 +83,10 @@ def test_a_complete_checkpoint(base_folder, tmp_path, shape, mix, shards):
 
 
 def test_verification_passes_and_records_zero(base_folder, tmp_path):
-    result = convert(str(base_folder()), settings(keep_softmax="1:2"), out=tmp_path / "out", progress=quiet)
-    check = result["verification"]
-    assert check["softmax_everywhere_max_difference"] == 0.0
-    assert 0 <= check["cached_decode_max_difference"] < 1e-5
+    student = convert(str(base_folder()), settings(keep_softmax="1:2"), out=tmp_path / "out", progress=quiet)
+    check = student.manifest.verification
+    assert check.softmax_everywhere_max_difference == 0.0
+    assert 0 <= check.cached_decode_max_difference < 1e-5
 
 
 def test_verification_fails_on_weights_that_are_not_finite(base_folder, tmp_path):
@@ -338,8 +338,8 @@ def test_old_llama_buffers_are_ignored_by_name(base_folder, tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    result = convert(str(base), settings(), out=tmp_path / "out", progress=quiet)
-    assert result["ignored_tensors"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    student = convert(str(base), settings(), out=tmp_path / "out", progress=quiet)
+    assert student.manifest.ignored_tensors == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
 
 
 def test_a_copy_stops_when_the_checks_fail(tmp_path, monkeypatch):
@@ -411,8 +411,8 @@ def test_window_and_sinks_alone(base_folder, tmp_path, cli):
             "convert", base_folder(), "-o", tmp_path / mixer, "--mixer", mixer, "--window", 8, "--sinks", 2
         )
         assert code == 0, err
-    manifest = read_manifest(tmp_path / "none")
-    assert manifest["parameters_added"] == manifest["state_bytes"] == 0 and manifest["settings"]["mix"] == "none"
+    manifest = Student.read(tmp_path / "none").manifest
+    assert manifest.parameters_added == manifest.state_bytes == 0 and manifest.settings.mix == "none"
     assert not list((tmp_path / "none").glob("*00002*"))
     ids = torch.randint(2, 300, (2, 60), generator=torch.Generator().manual_seed(0))
     alone, branched = (load_student(tmp_path / mixer, dtype=torch.float32) for mixer in ("none", "gla"))

@@ -322,18 +322,23 @@ def test_greedy_is_greedy_whatever_a_checkpoint_prefers(converted):
 
 
 def test_the_untrained_conversion_of_an_adapter_is_the_first(converted, tmp_path):
-    from linearize.checkpoint.student import read_manifest
+    from linearize.checkpoint.student import Student
     from linearize.modeling.loading import untrained_parameters
 
     parent, adapter = tmp_path / "parent", tmp_path / "adapter"
-    for folder, manifest in ((parent, {}), (adapter, {"finetune": {"parent": str(parent)}})):
+    calibration = {"text": "sample", "rows": 1, "tokens": 9, "attention_error": {}}
+    training = {
+        "recipe_name": "lora", "recipe": {}, "parent": str(parent), "tokens": 1, "steps": 1, "first_loss": 2.0,
+        "last_loss": 1.0, "seconds": 0.1,
+    }  # fmt: skip
+    for folder, changes in ((parent, {}), (adapter, {"kind": "adapter", "finetune": training})):
         folder.mkdir()
-        manifest = {**read_manifest(converted), "calibration": {"rows": 1}, **manifest}
-        (folder / "linearize.json").write_text(json.dumps(manifest))
+        document = {**Student.read(converted).manifest.to_dict(), "calibration": calibration, **changes}
+        (folder / "linearize.json").write_text(json.dumps(document))
     (parent / "config.json").write_text("{}")
     save_file({"a.mixer.b": torch.ones(2)}, parent / "untrained.safetensors")
     for folder in (parent, adapter):
-        assert torch.equal(untrained_parameters(folder, read_manifest(folder))["a.mixer.b"], torch.ones(2))
+        assert torch.equal(untrained_parameters(Student.read(folder))["a.mixer.b"], torch.ones(2))
 
 
 def test_a_base_that_changed_or_went_is_noticed(converted, base_folder, tmp_path, cli):

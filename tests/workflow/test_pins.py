@@ -61,7 +61,7 @@ def logits_of(mixer: str, mix: str, gate: str) -> list[float]:
 def conversion_of(base: Path, out: Path) -> dict:
     """Checksums of what a conversion copies, and its records without paths, versions and what they change."""
     settings = load_config(None, {"window": 12, "sinks": 2, "keep_softmax": "recall:25%"}, ["scoring.distances=[40]"])
-    manifest = convert(str(base), settings, out=out, verify=False, progress=lambda message: None)
+    manifest = convert(str(base), settings, out=out, verify=False, progress=lambda message: None).manifest.to_dict()
     index = json.loads((out / "model.safetensors.index.json").read_bytes())
     config = json.loads((out / "config.json").read_bytes())
     names = ("plan", "coverage", "parameters_added", "state_bytes", "cache_bytes", "vocabulary", "weights", "settings")

@@ -8,7 +8,7 @@ from helpers import COMMON
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from linearize.checkpoint.student import open_base, read_manifest
+from linearize.checkpoint.student import Student
 from linearize.modeling.loading import load_student
 
 VISION = {
@@ -45,7 +45,7 @@ def test_the_text_model_is_converted_on_request(model_type, shard, tmp_path, cli
     student, ids = load_student(tmp_path / "out", dtype=torch.float32), torch.arange(2, 42)[None]
     with torch.no_grad(), student.softmax_attention():
         assert torch.equal(student(ids).logits, whole(input_ids=ids).logits)
-    with open_base(read_manifest(tmp_path / "out")) as source:
+    with Student.read(tmp_path / "out").open_base() as source:
         assert source.kind == "text_model"
         base = AutoModelForCausalLM.from_pretrained(source.folder).eval()
     with torch.no_grad():

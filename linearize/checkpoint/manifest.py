@@ -1,0 +1,211 @@
+"""Define linearize.json, the record that a conversion and a finetune leave in the checkpoint they write.
+
+The schema names every key that the package reads. A file may hold more: older and newer files of one format version differ
+in keys that nothing reads. The document itself is stored as read, so that a finetune passes all of it on.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError, model_validator
+
+from linearize.checkpoint.names import MANIFEST
+from linearize.errors import CheckpointError
+from linearize.plan import Plan
+
+MANIFEST_VERSION = 1
+
+
+class Section(BaseModel):
+    """A part of linearize.json: read-only, with the types of JSON, tolerant of keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class BaseRecord(Section):
+    """The base model of a conversion (`Source.describe`)."""
+
+    reference: str
+    kind: str
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+class CalibrationSettingsRecord(Section):
+    """The settings that decided what the added parameters were calibrated on."""
+
+    text: str
+    rows: int
+
+
+class SettingsRecord(Section):
+    """The settings of a conversion that later commands read; the document holds all of them."""
+
+    window: int
+    sinks: int
+    mix: str
+    dtype: str
+    softmax_window: int | None = None
+    # absent before calibration existed
+    calibration: CalibrationSettingsRecord | None = None
+
+
+class Coverage(Section):
+    """Counts of layers and key/value heads: in the model, planned to become linear, and converted."""
+
+    layers: int
+    layers_planned: int
+    heads: int
+    heads_planned: int
+    layers_converted: int
+    heads_converted: int
+
+    @property
+    def heads_per_layer(self) -> int:
+        """Key/value heads in one layer."""
+        return self.heads // self.layers
+
+
+class CalibrationRecord(Section):
+    """The outcome of calibration (linearize/conversion/calibrate.py).
+
+    `attention_error` maps a layer to its relative square error beyond the window: of window + sinks, and as fitted.
+    """
+
+    text: str
+    rows: int
+    tokens: int
+    attention_error: dict[str, tuple[float, float]]
+    part: float | None = None
+    divergence: tuple[float, float] | None = None
+
+
+class WeightsRecord(Section):
+    """The weight files of a conversion, how the base's bytes got there, and the base's size in bytes."""
+
+    placed: str
+    files: tuple[str, ...]
+    bytes: int
+
+
+class VerificationRecord(Section):
+    """The outcome of verification (linearize/conversion/verify.py)."""
+
+    tokens: int
+    tensors_finite: int
+    softmax_everywhere_max_difference: float
+    cached_decode_max_difference: float
+    padded_max_difference: float | None = None
+
+
+class FinetuneRecord(Section):
+    """The outcome of training. `parent` is the folder of the checkpoint that was trained."""
+
+    recipe_name: str
+    recipe: dict[str, Any]
+    parent: str
+    parent_fingerprint: str | None = None
+    teacher: str = "base model"
+    tokens: int
+    steps: int
+    stages: tuple[dict[str, Any], ...] = ()
+    first_loss: float
+    last_loss: float
+    seconds: float
+    tokens_in_these_seconds: int | None = None
+    tokens_per_second: float | None = None
+    processes: int = 1
+
+
+def _read_plan(document: Any) -> Plan:
+    try:
+        return Plan.from_dict(document)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a plan ({error})") from None
+
+
+class Manifest(Section):
+    """The content of linearize.json, checked once when it is read or made.
+
+    Attributes:
+        kind: "converted"; "finetuned", with the trained weights merged in; or "adapter", a LoRA adapter alone.
+        cache_bytes: context length -> bytes of one sequence's cache, of the "base" and of the "student".
+        state_bytes: bytes of one sequence's recurrent states, all layers; None in older files.
+        sha256: hashes of config.json and of the weight index; empty for an adapter.
+    """
+
+    format_version: int
+    kind: Literal["converted", "finetuned", "adapter"]
+    base: BaseRecord
+    settings: SettingsRecord
+    plan: Annotated[Plan, PlainValidator(_read_plan)]
+    plan_fingerprint: str
+    coverage: Coverage
+    ignored_tensors: tuple[str, ...] = ()
+    parameters_added: int
+    calibration: CalibrationRecord | None = None
+    state_bytes: int | None = None
+    vocabulary: int
+    cache_bytes: dict[str, dict[str, int]]
+    weights: WeightsRecord
+    sha256: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, Any]
+    finetune: FinetuneRecord | None = None
+    verification: VerificationRecord | None = None
+    _document: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_training_record(self) -> Self:
+        if self.kind != "converted" and self.finetune is None:
+            raise ValueError(f"'finetune' is missing, though 'kind' is {self.kind}")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read the linearize.json at `path`.
+
+        Raises:
+            CheckpointError: damaged, of a newer format version, or with a missing or mistyped key.
+        """
+        try:
+            document = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
+        return cls.from_document(document, path)
+
+    @classmethod
+    def from_document(cls, document: Any, path: Path = Path(MANIFEST)) -> "Manifest":
+        """Check the parsed JSON of a linearize.json; `path` names the file in errors, which are those of `read`."""
+        if not isinstance(document, dict):
+            raise CheckpointError(f"{path}: damaged, got a {type(document).__name__}, allowed is an object")
+        version = document.get("format_version")
+        if isinstance(version, int) and version > MANIFEST_VERSION:
+            raise CheckpointError(
+                f"{path}: 'format_version' is {version}, this version of linearize reads up to {MANIFEST_VERSION}; "
+                "update linearize"
+            )
+        try:
+            # by way of its text: strict types of JSON, in which a list may fill a tuple
+            manifest = cls.model_validate_json(json.dumps(document))
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: damaged, {_first_problem(error)}") from None
+        manifest._document = copy.deepcopy(document)
+        return manifest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole document, every key of the file in its order."""
+        return copy.deepcopy(self._document)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Describe the first wrong key of a manifest, and count the others."""
+    problems = error.errors()
+    first, key = problems[0], ".".join(str(part) for part in problems[0]["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "missing":
+        return f"'{key}' is missing{others}"
+    return f"'{key}': {message}{others}" if key else f"{message}{others}"
