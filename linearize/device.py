@@ -98,8 +98,8 @@ def keep_freed_memory() -> None:
     Activations are freed and allocated again all the time. Faulting their pages in anew took a third of a training
     step on a CPU (SmolLM2-135M, 1,024 tokens: 6.5 s against 4.5 s). Elsewhere than on glibc this does nothing.
 
-    Called before the first tensor, it also makes PyTorch ask for huge pages, which fault in 512 at a time (2,048 tokens:
-    13.5 s against 9.1 s).
+    Called before the first tensor, it also makes PyTorch ask for huge pages, which fault in 512 at a time
+    (2,048 tokens: 13.5 s against 9.1 s).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if platform.libc_ver()[0] != "glibc":

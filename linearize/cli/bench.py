@@ -2,15 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from linearize.cli.help import Command, examples
-from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
+from linearize.cli.options import Json, known_names, model_or_newest, whole_numbers
+from linearize.cli.output import emit, emit_json, progress_line
 from linearize.errors import ConfigError
-
-LENGTHS = (2048, 8192)
 
 
 class Target(StrEnum):
@@ -19,6 +18,7 @@ class Target(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
     app.command(
         cls=Command,
         epilog=examples(
@@ -33,83 +33,85 @@ def bench(
     target: Annotated[
         Target,
         typer.Argument(
-            help="ops: every mixer beside softmax attention; model: a linearized folder beside its base.",
+            help="Choose ops (every mixer beside softmax attention) or model (a linearized folder beside its base).",
             show_default=False,
         ),
     ],
     folder: Annotated[
         Path | None,
-        typer.Argument(help="model: a linearized folder (default: the newest).", show_default=False),
+        typer.Argument(help="With model: measure this linearized folder (default: the newest).", show_default=False),
     ] = None,
     only: Annotated[
-        str | None, typer.Option("--only", help="ops: structures, with commas between (default: all).")
+        str | None, typer.Option("--only", help="With ops: measure these mixers, separated by commas (default: all).")
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", help="Sequence lengths, in tokens (default: 2048,8192, as far as they fit)."),
+        typer.Option(
+            "--lengths",
+            help="Measure at these sequence lengths, in tokens (default: 2048,8192, as far as the positions go).",
+        ),
     ] = None,
-    heads: Annotated[int, typer.Option("--heads", min=1, help="ops: heads of the one layer.")] = 9,
-    dim: Annotated[int, typer.Option("--dim", min=2, help="ops: dimensions of a head.")] = 64,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="ops: timings of each; the median counts.")] = 5,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    heads: Annotated[int, typer.Option("--heads", min=1, help="With ops: give the one layer this many heads.")] = 9,
+    dim: Annotated[int, typer.Option("--dim", min=2, help="With ops: give each head this many dimensions.")] = 64,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="With ops: time each this many times; the median counts.")
+    ] = 5,
+    json_: Json = False,
 ) -> None:
-    """Time every structure, forward + backward, beside softmax attention; or a model's prefill and decode beside its base."""
+    """Time mixers beside softmax attention, or a linearized model beside its base."""
+    tokens = whole_numbers("--lengths", lengths, least=1) if lengths is not None else None
+    if target is Target.model:
+        if only is not None:
+            raise ConfigError(f"--only: got '{only}', but a model is measured as it is; it belongs to bench ops")
+        _bench_model(folder, tokens, json_)
+    else:
+        if folder is not None:
+            raise ConfigError(f"FOLDER: got '{folder}', but bench ops measures no model; it belongs to bench model")
+        _bench_ops(only, tokens, heads, dim, repeats, json_)
+
+
+def _bench_model(folder: Path | None, lengths: tuple[int, ...] | None, json_: bool) -> None:
+    from linearize.checkpoint.outputs import newest_output
+    from linearize.checkpoint.student import Student
     from linearize.device import keep_freed_memory
 
-    chosen = LENGTHS if lengths is None else whole_numbers("--lengths", lengths, least=1)
-    if target is Target.model and only is not None:
-        raise ConfigError(f"--only: got '{only}', but a model is measured as it is; it belongs to bench ops")
-    if target is Target.ops and folder is not None:
-        raise ConfigError(f"FOLDER: got '{folder}', but bench ops measures no model; it belongs to bench model")
+    folder = model_or_newest(folder, newest_output, "output")
+    Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
     keep_freed_memory()
-    if target is Target.model:
-        _bench_model(folder, chosen, json_, insisting=lengths is not None)
-    else:
-        _bench_ops(only, chosen, heads, dim, repeats, json_)
-
-
-def _bench_model(folder: Path | None, lengths: tuple[int, ...], json_: bool, *, insisting: bool) -> None:
-    from linearize.checkpoint.outputs import newest_output
-    from linearize.device import compute_dtype, pick_device
-    from linearize.evaluation.efficiency import DECODED, bench_model, crossovers
-    from linearize.modeling.loading import load_student, positions_of
+    from linearize.evaluation.efficiency import crossovers
     from linearize.report.markdown import efficiency_rows, table
+    from linearize.workflows.bench import bench_student
 
-    if folder is None:
-        folder = newest_output()
-        note(f"MODEL: {folder} (the newest output)")
-    quiet_libraries()
-    positions = positions_of(folder) - DECODED
-    if insisting and max(lengths) > positions:
-        raise ConfigError(f"--lengths: got {max(lengths)}, the model has positions for {positions} and {DECODED} more")
-    lengths = tuple(n for n in lengths if n <= positions) or (positions,)
-    student = load_student(folder, dtype=compute_dtype("auto")).to(pick_device())
-    rows = bench_model(student, lengths, progress=progress_line)
+    rows = bench_student(folder, lengths, progress=progress_line)
     if json_:
         emit_json({"rows": rows, "crossover": crossovers(rows)})
-    else:
-        emit(table(*efficiency_rows(rows)))
-        for line in crossovers(rows):
-            emit(line)
+        return
+    emit(table(*efficiency_rows(rows)))
+    for line in crossovers(rows):
+        emit(line)
 
 
-def _bench_ops(only: str | None, lengths: tuple[int, ...], heads: int, dim: int, repeats: int, json_: bool) -> None:
-    from linearize.device import pick_device
-    from linearize.workflows.bench import bench_structures, structure_names
+def _bench_ops(
+    only: str | None, lengths: tuple[int, ...] | None, heads: int, dim: int, repeats: int, json_: bool
+) -> None:
+    from linearize.device import keep_freed_memory
+    from linearize.mixers.registry import MIXERS
 
-    names = structure_names(only)
+    names = known_names("--only", only, MIXERS) if only is not None else list(MIXERS)
+    keep_freed_memory()
+    from linearize.workflows.bench import bench_mixers
+
     if not json_:
-        emit(f"{'structure':20} {'tokens':>7} {'softmax, ms':>12} {'structure, ms':>14} {'ratio':>6}")
-
-    def show(row: dict) -> None:
-        if not json_:
-            emit(
-                f"{row['structure']:20} {row['length']:7} {1000 * row['softmax_seconds']:12.0f} "
-                f"{1000 * row['structure_seconds']:14.0f} {row['ratio']:6.2f}"
-            )
-
-    rows = bench_structures(
-        names, lengths=lengths, heads=heads, head_dim=dim, repeats=repeats, device=pick_device(), progress=show
+        emit(f"{'mixer':20} {'tokens':>7} {'softmax, ms':>12} {'mixer, ms':>14} {'ratio':>6}")
+    rows = bench_mixers(
+        names, lengths, heads=heads, head_dim=dim, repeats=repeats, report=None if json_ else _emit_timing
     )
     if json_:
         emit_json(rows)
+
+
+def _emit_timing(row: dict[str, Any]) -> None:
+    emit(
+        f"{row['structure']:20} {row['length']:7} {1000 * row['softmax_seconds']:12.0f} "
+        f"{1000 * row['structure_seconds']:14.0f} {row['ratio']:6.2f}"
+    )

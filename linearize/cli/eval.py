@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from linearize.cli.help import Command, examples
-from linearize.cli.output import emit, emit_json, note, progress_line, quiet_libraries, whole_numbers
+from linearize.cli.options import OUTPUT, Json, model_or_newest, whole_numbers
+from linearize.cli.output import emit, emit_json, progress_line
 
-MEASURE, JUDGE, OUTPUT = "What is measured", "Judging", "Output"
+MEASURE, JUDGE = "Measurements", "Gates"
 
 
 class Hold(StrEnum):
@@ -18,7 +19,165 @@ class Hold(StrEnum):
     in_turn = "in-turn"
 
 
+Model = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Evaluate this linearized folder (default: the newest under ./linearized/).", show_default=False
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", help="Compare with this base (default: the one recorded at conversion).", rich_help_panel=MEASURE
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="Read text from sample-eval, a file or a hub id; repeatable.", rich_help_panel=MEASURE),
+]
+SuiteName = Annotated[
+    str,
+    typer.Option(
+        "--suite", help="Run the suite quick, standard or full; the options below override.", rich_help_panel=MEASURE
+    ),
+]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        "--only",
+        help="Measure only these parts, separated by commas: perplexity, recall, associative, passkey, choice, tasks, "
+        "generation, branch, parity, efficiency.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        "--lengths", help="Measure perplexity in windows of these lengths, in tokens.", rich_help_panel=MEASURE
+    ),
+]
+Recall = Annotated[
+    str | None,
+    typer.Option("--recall", help="Measure copy recall at these distances, in tokens.", rich_help_panel=MEASURE),
+]
+Associative = Annotated[
+    str | None,
+    typer.Option(
+        "--associative", help="Measure associative recall at these distances, in tokens.", rich_help_panel=MEASURE
+    ),
+]
+Passkey = Annotated[
+    str | None,
+    typer.Option(
+        "--passkey",
+        help="Hide a number in prompts of these lengths, in tokens, and ask for it.",
+        rich_help_panel=MEASURE,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Take this many tokens of text for each length.", rich_help_panel=MEASURE),
+]
+RecallRows = Annotated[
+    int | None,
+    typer.Option(
+        "--recall-rows", help="Take this many rows of random tokens for each distance.", rich_help_panel=MEASURE
+    ),
+]
+PasskeyRows = Annotated[
+    int | None,
+    typer.Option(
+        "--passkey-rows",
+        help="Take this many prompts for each of three depths of every length.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", help="Run these tasks of lm-evaluation-harness, separated by commas.", rich_help_panel=MEASURE
+    ),
+]
+TasksDir = Annotated[
+    Path | None,
+    typer.Option("--tasks-dir", help="Take tasks from the files in this folder.", rich_help_panel=MEASURE),
+]
+Choice = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--choice",
+        help="Ask the multiple-choice items of this .jsonl file (query, choices, gold), answered by letter, options "
+        "permuted; repeatable.",
+        rich_help_panel=MEASURE,
+    ),
+]
+TaskLimit = Annotated[
+    int | None,
+    typer.Option("--task-limit", min=1, help="Take this many items of each task or file.", rich_help_panel=MEASURE),
+]
+Uniform = Annotated[
+    bool,
+    typer.Option(
+        "--uniform",
+        help="Also measure the same number of softmax heads spread evenly, untrained.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Control = Annotated[
+    Path | None,
+    typer.Option(
+        "--control",
+        help="Also measure this folder: the base (converted with --keep-softmax all) finetuned by the same recipe.",
+        rich_help_panel=MEASURE,
+    ),
+]
+HoldModels = Annotated[
+    Hold,
+    typer.Option(
+        "--hold",
+        help="Load base and student together or in turn (auto: as memory allows).",
+        rich_help_panel=MEASURE,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed the recall rows and the passkeys.", rich_help_panel=MEASURE)]
+MinRecovery = Annotated[
+    float | None,
+    typer.Option(
+        "--min-recovery",
+        help="Require this recovery of perplexity at every length beyond the window.",
+        rich_help_panel=JUDGE,
+    ),
+]
+Gate = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate",
+        help="Require METRIC[.FIELD]<=NUMBER (or >=), or every line of a file of them; repeatable.",
+        rich_help_panel=JUDGE,
+    ),
+]
+Compare = Annotated[
+    Path | None,
+    typer.Option(
+        "--compare", help="Require that no metric is worse than in this older results.json.", rich_help_panel=JUDGE
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="Write the report to this folder (default: MODEL/eval).", rich_help_panel=OUTPUT),
+]
+SummaryFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--summary-file",
+        help="Append verdict and table to this file, such as a CI system's step summary.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
     app.command(
         "eval",
         cls=Command,
@@ -31,150 +190,37 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="A linearized folder (default: the newest under ./linearized/).", show_default=False),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", help="The base model (default: the one recorded at conversion).", rich_help_panel=MEASURE
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", help="sample-eval, a file or a hub id; repeatable.", rich_help_panel=MEASURE),
-    ] = None,
-    suite: Annotated[
-        str,
-        typer.Option("--suite", help="quick, standard or full; the options below override.", rich_help_panel=MEASURE),
-    ] = "quick",
-    only: Annotated[
-        str | None,
-        typer.Option(
-            "--only",
-            help="Parts, with commas: perplexity, recall, associative, passkey, choice, tasks, generation, branch, parity, "
-            "efficiency.",
-            rich_help_panel=MEASURE,
-        ),
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option("--lengths", help="Window lengths for perplexity, in tokens.", rich_help_panel=MEASURE)
-    ] = None,
-    recall: Annotated[
-        str | None, typer.Option("--recall", help="Distances for copy recall, in tokens.", rich_help_panel=MEASURE)
-    ] = None,
-    associative: Annotated[
-        str | None,
-        typer.Option("--associative", help="Distances for associative recall, in tokens.", rich_help_panel=MEASURE),
-    ] = None,
-    passkey: Annotated[
-        str | None,
-        typer.Option(
-            "--passkey", help="Lengths of the prompts that hide a number, in tokens.", rich_help_panel=MEASURE
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Text tokens for each length.", rich_help_panel=MEASURE)
-    ] = None,
-    recall_rows: Annotated[
-        int | None,
-        typer.Option("--recall-rows", help="Rows of random tokens for each distance.", rich_help_panel=MEASURE),
-    ] = None,
-    passkey_rows: Annotated[
-        int | None,
-        typer.Option(
-            "--passkey-rows", help="Prompts for each of three depths of every length.", rich_help_panel=MEASURE
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", help="Tasks of lm-evaluation-harness, with commas.", rich_help_panel=MEASURE),
-    ] = None,
-    tasks_dir: Annotated[
-        Path | None, typer.Option("--tasks-dir", help="Folder of local task files.", rich_help_panel=MEASURE)
-    ] = None,
-    choice: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--choice",
-            help="Multiple-choice .jsonl (query, choices, gold), answered by letter, options permuted; repeatable.",
-            rich_help_panel=MEASURE,
-        ),
-    ] = None,
-    task_limit: Annotated[
-        int | None, typer.Option("--task-limit", min=1, help="Items of each task or file.", rich_help_panel=MEASURE)
-    ] = None,
-    uniform: Annotated[
-        bool,
-        typer.Option(
-            "--uniform",
-            help="Also measure as many softmax heads spread evenly, untrained.",
-            rich_help_panel=MEASURE,
-        ),
-    ] = False,
-    control: Annotated[
-        Path | None,
-        typer.Option(
-            "--control",
-            help="Also measure this folder: the base (converted with --keep-softmax all) finetuned by the same recipe.",
-            rich_help_panel=MEASURE,
-        ),
-    ] = None,
-    hold: Annotated[
-        Hold,
-        typer.Option(
-            "--hold",
-            help="Base and student in memory together or in turn (auto: what memory allows).",
-            rich_help_panel=MEASURE,
-        ),
-    ] = Hold.auto,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Seed of the recall rows and of the passkeys.", rich_help_panel=MEASURE)
-    ] = 0,
-    min_recovery: Annotated[
-        float | None,
-        typer.Option(
-            "--min-recovery",
-            help="Least recovery of perplexity at every length beyond the window.",
-            rich_help_panel=JUDGE,
-        ),
-    ] = None,
-    gate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gate", help="METRIC[.FIELD]<=NUMBER (or >=), or a file of them; repeatable.", rich_help_panel=JUDGE
-        ),
-    ] = None,
-    compare: Annotated[
-        Path | None,
-        typer.Option(
-            "--compare", help="An older results.json that this run must not fall behind.", rich_help_panel=JUDGE
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="Folder for the report (default: MODEL/eval).", rich_help_panel=OUTPUT),
-    ] = None,
-    summary_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--summary-file", help="File to append the table to, as CI systems want it.", rich_help_panel=OUTPUT
-        ),
-    ] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.", rich_help_panel=OUTPUT)
-    ] = False,
+    model: Model = None,
+    base: Base = None,
+    data: Data = None,
+    suite: SuiteName = "quick",
+    only: Only = None,
+    lengths: Lengths = None,
+    recall: Recall = None,
+    associative: Associative = None,
+    passkey: Passkey = None,
+    max_tokens: MaxTokens = None,
+    recall_rows: RecallRows = None,
+    passkey_rows: PasskeyRows = None,
+    tasks: Tasks = None,
+    tasks_dir: TasksDir = None,
+    choice: Choice = None,
+    task_limit: TaskLimit = None,
+    uniform: Uniform = False,
+    control: Control = None,
+    hold: HoldModels = Hold.auto,
+    seed: Seed = 0,
+    min_recovery: MinRecovery = None,
+    gate: Gate = None,
+    compare: Compare = None,
+    out: Out = None,
+    summary_file: SummaryFile = None,
+    json_: Json = False,
 ) -> int:
-    """Measure the student beside its base on the same data, with a verdict."""
-    from linearize.checkpoint.outputs import newest_output
-    from linearize.device import keep_freed_memory
+    """Measure a student beside its base on the same data, and give a verdict."""
     from linearize.evaluation.suite import choose_suite
-    from linearize.report.markdown import summary_table
-    from linearize.report.results import GATE_FAILED
-    from linearize.workflows.evaluate import evaluate as run
 
-    chosen = choose_suite(
+    measurements = choose_suite(
         suite,
         only,
         data=tuple(data) if data else None,
@@ -193,27 +239,26 @@ def evaluate(
         control=str(control) if control else None,
         seed=seed,
     )
-    if model is None:
-        model = newest_output()
-        note(f"MODEL: {model} (the newest output)")
-    quiet_libraries()
+    from linearize.checkpoint.outputs import newest_output
+    from linearize.checkpoint.student import Student
+    from linearize.device import keep_freed_memory
+
+    folder = model_or_newest(model, newest_output, "output")
+    Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
     keep_freed_memory()
+    from linearize.report.markdown import summary_table
+    from linearize.report.results import GATE_FAILED
+    from linearize.workflows.evaluate import evaluate as run
+
+    out = out or folder / "eval"
     results = run(
-        model,
-        chosen,
-        base=base,
-        gates=gate,
-        min_recovery=min_recovery,
-        compare=compare,
-        out=out or model / "eval",
-        summary_file=summary_file,
-        hold=hold.value,
-        progress=progress_line,
-    )
+        folder, measurements, base=base, gates=gate, min_recovery=min_recovery, compare=compare, out=out,
+        summary_file=summary_file, hold=hold.value, progress=progress_line,
+    )  # fmt: skip
     if json_:
         emit_json(results.to_dict())
     else:
         emit(summary_table(results))
         emit(f"verdict: {results.verdict}")
-        emit(str((out or model / "eval").resolve() / "report.md"))
+        emit(str(out.resolve() / "report.md"))
     return 0 if results.passed else GATE_FAILED

@@ -1,6 +1,14 @@
-"""Help in plain text, options grouped by panel. (Typer's rich rendering takes a quarter of a second to load.)"""
+"""Format help as plain text, with the options under panels.
+
+Typer's rich output takes a quarter of a second to load.
+"""
+
+from typing import TYPE_CHECKING
 
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failure, 2 usage or configuration, 3 quality gate failed, 4 unsupported model, "
@@ -9,24 +17,24 @@ EXIT_CODES = (
 
 
 class Command(TyperCommand):
-    """A command whose options appear under their `rich_help_panel` and whose epilog keeps its lines."""
+    """Show each option under its `rich_help_panel`, and keep the line breaks of the epilog."""
 
-    def format_options(self, ctx, formatter) -> None:
-        groups: dict[str, list] = {}
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 default = "Arguments" if parameter.param_type_name == "argument" else "Options"
-                groups.setdefault(parameter.rich_help_panel or default, []).append(record)
-        for title in sorted(groups, key=lambda title: title == "Options"):
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        for title in sorted(panels, key=lambda title: title == "Options"):  # Options, which holds --help, goes last
             with formatter.section(title):
-                formatter.write_dl(groups[title])
+                formatter.write_dl(panels[title])
 
-    def format_epilog(self, ctx, formatter) -> None:
+    def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         formatter.write("\n" + (self.epilog or "") + "\n\n")
         formatter.write_text(EXIT_CODES)
 
 
 def examples(*commands: str) -> str:
-    """The epilog of a command."""
+    """Return a command's epilog, which shows `commands`."""
     return "\n".join(["Examples:", *(f"  {command}" for command in commands)])

@@ -1,29 +1,23 @@
-"""What is printed where: results to standard output, everything else to standard error."""
+"""Print results to standard output, and everything else to standard error."""
 
 import json
 import os
 import sys
+import warnings
 from typing import Any
 
-from linearize.errors import ConfigError
-
-
-def note(message: str) -> None:
-    """A line for people, on standard error."""
-    clear_progress()
-    _say(message)
-
-
-def _say(text: str, end: str = "\n") -> None:
-    """On standard error; where nobody reads on, the work goes on all the same."""
-    try:
-        print(text, end=end, file=sys.stderr, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+# set before the libraries are imported, which costs seconds that a refusal should not take
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+# True while a terminal shows a progress line that the next message must not overwrite
+_progress_shown = False
 
 
 def emit(text: str) -> None:
-    """Prints a result. Where nobody reads on (`| head`), the exit code still says how it went."""
+    """Print a result. If the reader has closed the pipe (`| head`), go on, so that the exit code stays right."""
     clear_progress()
     try:
         print(text, flush=True)
@@ -32,52 +26,45 @@ def emit(text: str) -> None:
 
 
 def emit_json(value: Any) -> None:
-    """The command's one JSON document."""
+    """Print `value` as the command's one JSON document."""
     emit(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-_open_line = False
+def note(message: str) -> None:
+    """Print a message for people, on standard error."""
+    clear_progress()
+    _print_error(message)
 
 
 def progress_line(message: str, *, final: bool = False) -> None:
-    """One line that replaces itself on a terminal, plain lines elsewhere."""
-    global _open_line
+    """Print progress: on a terminal a line that the next one replaces, elsewhere a line of its own."""
+    global _progress_shown
     if sys.stderr.isatty():
-        _say(f"\r\x1b[2K{message}", end="\n" if final else "")
-        _open_line = not final
+        _print_error(f"\r\x1b[2K{message}", end="\n" if final else "")
+        _progress_shown = not final
     else:
-        _say(message)
+        _print_error(message)
 
 
 def clear_progress() -> None:
-    global _open_line
-    if _open_line:
-        _open_line = False
-        _say("")
+    """End the progress line, if a terminal shows one."""
+    global _progress_shown
+    if _progress_shown:
+        _progress_shown = False
+        _print_error("")
+
+
+def _print_error(text: str, end: str = "\n") -> None:
+    """Print on standard error. If its reader is gone, go on with the work and print nowhere."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' own bars and advice out of the way; what matters is said by this package."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Silence the progress bars and advice of transformers and the hub's client, unless the user asks for them."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*was not found in your environment.*")
-
-
-def whole_numbers(option: str, text: str, least: int) -> tuple[int, ...]:
-    """The numbers of a comma-separated option, each once."""
-    try:
-        numbers = tuple(dict.fromkeys(int(item) for item in text.split(",")))
-    except ValueError:
-        raise ConfigError(
-            f"{option}: got '{text}', allowed are whole numbers with commas between, as 512,2048"
-        ) from None
-    if min(numbers) < least:
-        raise ConfigError(f"{option}: got {min(numbers)}, allowed are numbers of at least {least}")
-    return numbers

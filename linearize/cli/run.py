@@ -6,10 +6,12 @@ from typing import Annotated
 import typer
 
 from linearize.cli.help import Command, examples
-from linearize.cli.output import emit, emit_json, note, quiet_libraries
+from linearize.cli.options import Json
+from linearize.cli.output import emit, emit_json, note
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
     app.command(
         cls=Command,
         epilog=examples(
@@ -22,30 +24,32 @@ def register(app: typer.Typer) -> None:
 
 def run(
     pipeline: Annotated[
-        Path, typer.Argument(help="YAML file: model, out, convert, finetune, eval.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Read the steps from this YAML file: model, out, convert, finetune, eval.", show_default=False
+        ),
     ],
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin an unfinished finetune anew, as where its settings changed.")
+        bool, typer.Option("--restart", help="Discard an unfinished finetune, for example after changing its settings.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_: Json = False,
 ) -> int:
-    """Convert, finetune, evaluate and gate as one command that goes on where it stopped."""
-    from linearize.cli.finetune import Reporter
+    """Convert, finetune, evaluate and gate in one command that resumes where it stopped."""
+    from linearize.cli.finetune import StepPrinter
     from linearize.device import keep_freed_memory
     from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
     from linearize.workflows.pipeline import load_pipeline, run_pipeline
 
-    loaded = load_pipeline(pipeline)
-    quiet_libraries()
+    steps = load_pipeline(pipeline)
     keep_freed_memory()
-    made = run_pipeline(*loaded, restart=restart, progress=note, report=Reporter())
-    results = made["results"]
+    outcome = run_pipeline(*steps, restart=restart, progress=note, report=StepPrinter())
+    results = outcome["results"]
     if json_:
-        emit_json({**made, "results": results.to_dict() if results else None})
+        emit_json({**outcome, "results": results.to_dict() if results else None})
     else:
         if results:
             emit(summary_table(results))
             emit(f"verdict: {results.verdict}")
-        emit(made["student"])
+        emit(outcome["student"])
     return 0 if results is None or results.passed else GATE_FAILED

@@ -1,87 +1,120 @@
-"""Benchmarks, always beside the thing to beat and in alternation with it, because machines are shared and noisy."""
+"""Time mixers beside softmax attention, and a linearized model beside its base.
+
+Both sides of a comparison run in turn, because machines are shared and noisy.
+"""
 
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.evaluation.efficiency import synchronize
-from linearize.mixers.registry import MIXERS, mixer_class
+from linearize.device import compute_dtype, pick_device
+from linearize.errors import ConfigError
+from linearize.evaluation.efficiency import DECODED, bench_model, synchronize
+from linearize.mixers.registry import mixer_class
 from linearize.mixers.structure import Site
+from linearize.modeling.loading import load_student, positions_of
+
+LENGTHS = (2048, 8192)
 
 
-def bench_structures(
+def bench_student(
+    folder: Path, lengths: tuple[int, ...] | None = None, *, progress: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Measure prefill, decode, cache and memory of a linearized model beside its base, at every context length.
+
+    Args:
+        folder: a linearized checkpoint.
+        lengths: tokens of context. None measures at 2,048 and 8,192, as far as the model's positions go.
+
+    Returns:
+        one row a length, as `bench_model` returns them.
+
+    Raises:
+        ConfigError: the model has too few positions for one of `lengths`.
+    """
+    positions = positions_of(folder) - DECODED
+    if lengths is not None and max(lengths) > positions:
+        raise ConfigError(f"--lengths: got {max(lengths)}, the model has positions for {positions} and {DECODED} more")
+    if lengths is None:
+        lengths = tuple(length for length in LENGTHS if length <= positions) or (positions,)
+    student = load_student(folder, dtype=compute_dtype("auto"))
+    student.to(pick_device())  # type: ignore[arg-type]  # transformers wraps `to` without binding self
+    return bench_model(student, lengths, progress=progress)
+
+
+def bench_mixers(
     names: list[str],
+    lengths: tuple[int, ...] | None = None,
     *,
-    lengths: tuple[int, ...] = (2048, 8192),
     heads: int = 9,
     head_dim: int = 64,
     repeats: int = 5,
-    device: str = "cpu",
-    progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    device: str | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every structure, gates and feature maps included, beside causal softmax attention.
+    """Time forward and backward of every mixer, gates and feature maps included, beside causal softmax attention.
 
     Args:
-        heads, head_dim: of one layer without grouped queries; batch 1, float32.
-        repeats: timings of each, taken in turn; medians count.
+        lengths: tokens of the sequences (default: 2,048 and 8,192).
+        heads, head_dim: heads of the one layer, without grouped queries, and dimensions of each; batch 1, float32.
+        repeats: timings of each; their medians count.
+        report: called with every row as soon as it is measured.
 
     Returns:
-        one row a structure and length: seconds of both and their ratio.
+        one row a length and mixer: the seconds of both, and their ratio.
     """
+    device = device or pick_device()
     rows = []
-    for length in lengths:
+    for length in lengths or LENGTHS:
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, length, heads, head_dim, device=device, requires_grad=True) for _ in range(3))
         for name in names:
-            structure = mixer_class(name)(Site(tuple(range(heads)), heads, 1, head_dim, 0, 1)).to(device)
-            with torch.no_grad():
-                structure.reset_parameters()
-            times: dict[str, list[float]] = {"softmax": [], "structure": []}
+            mixer = _mixer(name, heads, head_dim).to(device)
+            softmax_timings, mixer_timings = [], []
             for _ in range(repeats):
-                times["softmax"].append(_seconds(_softmax, q, k, v))
-                times["structure"].append(_seconds(structure, q, k, v))
-            softmax, ours = (statistics.median(times[kind]) for kind in ("softmax", "structure"))
+                softmax_timings.append(_seconds(_softmax, q, k, v))
+                mixer_timings.append(_seconds(mixer, q, k, v))
+            softmax_seconds, mixer_seconds = statistics.median(softmax_timings), statistics.median(mixer_timings)
             row = {
                 "structure": name,
                 "length": length,
-                "softmax_seconds": softmax,
-                "structure_seconds": ours,
-                "ratio": ours / softmax,
+                "softmax_seconds": softmax_seconds,
+                "structure_seconds": mixer_seconds,
+                "ratio": mixer_seconds / softmax_seconds,
             }
             rows.append(row)
-            progress(row)
+            if report is not None:
+                report(row)
     return rows
 
 
-def structure_names(text: str | None) -> list[str]:
-    """The structures of a comma-separated list, all of them for none."""
-    from linearize.errors import ConfigError, nearest
-
-    if text is None:
-        return list(MIXERS)
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in MIXERS:
-            raise ConfigError(f"--only: got '{name}', allowed are {', '.join(MIXERS)}{nearest(name, MIXERS)}")
-    return names
+def _mixer(name: str, heads: int, head_dim: int) -> nn.Module:
+    """Build the mixer for the one layer of a model, with freshly initialised parameters."""
+    site = Site(heads=tuple(range(heads)), total_heads=heads, group=1, head_dim=head_dim, layer=0, layers=1)
+    mixer = mixer_class(name)(site)
+    with torch.no_grad():
+        mixer.reset_parameters()
+    return mixer
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    """Compute causal softmax attention over [B, T, H, K]; the output is [B, H, T, K]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return (F.scaled_dot_product_attention(q, k, v, is_causal=True),)
 
 
-def _seconds(run: Callable[..., tuple], *inputs: Tensor) -> float:
-    """Of run(*inputs)[0] forward and backward."""
+def _seconds(attend: Callable[..., tuple], *inputs: Tensor) -> float:
+    """Time forward and backward of the first output of `attend(*inputs)`."""
     for x in inputs:
         x.grad = None
     synchronize(inputs[0])
     start = time.perf_counter()
-    run(*inputs)[0].sum().backward()
+    attend(*inputs)[0].sum().backward()
     synchronize(inputs[0])
     return time.perf_counter() - start

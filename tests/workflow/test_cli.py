@@ -49,7 +49,7 @@ def test_unknown_kind_and_command(cli):
 
 def test_doctor(cli, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("linearize.device.bf16_is_fast", lambda: False)
+    monkeypatch.setattr("linearize.workflows.doctor.bf16_is_fast", lambda: False)
     code, out, _ = cli("doctor", "--json")
     found = json.loads(out)
     assert code == 0 and found["versions"]["torch"] and found["devices"]["cpu threads"] > 0
