@@ -43,8 +43,7 @@ def bench_student(
         raise ConfigError(f"--lengths: got {max(lengths)}, the model has positions for {positions} and {DECODED} more")
     if lengths is None:
         lengths = tuple(length for length in LENGTHS if length <= positions) or (positions,)
-    student = load_student(folder, dtype=compute_dtype("auto"))
-    student.to(pick_device())  # type: ignore[arg-type]  # transformers wraps `to` without binding self
+    student = load_student(folder, dtype=compute_dtype("auto")).to(pick_device())
     return bench_model(student, lengths, progress=progress)
 
 
