@@ -1,8 +1,8 @@
-"""Training text: reading documents, tokenising, and packing rows whose documents do not see one another.
+"""Read datasets as documents of token ids, for training, scoring and evaluation alike.
 
-A dataset is the name `sample`, a file (.txt, .jsonl, .json, .parquet, each also compressed) or a hub id. Its rows hold a
-text field, `instruction`/`input`/`output`, or `messages` for the chat template; rows whose text is null, or that have no
-messages, are passed over. Reading streams, so size does not matter.
+A dataset is the name `sample`, a file (.txt, .jsonl, .json, .parquet, each also compressed), a folder of .parquet files,
+or a hub id. Its rows hold a text field, `messages` for the chat template, or `instruction`, `input` and `output`. Rows
+whose text is null, or that have no messages, are skipped. Reading streams, so size does not matter.
 """
 
 import contextlib
@@ -10,28 +10,54 @@ import glob
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
+from linearize.checkpoint.hub import hub_answers, why_no_hub
 from linearize.data.samples import SAMPLES
 from linearize.errors import CheckpointError, ConfigError, one_line
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
 FORMATS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+# rows among which the next one is chosen at random
 SHUFFLE_BUFFER = 2000
+# rows that one call of the tokenizer spreads over the cores
 TOKENISED_TOGETHER = 64
-# characters of a text file that are one document and held in memory at once
+# characters of a text file that are one document and in memory at once
 LONGEST_TEXT = 4 * 1024**2
+# characters of an error of a library that a message shows
+LONGEST_REASON = 200
+# the prompt of a model without a chat template
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+
+Row = dict[str, Any]
+Message = dict[str, Any]
 
 
 class ChatError(ConfigError):
-    """Messages that cannot be made into one text."""
+    """Messages that cannot be turned into one text."""
+
+
+class Document(NamedTuple):
+    """Token ids of one document, and for each token whether the loss may count it."""
+
+    ids: list[int]
+    counted: list[bool]
 
 
 def data_fingerprint(datasets: list[str]) -> str:
-    """Changes when a dataset's name, or the bytes of a local file or of a folder's files, change."""
-    return fingerprint_of([[name, _local_fingerprint(SAMPLES.get(name, Path(name).expanduser()))] for name in datasets])
+    """Return a hash that changes with a dataset's name and with the bytes of a local file or of a folder's files."""
+    return fingerprint_of([[name, _local_fingerprint(_local_path(name))] for name in datasets])
+
+
+def _local_path(name: str) -> Path:
+    """Return the path that a dataset's name stands for, if it is one of this machine."""
+    return SAMPLES.get(name, Path(name).expanduser())
 
 
 def _local_fingerprint(path: Path) -> Any:
@@ -44,20 +70,25 @@ def _parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
-def open_dataset(name: str) -> Any:
-    """A stream of rows (datasets.IterableDataset).
+def open_dataset(name: str) -> "IterableDataset":
+    """Open a dataset as a stream of rows.
 
     Raises:
-        ConfigError: no such file or hub dataset, an unknown file type, a damaged file. CheckpointError: the hub does not
-            answer.
+        ConfigError: no such file or hub dataset, an unknown file type, or a damaged file.
+        CheckpointError: the hub does not answer.
     """
     with _read_errors(name):
-        return _open(name)
+        path = _local_path(name)
+        if path.is_file():
+            return _open_file(name, path)
+        if path.is_dir():
+            return _open_folder(name, path)
+        return _open_from_hub(name)
 
 
 @contextlib.contextmanager
 def _read_errors(name: str) -> Iterator[None]:
-    """A damaged file surfaces wherever its reader stumbles."""
+    """Name the dataset in every error. A damaged file surfaces in the middle of reading, as some library's error."""
     try:
         yield
     except ChatError as error:
@@ -65,124 +96,186 @@ def _read_errors(name: str) -> Iterator[None]:
     except (ConfigError, CheckpointError):
         raise
     except Exception as error:
-        raise ConfigError(f"--data: {name} cannot be read: {one_line(error, 200)}") from None
+        raise ConfigError(f"--data: {name} cannot be read: {one_line(error, LONGEST_REASON)}") from None
 
 
-def _open(name: str) -> Any:
-    import datasets
+def _suffix(path: Path) -> str:
+    """Return the suffix that says what a file holds, that of the compression left out."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
-    datasets.disable_progress_bars()
-    path = SAMPLES.get(name, Path(name).expanduser())
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-    if path.is_file():
-        if suffix not in FORMATS:
-            raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
-        if path.stat().st_size == 0:
-            raise ConfigError(f"--data: {name} is empty")
-        if FORMATS[suffix] == "text" and path.suffix not in COMPRESSIONS and path.stat().st_size > LONGEST_TEXT:
-            return datasets.IterableDataset.from_generator(_pieces, gen_kwargs={"path": str(path)})
-        options = {"sample_by": "document"} if FORMATS[suffix] == "text" else {}
-        name = glob.escape(str(path))
-        return datasets.load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=True, **options)
-    if path.is_dir():
-        files = [glob.escape(str(file)) for file in _parquet_files(path)]
-        if not files:
-            raise ConfigError(f"--data: the folder {name} holds no .parquet files")
-        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-    if suffix in FORMATS or name.count("/") != 1:
-        raise ConfigError(
-            f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"
-        )
-    from linearize.checkpoint.hub import hub_answers, why_no_hub
 
-    if not hub_answers():
-        raise CheckpointError(f"--data: no file '{name}' here, and {why_no_hub()}; give a file, or sample")
-    try:
-        return datasets.load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # the library raises its own and its file systems' errors
-        raise ConfigError(f"--data: cannot load '{name}' from the hub: {one_line(error, 200)}") from None
+def _open_file(name: str, path: Path) -> "IterableDataset":
+    suffix = _suffix(path)
+    if suffix not in FORMATS:
+        raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
+    size = path.stat().st_size
+    if size == 0:
+        raise ConfigError(f"--data: {name} is empty")
+    if FORMATS[suffix] != "text":
+        return _stream(FORMATS[suffix], [path])
+    if path.suffix in COMPRESSIONS or size <= LONGEST_TEXT:
+        return _stream("text", [path], sample_by="document")
+    datasets = _import_datasets()
+    return datasets.IterableDataset.from_generator(_pieces, gen_kwargs={"path": str(path)})
 
 
 def _pieces(path: str) -> Iterator[dict[str, str]]:
-    """A long text file in documents of LONGEST_TEXT characters and what is left of the line."""
+    """Split a long text file into documents of LONGEST_TEXT characters, each up to the end of its last line."""
     with open(path, encoding="utf-8", newline="") as file:
         while piece := file.read(LONGEST_TEXT):
             yield {"text": piece + file.readline()}
 
 
-def documents(dataset: str, tokenizer, *, text_field: str, completion_only: bool, seed: int | None) -> Iterator[tuple]:
-    """Token ids and which of them count, document by document: ([T], [T] bool). Shuffled unless seed is None."""
+def _open_folder(name: str, folder: Path) -> "IterableDataset":
+    files = _parquet_files(folder)
+    if not files:
+        raise ConfigError(f"--data: the folder {name} holds no .parquet files")
+    return _stream("parquet", files)
+
+
+def _stream(file_format: str, files: list[Path], **options: Any) -> "IterableDataset":
+    names = [glob.escape(str(file)) for file in files]
+    return _import_datasets().load_dataset(file_format, data_files=names, split="train", streaming=True, **options)
+
+
+def _open_from_hub(name: str) -> "IterableDataset":
+    if _suffix(Path(name)) in FORMATS or name.count("/") != 1:
+        raise ConfigError(
+            f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"
+        )
+    if not hub_answers():
+        raise CheckpointError(f"--data: no file '{name}' here, and {why_no_hub()}; give a file, or sample")
+    try:
+        return _import_datasets().load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # the library raises its own errors and those of its file systems
+        reason = one_line(error, LONGEST_REASON)
+        raise ConfigError(f"--data: cannot load '{name}' from the hub: {reason}") from None
+
+
+def _import_datasets() -> ModuleType:
+    """Import the library late, since it takes most of a second; a wrong name fails without it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def read_documents(
+    dataset: str, tokenizer: "PreTrainedTokenizerBase", *, text_field: str, completion_only: bool, seed: int | None
+) -> Iterator[Document]:
+    """Read a dataset document by document, each ending with the end-of-sequence token.
+
+    Args:
+        text_field: the field of a row that holds its text.
+        completion_only: count only the tokens of a conversation's last answer.
+        seed: shuffles the rows; None keeps their order.
+
+    Raises:
+        ConfigError: a row without any of the known fields, or messages that the chat template refuses; and as
+            `open_dataset`.
+    """
+    stream = open_dataset(dataset)
     with _read_errors(dataset):
-        rows = _open(dataset)
         if seed is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        rows = enumerate(rows)
-        while some := list(itertools.islice(rows, TOKENISED_TOGETHER)):
-            yield from _tokenise(some, dataset, tokenizer, text_field, completion_only)
+            stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        numbered = enumerate(stream)
+        while rows := list(itertools.islice(numbered, TOKENISED_TOGETHER)):
+            for prompt_length, ids in _tokenise(rows, dataset, tokenizer, text_field):
+                yield _document(ids, prompt_length if completion_only else 0, tokenizer.eos_token_id)
+
+
+def _document(ids: list[int], uncounted: int, end_token: int | None) -> Document:
+    """Return a document that ends with the end token and whose first `uncounted` tokens do not count."""
+    if end_token is not None and (not ids or ids[-1] != end_token):
+        ids = [*ids, end_token]
+    return Document(ids, [position >= uncounted for position in range(len(ids))])
 
 
 def _tokenise(
-    rows: list[tuple[int, dict]], dataset: str, tokenizer, text_field: str, completion_only: bool
-) -> Iterator[tuple]:
-    """Numbered rows as documents; all plain text at once, which a tokenizer shares out over the cores."""
+    rows: list[tuple[int, Row]], dataset: str, tokenizer: "PreTrainedTokenizerBase", text_field: str
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the prompt's length and the token ids of every numbered row that is not blank.
+
+    All plain text goes to the tokenizer in one call, which it spreads over the cores.
+    """
     texts = [row[text_field] for _, row in rows if isinstance(row.get(text_field), str)]
-    of_text = iter(tokenizer(texts).input_ids if texts else [])
+    ids_of_texts = iter(tokenizer(texts).input_ids if texts else [])
     for number, row in rows:
         if isinstance(row.get(text_field), str):
-            prompt, ids = [], next(of_text)
-        elif row.get("messages") and isinstance(row["messages"], list):
-            prompt, ids = _chat(row["messages"], tokenizer)
-        elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-            request = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-            turns = [{"role": "user", "content": request}, {"role": "assistant", "content": row["output"]}]
-            prompt, ids = _chat(turns, tokenizer)
-        elif row.get(text_field, "") is None or row.get("messages", "") in (None, []):
-            continue
-        else:
+            yield 0, next(ids_of_texts)
+        elif messages := _messages_of(row):
+            prompt, ids = _tokenise_chat(messages, tokenizer)
+            yield len(prompt), ids
+        elif not _is_blank(row, text_field):
             raise ConfigError(
                 f"--data: row {number} of {dataset} has the fields {', '.join(row) or 'none'}; needed is '{text_field}' "
                 "(text), 'messages', or 'instruction' and 'output'"
             )
-        if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-            ids = [*ids, tokenizer.eos_token_id]
-        yield ids, [not completion_only or i >= len(prompt) for i in range(len(ids))]
 
 
-def _chat(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of all turns before the assistant's last, with its opening, and of the conversation up to its end."""
-    answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]
-    messages = messages[: answers[-1] + 1 if answers else None]
+def _messages_of(row: Row) -> list[Message] | None:
+    """Return the conversation of a row: its `messages`, or its instruction and output as two of them."""
+    if row.get("messages") and isinstance(row["messages"], list):
+        return row["messages"]
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        request = row["instruction"]
+        if row.get("input"):
+            request += f"\n\n{row['input']}"
+        return [{"role": "user", "content": request}, {"role": "assistant", "content": row["output"]}]
+    return None
+
+
+def _is_blank(row: Row, text_field: str) -> bool:
+    """Return True for a row that has a known field without content."""
+    return row.get(text_field, "") is None or row.get("messages", "") in (None, [])
+
+
+def _tokenise_chat(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Return the token ids of the prompt, and of the prompt with the answer.
+
+    The answer is the assistant's last turn, and the prompt all before it with the opening of the answer. Turns behind
+    the answer are left out.
+    """
+    answers = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
+    if answers:
+        messages = messages[: answers[-1] + 1]
     if not tokenizer.chat_template:
-        for turn in messages:
-            if not isinstance(turn.get("content"), str):
-                raise ChatError(
-                    f"a turn of the {turn.get('role')} is {turn.get('content')!r}; without a chat template it has to be text"
-                )
-        prompt = "\n\n".join(turn["content"] for turn in messages[:-1])
-        prompt = ALPACA_PROMPT.format(instruction=prompt)
-        return prompt_tokens(tokenizer, prompt), tokenizer(prompt + messages[-1]["content"]).input_ids
-    prompt = ""
-    if messages[:-1]:
-        prompt = chat_text(tokenizer, messages[:-1], add_generation_prompt=True)
-    whole = chat_text(tokenizer, messages).rstrip("\n")
-    ids = tokenizer(whole, add_special_tokens=False).input_ids
-    return tokenizer(prompt, add_special_tokens=False).input_ids, ids
+        return _tokenise_alpaca(messages, tokenizer)
+    prompt = chat_text(tokenizer, messages[:-1], add_generation_prompt=True) if messages[:-1] else ""
+    conversation = chat_text(tokenizer, messages).rstrip("\n")
+    ids_of_prompt, ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, conversation))
+    return ids_of_prompt, ids
 
 
-def chat_text(tokenizer, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
-    """Messages through the tokenizer's chat template.
+def _tokenise_alpaca(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Do the same with Alpaca's prompt, for a tokenizer without a chat template."""
+    for turn in messages:
+        if not isinstance(turn.get("content"), str):
+            raise ChatError(
+                f"a turn of the {turn.get('role')} is {turn.get('content')!r}; without a chat template it has to be text"
+            )
+    *earlier, answer = (turn["content"] for turn in messages)
+    prompt = ALPACA_PROMPT.format(instruction="\n\n".join(earlier))
+    return prompt_tokens(tokenizer, prompt), tokenizer(prompt + answer).input_ids
+
+
+def chat_text(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], *, add_generation_prompt: bool = False
+) -> str:
+    """Render messages with the tokenizer's chat template.
 
     Raises:
         ChatError: the template refuses them.
     """
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except Exception as error:  # a template's own words, by jinja's exceptions
+    except Exception as error:  # a template refuses in its own words, with exceptions of jinja
         roles = ", ".join(str(turn.get("role")) for turn in messages)
-        raise ChatError(f"the chat template refuses turns of {roles}: {one_line(error, 200)}") from None
+        reason = one_line(error, LONGEST_REASON)
+        raise ChatError(f"the chat template refuses turns of {roles}: {reason}") from None
 
 
-def prompt_tokens(tokenizer, text: str) -> list[int]:
-    """Token ids of a text that is to be continued: without the end that some tokenizers put behind every text."""
+def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Tokenise a text that is to be continued, without the end token that some tokenizers append to every text."""
     ids = tokenizer(text).input_ids
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

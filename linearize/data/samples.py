@@ -1,4 +1,4 @@
-"""The text that ships with the package. Its origin is stated in linearize/data/SOURCES.md."""
+"""Name the text that ships with the package. Its origin is stated in linearize/data/SOURCES.md."""
 
 from pathlib import Path
 

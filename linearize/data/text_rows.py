@@ -6,26 +6,33 @@ from transformers import AutoConfig
 
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
-from linearize.data.documents import documents
+from linearize.data.documents import read_documents
 
-LONGEST = 2048
+# tokens of the longest row: more would cost memory and time, and tell little more of a head
+LONGEST_ROW = 2048
 
 
-def text_rows(source: Source, window: int, name: str, rows: int) -> Tensor | None:
-    """Token ids [rows, T] of a dataset, T as long as text and positions allow, at most 2048; None where that is not
-    twice as long as the window, or without a tokenizer.
+def text_rows(source: Source, window: int, dataset: str, rows: int) -> Tensor | None:
+    """Return the first text of a dataset as token ids [rows, T].
+
+    T is as long as the text and the model's positions allow, at most 2048.
+
+    Returns:
+        None if T would be less than twice the window, or if the model has no tokenizer.
 
     Raises:
-        ConfigError: no such dataset.
+        ConfigError: there is no such dataset.
     """
-    if (tokenizer := read_tokenizer(source.folder)) is None:
+    tokenizer = read_tokenizer(source.folder)
+    if tokenizer is None:
         return None
     ids: list[int] = []
-    for document, _ in documents(name, tokenizer, text_field="text", completion_only=False, seed=None):
-        ids += document
-        if len(ids) >= rows * LONGEST:
+    for document in read_documents(dataset, tokenizer, text_field="text", completion_only=False, seed=None):
+        ids += document.ids
+        if len(ids) >= rows * LONGEST_ROW:
             break
-    length = min(len(ids) // rows, LONGEST, AutoConfig.from_pretrained(source.folder).max_position_embeddings)
+    positions = AutoConfig.from_pretrained(source.folder).max_position_embeddings
+    length = min(len(ids) // rows, LONGEST_ROW, positions)
     if length < 2 * window:
         return None
     return torch.tensor(ids[: rows * length]).view(rows, length)

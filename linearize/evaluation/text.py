@@ -20,14 +20,16 @@ def text_ids_of(suite: Suite, tokenizer):
     """The evaluation text as one row of token ids, documents joined by an end-of-sequence token."""
     import torch
 
-    from linearize.data.documents import documents
+    from linearize.data.documents import read_documents
 
     longest = max([16 if suite.parity else 2, *suite.lengths, *suite.passkey])
     needed = max(suite.max_tokens, longest, suite.passkey_rows * max(suite.passkey, default=0))
     texts: list[list[int]] = []
     for name in suite.data:
         texts.append([])
-        for document, _ in documents(name, tokenizer, text_field=suite.text_field, completion_only=False, seed=None):
+        for document, _ in read_documents(
+            name, tokenizer, text_field=suite.text_field, completion_only=False, seed=None
+        ):
             texts[-1] += document
             if len(texts[-1]) >= needed:
                 break

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.checkpoint.writing import alone_in
-from linearize.data.documents import data_fingerprint, documents
+from linearize.data.documents import data_fingerprint, read_documents
 from linearize.data.packing import IGNORED, Batch, packed_rows, read_ahead, with_copies
 from linearize.errors import ConfigError, ResourceError
 from linearize.modeling.loading import load_student
@@ -378,7 +378,7 @@ def test_data_formats(tmp_path, tokenizer_folder, kind, suffix):
 
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
-    found = list(documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None))
+    found = list(read_documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None))
     assert len(found) == 3
     ids, counted = found[0]
     answer = tokenizer.decode([i for i, c in zip(ids, counted) if c])
@@ -391,7 +391,7 @@ def test_rows_that_say_nothing_are_passed_over(tmp_path, tokenizer_folder):
     answer = {"role": "assistant", "content": "four"}
 
     def answers() -> list[str]:
-        found = documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None)
+        found = read_documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None)
         return [tokenizer.decode([i for i, c in zip(ids, counted) if c]) for ids, counted in found]
 
     conversations = [[], [user, answer], [answer], [user, answer, user, answer, user]]
@@ -412,7 +412,7 @@ def test_the_end_that_a_tokenizer_puts_behind_a_prompt_is_taken_off(tmp_path, to
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(DATA_ROWS["instruction"]) + "\n")
-    ((ids, counted),) = documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None)
+    ((ids, counted),) = read_documents(str(path), tokenizer, text_field="text", completion_only=True, seed=None)
     assert tokenizer.decode([i for i, c in zip(ids, counted) if c]) == "four</s>"
 
 
@@ -424,12 +424,14 @@ def test_a_long_text_is_read_in_pieces_and_names_are_taken_as_they_are(tmp_path,
     lines = [f"line {i} of some words\n" for i in range(40)]
     path.write_text("".join(lines))
     options = {"text_field": "text", "completion_only": False, "seed": None}
-    ((whole, _),) = documents(str(path), tokenizer, **options)
+    ((whole, _),) = read_documents(str(path), tokenizer, **options)
     monkeypatch.setattr(data, "LONGEST_TEXT", 200)
-    pieces = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in documents(str(path), tokenizer, **options)]
+    pieces = [
+        tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in read_documents(str(path), tokenizer, **options)
+    ]
     assert "".join(pieces) == tokenizer.decode(whole, skip_special_tokens=True) == "".join(lines)
     assert len(pieces) == 4 and all(piece.endswith("\n") for piece in pieces)
-    assert len(list(documents(str(path), tokenizer, **{**options, "seed": 1}))) == 4
+    assert len(list(read_documents(str(path), tokenizer, **{**options, "seed": 1}))) == 4
 
 
 def test_short_documents_are_left_out(tmp_path, tokenizer_folder):
