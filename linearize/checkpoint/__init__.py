@@ -1,1 +1,4 @@
-"""Checkpoints on disk: open a source, read and write safetensors, describe a written student. Imports no modeling code."""
+"""Checkpoints on disk: open a source, read and write safetensors, and describe a written student.
+
+Nothing here imports modeling code.
+"""

@@ -1,23 +1,22 @@
-"""What a base checkpoint has to be: a config.json of a model that can be converted, and the tensors that this asks for."""
+"""Check that a base checkpoint can be converted: its config.json, and the tensors that its architecture asks for."""
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import BITS, DTYPE_NAMES, FLOATING, TensorInfo, Weights
 from linearize.errors import CheckpointError, CoverageError, UnsupportedModelError, nearest, one_line
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES, find_family
 
-if TYPE_CHECKING:
-    from linearize.checkpoint.source import Source
 
-
-def base_config(source: "Source") -> dict[str, Any]:
-    """The base's config.json, if it is of a model that can be converted. Needs no torch.
+def base_config(source: Source) -> dict[str, Any]:
+    """Return the base's config.json, as read, if its model can be converted. Needs no torch.
 
     Raises:
-        UnsupportedModelError: it is not. CheckpointError: no config.json, or a damaged one.
+        UnsupportedModelError: the model cannot be converted.
+        CheckpointError: config.json is missing or damaged.
     """
     raw = source.read_config()
     model_type = raw.get("model_type")
@@ -40,8 +39,15 @@ def base_config(source: "Source") -> dict[str, Any]:
     return raw
 
 
-def full_config(source: "Source", raw: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the family's defaults filled in."""
+def full_config(source: Source, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with every default of its family filled in.
+
+    Args:
+        raw: config.json, as `base_config` returns it.
+
+    Raises:
+        CheckpointError: values that transformers refuses, or numbers of heads that cannot be.
+    """
     from transformers import AutoConfig
 
     try:
@@ -54,7 +60,8 @@ def full_config(source: "Source", raw: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _check_heads(source: "Source", config: dict[str, Any]) -> None:
+def _check_heads(source: Source, config: dict[str, Any]) -> None:
+    """Check the numbers of query and key/value heads, and the head dimension."""
     heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
     where = source.folder / "config.json"
     if not isinstance(heads, int) or not isinstance(key_value_heads, int) or heads < 1 or key_value_heads < 1:
@@ -71,41 +78,56 @@ def _check_heads(source: "Source", config: dict[str, Any]) -> None:
         raise CheckpointError(f"{where}: head_dim {config.get('head_dim')}, allowed is an even number above 0")
 
 
-def check_tensors(source: "Source", config: dict, family_name: str, weights: Weights) -> tuple[str, ...]:
-    """Holds the checkpoint's names, shapes and dtypes against the family's own model; returns the ignorable names."""
+def check_tensors(source: Source, config: dict[str, Any], family_name: str, weights: Weights) -> tuple[str, ...]:
+    """Compare the checkpoint's tensor names, shapes and dtypes with those of the family's own model.
+
+    Returns:
+        Names of the tensors that the family allows to ignore.
+
+    Raises:
+        CoverageError: a tensor is missing, unexpected, or of another shape.
+        UnsupportedModelError: a tensor is not floating-point.
+    """
     family = find_family(family_name)
     expected, optional = expected_tensors(config, family_name)
-    found = weights.tensors
-    missing = [name for name in expected if name not in found and name not in optional]
+    tensors = weights.tensors
+    missing = [name for name in expected if name not in tensors and name not in optional]
     if missing:
         raise CoverageError(f"{source.name}: {len(missing)} tensors are missing, first '{missing[0]}'")
-    ignored = tuple(n for n in found if n not in expected and any(re.search(p, n) for p in family.ignorable_tensors))
-    unexpected = [name for name in found if name not in expected and name not in ignored]
+    unlisted = [name for name in tensors if name not in expected]
+    ignored = tuple(name for name in unlisted if any(re.search(p, name) for p in family.ignorable_tensors))
+    unexpected = [name for name in unlisted if name not in ignored]
     if unexpected:
         raise CoverageError(
             f"{source.name}: {len(unexpected)} unexpected tensors, first '{unexpected[0]}'"
             f"{nearest(unexpected[0], expected)}"
         )
     for name, shape in expected.items():
-        if name in found and found[name].shape != shape:
+        if (info := tensors.get(name)) is None:
+            continue
+        if info.shape != shape:
             raise CoverageError(
-                f"{source.name}: tensor '{name}' in {found[name].file} has shape {list(found[name].shape)}, config.json "
-                f"asks for {list(shape)}"
+                f"{source.name}: tensor '{name}' in {info.file} has shape {list(info.shape)}, config.json asks for "
+                f"{list(shape)}"
             )
-        if name in found and found[name].dtype not in FLOATING:
+        if info.dtype not in FLOATING:
             raise UnsupportedModelError(
-                f"{source.name}: tensor '{name}' is {found[name].dtype}; convert the original floating-point checkpoint"
+                f"{source.name}: tensor '{name}' is {info.dtype}; convert the original floating-point checkpoint"
             )
     return ignored
 
 
-def weights_of_config(source: "Source", config: dict[str, Any]) -> Weights:
-    """The tensors that a checkpoint with this config.json would hold."""
+def weights_of_config(source: Source, config: dict[str, Any]) -> Weights:
+    """Return the tensors that a checkpoint with this config would hold, for a plan made without weights.
+
+    Raises:
+        CheckpointError: config.json names a dtype that is not floating-point.
+    """
     shapes, tied = expected_tensors(config, config["model_type"])
-    named = str(config.get("dtype") or "bfloat16")
+    dtype_name = str(config.get("dtype") or "bfloat16")
     codes = {name: code for code, name in DTYPE_NAMES.items()}
-    if (dtype := codes.get(named)) is None:
-        raise CheckpointError(f"{source.folder / 'config.json'}: dtype {named}, allowed are {', '.join(codes)}")
+    if (dtype := codes.get(dtype_name)) is None:
+        raise CheckpointError(f"{source.folder / 'config.json'}: dtype {dtype_name}, allowed are {', '.join(codes)}")
     tensors = {
         name: TensorInfo("", 0, dtype, shape, math.prod(shape) * BITS[dtype] // 8)
         for name, shape in shapes.items()
@@ -114,8 +136,15 @@ def weights_of_config(source: "Source", config: dict[str, Any]) -> Weights:
     return Weights(source.folder, tensors, ())
 
 
-def expected_tensors(config: dict, family_name: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Names and shapes of the base model's tensors, and those a checkpoint may leave out because they are tied."""
+def expected_tensors(config: dict[str, Any], family_name: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Build the base model without weights and list its tensors, under the names that checkpoints use.
+
+    Returns:
+        Shapes by name, and the names that a checkpoint may leave out because they are tied.
+
+    Raises:
+        CheckpointError: transformers cannot build a model from this config.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
@@ -123,14 +152,14 @@ def expected_tensors(config: dict, family_name: str) -> tuple[dict[str, tuple[in
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except Exception as error:  # of every kind: the values are anybody's
+    except Exception as error:  # of any type: the values come from the user's file
         raise CheckpointError(
             f"config.json: transformers cannot build {family_name} from it: {type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}"
         ) from None
     weights = model.state_dict()
     tied = model.all_tied_weights_keys if config.get("tie_word_embeddings") else {}
-    # checkpoints have names of their own: those of mixtures hold every expert apart, GPT-NeoX's head is embed_out
+    # names on disk differ: mixtures store every expert by itself, GPT-NeoX's head is embed_out
     on_disk, tied_on_disk = (
         revert_weight_conversion(model, part) for part in (weights, {name: weights[name] for name in tied})
     )

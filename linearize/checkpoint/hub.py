@@ -1,4 +1,4 @@
-"""Download checkpoints from the model hub, and find out first whether it answers."""
+"""Download checkpoints from the model hub, after checking that it answers."""
 
 import os
 import threading
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from linearize.errors import CheckpointError, ConfigError, one_line
 
+# a hub that has not answered by then is treated as unreachable
 HUB_SECONDS = 8
-
 
 HUB_FILES = [
     "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py", "LICENSE*",
@@ -17,6 +17,16 @@ HUB_FILES = [
 
 
 def download(model: str, revision: str | None, option: str) -> Path:
+    """Download a hub model, or find it in the local cache, and return its folder.
+
+    Args:
+        revision: branch, tag or commit.
+        option: the argument or option that names the model, for errors.
+
+    Raises:
+        ConfigError: the hub has no such model or revision, or the model is gated.
+        CheckpointError: the hub does not answer and the model is not in the cache, or the download fails.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -48,24 +58,25 @@ def download(model: str, revision: str | None, option: str) -> Path:
         raise ConfigError(f"--revision: the hub's '{model}' has no revision '{revision}'") from None
     except (LocalEntryNotFoundError, EntryNotFoundError, FileNotFoundError):
         raise CheckpointError(
-            f"{option}: no file or folder '{model}' here, {why_no_hub()}, and the model is not in the local cache; name a "
-            "local folder or .gguf file, or try again online"
+            f"{option}: no file or folder '{model}' here, {why_no_hub()}, and the model is not in the local cache; "
+            "name a local folder or .gguf file, or try again online"
         ) from None
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{option}: downloading '{model}' failed: {one_line(error)}") from None
 
 
 def _offline() -> bool:
+    """Return True if the user has told the hub's libraries to work offline."""
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
 def why_no_hub() -> str:
-    """What there is to say where `hub_answers` says no."""
+    """Say why `hub_answers` returned False."""
     return "the hub was not asked (HF_HUB_OFFLINE)" if _offline() else f"the hub did not answer within {HUB_SECONDS} s"
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached within HUB_SECONDS."""
+    """Return True if the model hub answers within HUB_SECONDS."""
     if _offline():
         return False
     answered = threading.Event()
@@ -76,12 +87,12 @@ def hub_answers() -> bool:
         try:
             urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # an answer, if not a friendly one
+            pass  # an error page is an answer, too
         except (OSError, ValueError):
             return
         answered.set()
 
-    # a thread, because name resolution knows no timeout
+    # in a thread, because name resolution has no timeout
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)

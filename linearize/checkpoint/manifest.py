@@ -1,7 +1,7 @@
 """Define linearize.json, the record that a conversion and a finetune leave in the checkpoint they write.
 
-The schema names every key that the package reads. A file may hold more: older and newer files of one format version differ
-in keys that nothing reads. The document itself is stored as read, so that a finetune passes all of it on.
+The schema names every key that the package reads. A file may hold more: files of one format version differ in keys that
+nothing reads. The document itself is stored as read, so that a finetune passes all of it on.
 """
 
 import copy

@@ -1,6 +1,8 @@
-"""Names in a checkpoint folder that more than one module has to know."""
+"""Name the files and tensors of a checkpoint folder that several modules refer to."""
 
-# what a conversion records of itself, and a training run of its steps
-MANIFEST, METRICS = "linearize.json", "metrics.jsonl"
-# in the name of every tensor that a conversion adds
+# the record of a conversion or a finetune
+MANIFEST = "linearize.json"
+# one line for each step of training
+METRICS = "metrics.jsonl"
+# part of the name of every tensor that a conversion adds
 ADDED = ".mixer."

@@ -1,4 +1,4 @@
-"""The folder of outputs that need no name, ./linearized: what is written there, and what is the newest."""
+"""Name outputs under ./linearized, the default output folder, and find the newest one there."""
 
 import json
 import re
@@ -11,38 +11,43 @@ OUTPUT_ROOT = Path("linearized")
 
 
 def default_output(name: str, suffix: str) -> Path:
-    """`linearized/<model>-<suffix>`, under the current folder."""
+    """Return `linearized/<model>-<suffix>`, relative to the current folder."""
     stem = re.sub(r"[^\w.-]+", "-", name.split("/")[-1])
     return OUTPUT_ROOT / f"{stem}-{suffix}"
 
 
 def newest_output() -> Path:
-    """The most recently written checkpoint under ./linearized/.
+    """Return the most recently written checkpoint folder under ./linearized/.
 
     Raises:
         ConfigError: there is none.
     """
-    return _newest("", "none found")
+    return _newest(None, "none found")
 
 
 def newest_conversion() -> Path:
-    """The newest converted, not yet finetuned, checkpoint under ./linearized/. Errors as above."""
+    """Return the newest checkpoint folder under ./linearized/ that was converted and not yet finetuned.
+
+    Raises:
+        ConfigError: there is none.
+    """
     return _newest("converted", "no conversion")
 
 
-def _newest(kind: str, none: str) -> Path:
-    found = [
+def _newest(kind: str | None, none: str) -> Path:
+    """Return the newest checkpoint of this kind, of any kind for None; `none` says in the error that there is none."""
+    manifests = [
         path
         for path in OUTPUT_ROOT.glob(f"*/{MANIFEST}")
-        if not path.parent.name.startswith(".") and (not kind or _kind(path) == kind)
+        if not path.parent.name.startswith(".") and (kind is None or _kind(path) == kind)
     ]
-    if not found:
+    if not manifests:
         raise ConfigError(f"MODEL: none given and {none} under ./linearized/; run `linearize convert MODEL` first")
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def _kind(manifest: Path) -> str | None:
-    """Of a checkpoint; None of a damaged one."""
+    """Return the kind of a checkpoint; None for a damaged one, which must not hide the others."""
     try:
         return json.loads(manifest.read_bytes()).get("kind")
     except (ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""What running a base model found, kept under ~/.cache/linearize (or XDG_CACHE_HOME) for whoever asks again."""
+"""Cache results of running a base model on disk, under ~/.cache/linearize (or XDG_CACHE_HOME)."""
 
 import contextlib
 import json
@@ -11,21 +11,23 @@ from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.writing import write_json
 
 
-def kept(kind: str, key: dict[str, Any], compute: Callable[[], Any], found: Callable[[], None] = lambda: None) -> Any:
-    """The JSON-able value of `key`: what an earlier call kept, else `compute()`.
+def cached_on_disk(
+    kind: str, key: dict[str, Any], compute: Callable[[], Any], on_hit: Callable[[], None] = lambda: None
+) -> Any:
+    """Return the JSON-able value for `key`: an earlier call's from disk, else `compute()`, which is then stored.
 
-    A damaged file is computed again and replaced; where nothing can be written nothing is kept.
+    A damaged file is computed again and replaced. If the folder cannot be written, nothing is stored.
 
     Args:
-        kind: a folder of its own.
+        kind: name of the subfolder for this kind of value.
         key: everything that decides the value.
-        found: hears that nothing needs computing.
+        on_hit: called when the value comes from disk.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize" / kind
     path = folder / f"{fingerprint_of(key)}.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         value = json.loads(path.read_bytes())["value"]
-        found()
+        on_hit()
         return value
     value = compute()
     with contextlib.suppress(OSError):

@@ -1,8 +1,9 @@
-"""Where a model comes from: a folder of safetensors, a hub id or a GGUF file, brought to a local folder."""
+"""Describe the source of a conversion: the model that the user named, as a local folder of safetensors."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from linearize.checkpoint.fingerprint import sha256
 from linearize.checkpoint.weights import sampled_values
@@ -13,16 +14,16 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint at hand.
+    """A model in a local folder.
 
     Attributes:
-        reference: what the user named: absolute path or hub id.
-        kind: "folder", "hub", "gguf", "adapter" (a PEFT adapter merged into its base model) or "text_model" (of a
-            model for images or sound).
+        reference: the name that the user gave, as an absolute path or a hub id.
+        kind: "folder", "hub", "gguf", "adapter" (a PEFT adapter merged into its base model) or "text_model" (taken out
+            of a model for images or sound).
         folder: local folder with config.json and safetensors.
-        name: for people and model cards.
+        name: short name for messages and model cards.
         revision: commit of a hub model, if known.
-        merged_into: of an adapter, the fingerprint of its base model.
+        merged_into: fingerprint of the base model that an adapter was merged into; empty for other kinds.
     """
 
     reference: str
@@ -32,7 +33,12 @@ class Source:
     revision: str | None = None
     merged_into: str = ""
 
-    def read_config(self) -> dict:
+    def read_config(self) -> dict[str, Any]:
+        """Read config.json.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
         path = self.folder / "config.json"
         if not path.is_file():
             raise CheckpointError(f"{self.folder}: no config.json")
@@ -44,8 +50,8 @@ class Source:
             raise CheckpointError(f"{path}: got a {type(config).__name__}, allowed is an object")
         return config
 
-    def describe(self) -> dict:
-        """What linearize.json records of it, with hashes that later tell whether the base has changed."""
+    def describe(self) -> dict[str, Any]:
+        """Return the record for linearize.json, with a fingerprint that later shows if the base has changed."""
         return {
             "reference": self.reference,
             "kind": self.kind,
@@ -55,22 +61,28 @@ class Source:
         }
 
     def fingerprint(self) -> str:
-        """Changes when the config or any tensor's name, shape or values change (see `sampled_values`); of a GGUF file, when
-        its bytes do.
+        """Return a digest that changes with the config and with any tensor's name, shape or values.
+
+        Values are sampled (`sampled_values`). A GGUF file's digest is that of its bytes.
 
         Raises:
             CheckpointError: a damaged safetensors file.
         """
         if self.kind == "adapter":
-            return sha256([self.merged_into.encode(), local_fingerprint(self.reference).encode()])
-        return local_fingerprint(self.reference if self.kind == "gguf" else str(self.folder))
+            return sha256([self.merged_into.encode(), path_fingerprint(Path(self.reference)).encode()])
+        return path_fingerprint(Path(self.reference) if self.kind == "gguf" else self.folder)
 
 
 def local_fingerprint(model: str) -> str | None:
-    """Of a folder or file on this machine; None of a hub id."""
+    """Return the fingerprint of a folder or file on this machine; None for a hub id."""
     path = Path(model).expanduser()
+    return path_fingerprint(path) if path.exists() else None
+
+
+def path_fingerprint(path: Path) -> str:
+    """Return the fingerprint of an existing checkpoint folder or file."""
     if not path.is_dir():
-        return sha256(path) if path.is_file() else None
+        return sha256(path)
     configs = [path / name for name in ("config.json", ADAPTER_CONFIG) if (path / name).is_file()]
     pieces = [config.read_bytes() for config in configs]
     for shard in sorted(path.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""Describe a written checkpoint as an object: its folder, its manifest, its weights, its tokenizer and its base model."""
+"""Describe a written checkpoint as an object: its folder, manifest, weights, tokenizer and base model."""
 
 import contextlib
 import json
@@ -131,7 +131,7 @@ class Student:
         ) as source:
             if override is None and (fingerprint := source.fingerprint()) != recorded.fingerprint:
                 raise ConfigError(
-                    f"{option}: '{reference}' has changed since the conversion (fingerprint {str(fingerprint)[:12]}, "
+                    f"{option}: '{reference}' has changed since the conversion (fingerprint {fingerprint[:12]}, "
                     f"recorded {recorded.fingerprint[:12]}); convert again, or name the right base with {option}"
                 )
             yield source

@@ -1,6 +1,6 @@
-"""The text model inside a checkpoint for images or sound, written out as a checkpoint of its own.
+"""Write the text model inside a checkpoint for images or sound as a checkpoint of its own.
 
-Its bytes are copied under the names that the text model's own class gives them; no weight is read into memory.
+The bytes are copied under the names of the text model's own class. No weight is held in memory.
 """
 
 import json
@@ -17,14 +17,19 @@ from linearize.families.registry import find_family
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PREPROCESSOR = "preprocessor_config.json"
+# safetensors pads its header to a multiple of 8 bytes
 ALIGNMENT = 8
 
 
 def write_text_model(origin: Path, raw: dict[str, Any], folder: Path) -> None:
-    """Writes the text model of the checkpoint `origin`, whose config.json is `raw`, into `folder`.
+    """Write the text model of a checkpoint into `folder`.
+
+    Args:
+        origin: folder of the whole checkpoint.
+        raw: its config.json.
 
     Raises:
-        UnsupportedModelError: there is none, or none that can be told from the rest.
+        UnsupportedModelError: it has no text model, or its text model's tensors cannot be told from the others.
     """
     if not isinstance(inner := raw.get("text_config"), dict) or "model_type" not in inner:
         raise UnsupportedModelError(f"--text-model: {origin.name}: a {raw.get('model_type')} model holds no text model")
@@ -44,16 +49,19 @@ def write_text_model(origin: Path, raw: dict[str, Any], folder: Path) -> None:
 
 
 def _own_names(weights: Weights, decoder: str, origin: Path) -> dict[str, str]:
-    """Of every tensor of the text model, the name in the wrapper's checkpoint and in one of its own."""
-    prefixes = [name.removesuffix(EMBEDDING) for name in weights.tensors if name.endswith(EMBEDDING)]
-    prefixes = [p for p in prefixes if any(name.startswith(f"{p}layers.0.") for name in weights.tensors)]
+    """Map the text model's tensor names in the whole checkpoint to those in a checkpoint of its own.
+
+    Args:
+        decoder: prefix of the decoder in the text model's own class, such as "model.".
+    """
+    with_embedding = [name.removesuffix(EMBEDDING) for name in weights.tensors if name.endswith(EMBEDDING)]
+    prefixes = [p for p in with_embedding if any(name.startswith(f"{p}layers.0.") for name in weights.tensors)]
     if len(prefixes) != 1:
-        found = ", ".join(prefixes) or "none"
         raise UnsupportedModelError(
-            f"--text-model: {origin.name}: where its text model lies is not clear, found {found}"
+            f"--text-model: {origin.name}: its text model's prefix is not clear, found {', '.join(prefixes) or 'none'}"
         )
     (prefix,) = prefixes
-    # some wrappers keep their vision tower beside the layers, under the very prefix
+    # some models have their vision tower under the same prefix
     own = (EMBEDDING, "layers.", "norm.", "rotary_emb.")
     names = {name: decoder + name.removeprefix(prefix) for name in weights.tensors if name.startswith(prefix)}
     names = {name: new for name, new in names.items() if new.removeprefix(decoder).startswith(own)}
@@ -61,32 +69,34 @@ def _own_names(weights: Weights, decoder: str, origin: Path) -> dict[str, str]:
 
 
 def _write_renamed(weights: Weights, names: dict[str, str], folder: Path) -> None:
-    """Writes the named tensors of every file into a file of the same name."""
-    weight_map = {}
+    """Write the tensors in `names` (old name -> new name), each into a file named as the one it comes from."""
+    weight_map: dict[str, str] = {}
     for file in weights.files:
-        kept = {name: weights.tensors[name] for name in names if weights.tensors[name].file == file}
-        if kept:
-            _copy_tensors(weights.folder / file, folder / file, kept, names)
-            weight_map |= {names[name]: file for name in kept}
+        tensors = {new: weights.tensors[old] for old, new in names.items() if weights.tensors[old].file == file}
+        if tensors:
+            _copy_tensors(weights.folder / file, folder / file, tensors)
+            weight_map |= dict.fromkeys(tensors, file)
     if weights.files != (SINGLE,):
         total = sum(weights.tensors[name].nbytes for name in names)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _copy_tensors(source: Path, target: Path, kept: dict[str, TensorInfo], names: dict[str, str]) -> None:
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, info in kept.items():
-        offsets = [end, end := end + info.nbytes]
-        header[names[name]] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+def _copy_tensors(source: Path, target: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Copy tensors of one safetensors file into a new one, under the names that are the keys of `tensors`."""
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, info in tensors.items():
+        start, end = end, end + info.nbytes
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     with open(source, "rb") as read, open(target, "wb") as write:
         write.write(struct.pack("<Q", len(text)) + text)
         write.flush()
-        for info in kept.values():
-            offset, left = info.offset, info.nbytes
-            while left:
-                sent = os.sendfile(write.fileno(), read.fileno(), offset, left)
+        for info in tensors.values():
+            offset, end = info.offset, info.offset + info.nbytes
+            while offset < end:
+                sent = os.sendfile(write.fileno(), read.fileno(), offset, end - offset)
                 if sent == 0:
                     raise OSError(f"{source}: ended early")
-                offset, left = offset + sent, left - sent
+                offset += sent

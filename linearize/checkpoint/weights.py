@@ -1,7 +1,7 @@
-"""Reading what a safetensors checkpoint holds, from its headers alone.
+"""Read the headers of safetensors checkpoints: names, dtypes and shapes of the tensors.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data,
-without gaps (https://github.com/huggingface/safetensors). No weight is read, but for what `sampled_values` takes of each.
+without gaps (https://github.com/huggingface/safetensors). No weight is read, except for a sample in `sampled_values`.
 """
 
 import json
@@ -10,25 +10,29 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from linearize.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# the limit of the safetensors library itself, in bytes
 HEADER_LIMIT = 100_000_000
+# bytes that `sampled_values` reads at each of three places of a tensor: one page
 SAMPLE = 4096
+# bits of one number by the dtype codes of safetensors
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16,
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
 }  # fmt: skip
-# floating-point types by the names that torch and config.json give them
+# floating-point dtype codes, with the names of torch and config.json
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATING = set(DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint: its file and first byte there, dtype name, shape and size in bytes."""
+    """One tensor of a checkpoint: its file, its first byte there, dtype code, shape and size in bytes."""
 
     file: str
     offset: int
@@ -39,7 +43,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint folder, by name, and its files in order."""
+    """The tensors of a checkpoint folder by name, and its weight files in order; no files for a planned checkpoint."""
 
     folder: Path
     tensors: dict[str, TensorInfo]
@@ -47,27 +51,26 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Of the files, or of the tensors where there are none (a plan made of config.json alone)."""
+        """Size in bytes of the files, or of the tensors if there are no files."""
         if not self.files:
             return sum(info.nbytes for info in self.tensors.values())
         return sum((self.folder / name).stat().st_size for name in self.files)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether anything in `folder` is, or points to, weights of any format."""
+    """Return True if `folder` holds weights of any format, pickles included, or an index of weights."""
     return (folder / INDEX).is_file() or any(path.suffix in (".safetensors", *PICKLES) for path in folder.glob("*"))
 
 
 def read_weights(folder: Path) -> Weights:
-    """Reads and checks index and headers.
+    """Read and check the index and the headers of a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, truncated, damaged, holds other tensors than the index says, or lies
-            outside the folder; or there are only pickles.
+        CheckpointError: a file is missing, truncated, damaged, lies outside the folder, or holds other tensors than
+            the index says; or there are only pickles.
     """
     if (folder / SINGLE).is_file():
-        tensors = read_header(folder / SINGLE)
-        return Weights(folder, tensors, (SINGLE,))
+        return Weights(folder, read_header(folder / SINGLE), (SINGLE,))
     if not (folder / INDEX).is_file():
         raise CheckpointError(_why_no_weights(folder))
     weight_map = _read_index(folder / INDEX)
@@ -98,8 +101,9 @@ def read_weights(folder: Path) -> Weights:
 
 
 def sampled_values(path: Path) -> Iterator[bytes]:
-    """The first, middle and last SAMPLE bytes of every tensor of a safetensors file, with its name, dtype and shape: to tell
-    weights of one architecture apart without reading gigabytes.
+    """Yield name, dtype and shape of every tensor of a safetensors file, and its first, middle and last SAMPLE bytes.
+
+    They tell weights of one architecture apart without reading gigabytes.
 
     Raises:
         CheckpointError: a damaged header.
@@ -115,7 +119,11 @@ def sampled_values(path: Path) -> Iterator[bytes]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, every offset checked against shapes and the file's size."""
+    """Read the header of one safetensors file, checking every offset against shapes and the file's size.
+
+    Raises:
+        CheckpointError: not a safetensors file, or a damaged or truncated one.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -147,7 +155,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _tensor_info(file: str, data_start: int, entry: dict) -> TensorInfo:
+def _tensor_info(file: str, data_start: int, entry: dict[str, Any]) -> TensorInfo:
+    """Read one entry of a header; `data_start` is the byte of the file at which the data begins."""
     if entry["dtype"] not in BITS:
         raise ValueError(f"unknown dtype '{entry['dtype']}'")
     shape = tuple(entry["shape"])
@@ -157,7 +166,8 @@ def _tensor_info(file: str, data_start: int, entry: dict) -> TensorInfo:
     return TensorInfo(file, data_start + entry["data_offsets"][0], entry["dtype"], shape, nbytes)
 
 
-def _no_duplicates(pairs: list) -> dict:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict of a JSON object's pairs, refusing a key that comes twice."""
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
         raise ValueError(f"duplicate key '{next(name for name in names if names.count(name) > 1)}'")
@@ -165,6 +175,7 @@ def _no_duplicates(pairs: list) -> dict:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    """Read the file name of every tensor from an index."""
     try:
         weight_map = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
@@ -175,6 +186,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _why_no_weights(folder: Path) -> str:
+    """Say why a folder without index and single file has no usable weights."""
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if pickles:
         return (

@@ -1,4 +1,4 @@
-"""Writing a folder that appears whole or not at all."""
+"""Write output folders that appear complete or not at all, and place weight files in them."""
 
 import contextlib
 import errno
@@ -16,24 +16,30 @@ from typing import Any
 from linearize.checkpoint.names import MANIFEST
 from linearize.errors import ConfigError, ResourceError
 
+# ioctl that makes a reflink: two files that share their bytes until one is written (Linux, linux/fs.h)
 FICLONE = 0x40049409
+# bytes of one copying step; few, large steps, since each waits for the interpreter, which is importing meanwhile
 COPY_BYTES = 2**27
 
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `out` to write into; renamed to `out` when the block ends, removed when it fails.
+    """Yield a folder beside `out` to write into; rename it to `out` when the block ends, remove it if the block fails.
 
-    The unfinished folder is hidden and named after `out`, so that whatever a killed run left is cleared by the next.
+    The unfinished folder is hidden and named after `out`, so that the next run clears what a killed run left.
+
+    Raises:
+        ConfigError: `out` may not be written, or another process is writing it.
+        ResourceError: the disk is full.
     """
     check_target(out, overwrite=overwrite)
-    out = out.resolve()  # of a link the folder itself is replaced
+    out = out.resolve()  # replace the folder that a link points to, not the link
     partial = out.parent / f".{out.name}.partial"
     make_folder(partial)
     with alone_in(partial, out):
         try:
-            for left_over in partial.iterdir():
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+            for leftover in partial.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield partial
             _sync(partial)
             if out.exists():
@@ -53,15 +59,21 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, out: Path) -> Iterator[None]:
-    """While the block runs, or until the process dies, no other of our processes writes in `folder`, which leads to `out`;
-    refuses when one does already."""
+    """Lock `folder` against other processes of this package until the block ends or the process dies.
+
+    Args:
+        out: the output that `folder` becomes, for the error.
+
+    Raises:
+        ConfigError: another process has locked it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ConfigError(f"--out: another process is writing {out}; wait for it, or choose another") from None
-    except OSError:  # a file system without locks
+    except OSError:  # this file system has no locks
         pass
     try:
         yield
@@ -70,14 +82,18 @@ def alone_in(folder: Path, out: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path, out: Path) -> None:
-    """Refuses a folder in which another process is at work; see `alone_in`."""
+    """Raise the error of `alone_in` if another process has locked `folder`."""
     if folder.is_dir():
         with alone_in(folder, out):
             pass
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder of an output and those above it."""
+    """Make a folder and its parents.
+
+    Raises:
+        ConfigError: no permission to write there. ResourceError: the disk is full.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except PermissionError:
@@ -88,8 +104,11 @@ def make_folder(folder: Path) -> None:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Refuses an existing OUT unless it may be overwritten and looks like something of ours; and a place that nothing can
-    be written to."""
+    """Check that `out` can be written and is free, or may be overwritten and is an output of this package.
+
+    Raises:
+        ConfigError: one of these does not hold.
+    """
     check_writable(out)
     if not out.exists():
         return
@@ -104,8 +123,15 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> None:
-    """Refuses an OUT in a folder without permission, below something that is not a folder, or that is a file where a folder is
-    to be (or the reverse)."""
+    """Check that an output can be written: permissions, parents that are folders, and the right type at `out`.
+
+    Args:
+        option: the command-line option that names `out`, for errors.
+        folder: `out` is to be a folder, not a file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     if out.exists() and out.is_dir() != folder:
         raise ConfigError(f"{option}: {out} exists and is {'not ' if folder else ''}a folder")
     above = out.absolute().parent
@@ -118,12 +144,13 @@ def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> 
 
 
 def raise_if_full(error: OSError, where: Path) -> None:
+    """Raise a ResourceError if `error` says that the disk of `where` is full; otherwise return."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise ResourceError(f"no space left on the disk of {where}") from None
 
 
 def check_space(where: Path, needed: int) -> None:
-    """Fails before a byte is written when the disk cannot take `needed` bytes."""
+    """Raise a ResourceError if the disk of `where`, which may not exist yet, has less than `needed` bytes free."""
     while not where.exists():
         where = where.parent
     free = shutil.disk_usage(where).free
@@ -133,15 +160,16 @@ def check_space(where: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def placing(files: dict[Path, Path], link: str) -> Iterator[Callable[[], str]]:
-    """Places files, source -> target, in the background; see `place` for `link`.
+    """Place files, source -> target, in a background thread. `link` is as in `place`.
 
-    Yields a function that waits for the last of them and returns how they were placed, "hard", "copy" or several with
-    a plus. Leaving the block before that stops the copying.
+    Yields:
+        A function that waits for the last file and returns how they were placed: "hard", "copy", or several with a
+        plus. Leaving the block earlier stops the copying.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(lambda: {place(source, target, link, stop) for source, target in files.items()})
-        if link == "hard":  # takes no time, and where it cannot be done nothing else should be begun
+        if link == "hard":  # linking takes no time; if it fails, nothing else should begin
             future.result()
         try:
             yield lambda: "+".join(sorted(future.result()))
@@ -150,14 +178,17 @@ def placing(files: dict[Path, Path], link: str) -> Iterator[Callable[[], str]]:
 
 
 def place(source: Path, target: Path, link: str, stop: threading.Event) -> str:
-    """Puts the bytes of `source` at `target`; returns how: "hard", "reflink" or "copy".
+    """Put the bytes of `source` at `target`; return how: "hard", "reflink" or "copy".
 
     Args:
-        link: "auto" tries a hard link, then a reflink, then copies; "hard" insists on the link; "copy" makes bytes of
-            its own (a reflink where the file system shares them until written).
+        link: "auto" tries a hard link, then a reflink, then a copy; "hard" requires the link; "copy" makes the target
+            independent of the source (a reflink if the file system has them).
         stop: ends a copy early, half done.
+
+    Raises:
+        ConfigError: "hard", and the link cannot be made.
     """
-    source = source.resolve()  # a hub cache holds symbolic links; link to the file itself
+    source = source.resolve()  # the hub's cache holds symbolic links; link to the file itself
     if link in ("auto", "hard"):
         try:
             os.link(source, target)
@@ -178,8 +209,8 @@ def place(source: Path, target: Path, link: str, stop: threading.Event) -> str:
 
 
 def _copy(read: int, write: int, stop: threading.Event) -> None:
-    """Copies between descriptors in few, large steps: each one waits for the interpreter, which is importing."""
-    if sys.platform == "linux":  # elsewhere sendfile only writes to sockets
+    """Copy from one file descriptor to another until the end or until `stop` is set."""
+    if sys.platform == "linux":  # on other systems sendfile only writes to sockets
         while not stop.is_set() and os.sendfile(write, read, None, COPY_BYTES):
             pass
     while not stop.is_set() and (block := os.read(read, COPY_BYTES)):
@@ -188,11 +219,12 @@ def _copy(read: int, write: int, stop: threading.Event) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON through a temporary file, so that readers see the old or the new."""
+    """Write indented JSON; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary one, so that readers see the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.fingerprint import tokenizer_fingerprint
-from linearize.checkpoint.result_cache import kept
+from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import Weights
 from linearize.conversion.keep_softmax import kept_count, scored_share
@@ -84,7 +84,7 @@ def base_head_scores(
         scores = [head_scores(model, probes, method=scoring.method, **reported) for probes in groups]
         return combined(*scores) if len(scores) > 1 else scores[0]
 
-    return kept("scores", key, compute)
+    return cached_on_disk("scores", key, compute)
 
 
 def _probe_groups(

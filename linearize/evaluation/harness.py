@@ -14,7 +14,7 @@ from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint
 from linearize.checkpoint.hub import HUB_SECONDS, hub_answers
-from linearize.checkpoint.result_cache import kept
+from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.errors import ConfigError, nearest, one_line
 from linearize.evaluation.lab import Lab
 from linearize.report.results import ASKED, BASE, STUDENT, Findings, make_metric
@@ -86,7 +86,7 @@ def measure_task(lab: Lab, name: str, task: Any, limit: int | None, base_fingerp
         if model_name != BASE:
             return ask()
         of_dtype = {**key, "dtype": str(model.dtype)}
-        return kept("tasks", of_dtype, ask, lambda: lab.progress(f"{name}: the base's answers are at hand"))
+        return cached_on_disk("tasks", of_dtype, ask, lambda: lab.progress(f"{name}: the base's answers are at hand"))
 
     found = lab.measure(ASKED, answers)
     metrics = []

@@ -215,8 +215,8 @@ def test_combined_scores_are_shares_of_their_totals():
     assert scoring.combined([[3.0, 1.0], [-5.0, 0.0]], [[0.0, 0.0], [0.0, 0.02]]) == [[0.75, 0.25], [0.0, 1.0]]
 
 
-def test_what_is_kept_is_found_again_and_what_cannot_be_is_not(tmp_path, monkeypatch):
-    from linearize.checkpoint.result_cache import kept
+def test_results_are_cached_on_disk_where_that_can_be_written(tmp_path, monkeypatch):
+    from linearize.checkpoint.result_cache import cached_on_disk
 
     asked: list[int] = []
 
@@ -225,16 +225,20 @@ def test_what_is_kept_is_found_again_and_what_cannot_be_is_not(tmp_path, monkeyp
         return [len(asked)]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert kept("kind", {"a": 1}, compute) == kept("kind", {"a": 1}, compute) == [1]
-    assert kept("kind", {"a": 2}, compute) == [2] and kept("other", {"a": 1}, compute) == [3]
+    assert cached_on_disk("kind", {"a": 1}, compute) == cached_on_disk("kind", {"a": 1}, compute) == [1]
+    assert cached_on_disk("kind", {"a": 2}, compute) == [2] and cached_on_disk("other", {"a": 1}, compute) == [3]
     (path,) = (tmp_path / "cache" / "linearize" / "other").iterdir()
     for damage in ("", "[]", "{}", "null"):
         path.write_text(damage)
-        assert kept("other", {"a": 1}, compute) == [len(asked)] and kept("other", {"a": 1}, compute) == [len(asked)]
+        assert cached_on_disk("other", {"a": 1}, compute) == [len(asked)] and cached_on_disk(
+            "other", {"a": 1}, compute
+        ) == [len(asked)]
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     before = len(asked)
-    assert kept("kind", {"a": 1}, compute) == [before + 1] and kept("kind", {"a": 1}, compute) == [before + 2]
+    assert cached_on_disk("kind", {"a": 1}, compute) == [before + 1] and cached_on_disk("kind", {"a": 1}, compute) == [
+        before + 2
+    ]
 
 
 @pytest.mark.parametrize("by", SCORED)

@@ -81,7 +81,7 @@ def test_what_has_no_text_model_or_one_that_is_unclear(base_folder, tmp_path, cl
     tensors = {name.replace("embed_tokens", "embeddings"): value for name, value in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
     code, _, err = cli("plan", tmp_path / "base", "--text-model")
-    assert code == 4 and "where its text model lies is not clear, found none" in err
+    assert code == 4 and "its text model's prefix is not clear, found none" in err
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["text_config"]["model_type"] = "gpt2"
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
