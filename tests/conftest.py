@@ -121,3 +121,22 @@ def converted(base_folder, tmp_path):
     settings = load_config(None, {"window": 12, "sinks": 2}, ["mix_options.log_mass=0.0"])
     convert(str(base_folder()), settings, out=out, verify=False, progress=quiet)
     return out
+
+
+@pytest.fixture(autouse=True)
+def verification_here(request, monkeypatch):
+    """Verify conversions in this process, for a fresh one takes seconds to import what is here already."""
+    converts = {"base_folder", "cli"} & set(request.fixturenames)
+    if not converts or "verifies_apart" in request.keywords:
+        return
+
+    def run_verification(folder, base):
+        from linearize.conversion.verify import VerificationFailure, verify
+        from linearize.errors import CheckpointError
+
+        try:
+            return json.loads(json.dumps(verify(folder, base)))
+        except VerificationFailure as failure:
+            raise CheckpointError(f"verification failed: {failure}") from None
+
+    monkeypatch.setattr("linearize.workflows.convert.run_verification", run_verification)

@@ -13,24 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHAPES
+from helpers import SHAPES, quiet
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.checkpoint.source import Source, local_fingerprint
 from linearize.checkpoint.student import Student
 from linearize.checkpoint.weights import read_weights
 from linearize.checkpoint.writing import alone_in
+from linearize.conversion import verify
 from linearize.conversion.keep_softmax import softmax_heads
 from linearize.errors import CheckpointError, ConfigError
+from linearize.modeling import cache
 from linearize.modeling.loading import load_student
+from linearize.plan import LayerPlan, Plan
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
-
-
-def quiet(message: str) -> None:
-    pass
 
 
 def settings(**flags):
@@ -82,6 +81,7 @@ def test_a_complete_checkpoint(base_folder, tmp_path, shape, mix, shards):
     assert model.generate(ids, max_new_tokens=20, do_sample=False).shape[1] > ids.shape[1]
 
 
+@pytest.mark.verifies_apart
 def test_verification_passes_and_records_zero(base_folder, tmp_path):
     student = convert(str(base_folder()), settings(keep_softmax="1:2"), out=tmp_path / "out", progress=quiet)
     check = student.manifest.verification
@@ -89,6 +89,7 @@ def test_verification_passes_and_records_zero(base_folder, tmp_path):
     assert 0 <= check.cached_decode_max_difference < 1e-5
 
 
+@pytest.mark.verifies_apart
 def test_verification_fails_on_weights_that_are_not_finite(base_folder, tmp_path):
     """One flipped exponent bit is enough, and nothing is left behind."""
     base = base_folder()
@@ -101,46 +102,36 @@ def test_verification_fails_on_weights_that_are_not_finite(base_folder, tmp_path
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_verification_fails_when_decode_differs(base_folder, tmp_path):
-    """A check that cannot fail is no check: a portable cache bug is simulated in the verifying process."""
-    out = tmp_path / "out"
-    base = base_folder()
+def test_verification_fails_when_decode_differs(base_folder, tmp_path, monkeypatch):
+    """A check that cannot fail is no check: simulate a cache that loses its recurrent state."""
+    out, base = tmp_path / "out", base_folder()
     convert(str(base), settings(), out=out, verify=False, progress=quiet)
-    script = (
-        "import sys; from linearize.modeling import cache; real = cache.WindowCache.extend\n"
-        "def broken(self, k, v, raw, mask):\n"
-        "    context = real(self, k, v, raw, mask); self.recurrent_state = None; return context\n"
-        "cache.WindowCache.extend = broken\n"
-        f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]\n"
-        "from linearize.conversion.verify import main; main()"
-    )
     # only a branch that matters can show a lost state
-    from safetensors.torch import load_file, save_file
-
     added = out / "model-00002-of-00002.safetensors"
     tensors = {name: torch.full_like(value, 2.0) for name, value in load_file(added).items()}
     save_file(tensors, added, metadata={"format": "pt"})
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "cached decode differs" in json.loads(run.stdout)["failure"]
+    extend = cache.WindowCache.extend
+
+    def extend_and_forget(self, *arguments):
+        context = extend(self, *arguments)
+        self.recurrent_state = None
+        return context
+
+    monkeypatch.setattr(cache.WindowCache, "extend", extend_and_forget)
+    with pytest.raises(verify.VerificationFailure, match="cached decode differs"):
+        verify.verify(out, base)
 
 
 @pytest.mark.parametrize("mixer", ["gla", "vq"])
-def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_path, mixer):
+def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_path, monkeypatch, mixer):
     out, base = tmp_path / "out", base_folder("mqa_tied", shards=2, dtype=torch.bfloat16)
     convert(str(base), settings(mixer=mixer), out=out, verify=False, progress=quiet)
-    script = (
-        "import sys; from linearize.conversion import verify; verify.STREAM_ABOVE = 0\n"
-        f"sys.argv = ['verify', {str(out)!r}, {str(base)!r}]; verify.main()"
-    )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert json.loads(run.stdout)["softmax_everywhere_max_difference"] == 0.0, run.stderr[-2000:]
+    monkeypatch.setattr(verify, "STREAM_ABOVE", 0)
+    assert verify.verify(out, base)["softmax_everywhere_max_difference"] == 0.0
 
 
 def test_verification_leaves_every_window():
     """Longer windows than there is time for are shortened, so that the recurrent branch takes part."""
-    from linearize.conversion import verify
-    from linearize.plan import LayerPlan, Plan
-
     layers = (LayerPlan((1,), window=5000, softmax_window=9000), LayerPlan((1,), window=12), LayerPlan((), window=512))
     plan = verify._shortened(Plan("llama", layers))
     assert [layer.window for layer in plan.layers] == [512, 12, 512]
