@@ -1,19 +1,13 @@
 """Calibration: what is observed is what the base does, and what is fitted is nearer to it than window + sinks."""
 
-import json
-
 import pytest
 import torch
-from helpers import quiet, student_of, tiny_base
+from helpers import student_of, tiny_base
 
-from linearize.checkpoint.student import Student
 from linearize.conversion.calibrate import PARTS, _choose_part
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import context_of
-from linearize.modeling.loading import load_student
 from linearize.ops.window import Scores
-from linearize.settings.loading import load_config
-from linearize.workflows.convert import convert
 
 
 @torch.no_grad()
@@ -115,46 +109,6 @@ def test_the_whole_model_has_the_last_word(mixer, options):
     part, alone, chosen = _choose_part(student, branches, ids, 8)
     assert part == min(found, key=found.get) and chosen == pytest.approx(found[part], rel=1e-3)
     assert alone == pytest.approx(window, rel=1e-3) and divergence() == pytest.approx(chosen, rel=1e-3)
-
-
-def test_convert_calibrates_and_says_so(base_folder, tmp_path):
-    base = base_folder()
-    settings = load_config(None, {"mixer": "vq", "window": 12, "sinks": 2})
-    fitted = convert(str(base), settings, out=tmp_path / "out", progress=quiet).manifest.calibration
-    assert fitted.text == "sample" and fitted.rows == 5 and fitted.tokens == 512
-    assert all(after < before for before, after in fitted.attention_error.values())
-    assert "were fitted to the base's attention" in (tmp_path / "out" / "README.md").read_text()
-    never = load_config(None, {"mixer": "vq", "window": 12, "sinks": 2}, ["calibration.when=never"])
-    convert(str(base), never, out=tmp_path / "plain", verify=False, progress=quiet)
-    assert Student.read(tmp_path / "plain").manifest.calibration is None
-    ids = torch.randint(2, 300, (2, 200), generator=torch.Generator().manual_seed(0))
-    students = [load_student(tmp_path / name, dtype=torch.float32) for name in ("out", "plain")]
-    with torch.no_grad(), students[0].softmax_attention():
-        target = students[0](ids).logits.log_softmax(-1)
-    with torch.no_grad():
-        away = [(target.exp() * (target - s(ids).logits.log_softmax(-1))).sum(-1).mean().item() for s in students]
-        with students[0].recurrent_branch_off():
-            window = (target.exp() * (target - students[0](ids).logits.log_softmax(-1))).sum(-1).mean().item()
-    assert away[0] < window
-
-
-def test_settings_that_were_given_are_kept(base_folder, tmp_path):
-    settings = load_config(None, {"window": 12}, ["mix_options.log_mass=-1.25"])
-    convert(str(base_folder()), settings, out=tmp_path / "out", verify=False, progress=quiet)
-    masses = [p for n, p in load_student(tmp_path / "out", dtype=torch.float32).named_parameters() if "log_mass" in n]
-    assert len(masses) == 3 and all((p - p[0] == 0).all() for p in masses)
-
-
-def test_no_room_to_calibrate(base_folder, cli, tmp_path):
-    base = base_folder()
-    code, _, err = cli("convert", base, "--window", "300", "-o", tmp_path / "out", "--no-verify")
-    assert code == 0 and "not calibrated" in err
-    code, _, err = cli("convert", base, "--window", "300", "-o", tmp_path / "never", "--no-verify", "--calibrate")
-    assert code == 2 and "--window" in err and not (tmp_path / "never").exists()
-    code, out, _ = cli(
-        "convert", base, "--window", "12", "-o", tmp_path / "no", "--no-verify", "--no-calibrate", "--json"
-    )
-    assert code == 0 and json.loads(out)["calibration"] is None
 
 
 def test_a_fit_comes_out_the_same_however_threads_share_its_sums():

@@ -1,7 +1,6 @@
 """Which heads recall depends on: the gated attention against real conversions, derivatives against differences."""
 
 import dataclasses
-import json
 import re
 
 import pytest
@@ -11,9 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from linearize.conversion import scoring
-from linearize.conversion.keep_softmax import SCORED, scored_share, softmax_heads, top_heads
 from linearize.data.recall_rows import recall_task
-from linearize.errors import ConfigError
 from linearize.plan import LayerPlan, Plan
 
 REACH = {"window": 12, "sinks": 2}
@@ -197,24 +194,6 @@ def test_scoring_leaves_the_model_as_it_was():
     assert base.config._attn_implementation != scoring.IMPLEMENTATION
 
 
-def test_top_heads():
-    scores = [[0.1, 0.9, 0.0], [0.5, 0.2, 0.3]]
-    assert top_heads(scores, 0.5) == ((1,), (0, 2))
-    assert top_heads(scores, 0.01) == ((1,), ())
-    assert softmax_heads("recall:50%", 2, 3, lambda by: scores) == ((1,), (0, 2))
-    assert softmax_heads("text:50%", 2, 3, {"text": scores}.get) == ((1,), (0, 2))
-    assert scored_share("recall:12.5%") == scored_share("recall:0.125") == ("recall", 0.125)
-    for spec in ("recall:", "recall:0", "text:100%", "both:x", "recall:nan"):
-        with pytest.raises(ConfigError, match=f"{spec.partition(':')[0]}:SHARE"):
-            softmax_heads(spec, 2, 3, lambda by: scores)
-    with pytest.raises(ConfigError, match="no recall can be scored"):
-        scoring.recall_probes(DISTANCES, 2, window=100, positions=512, vocabulary=300, start_token=0)
-
-
-def test_combined_scores_are_shares_of_their_totals():
-    assert scoring.combined([[3.0, 1.0], [-5.0, 0.0]], [[0.0, 0.0], [0.0, 0.02]]) == [[0.75, 0.25], [0.0, 1.0]]
-
-
 def test_results_are_cached_on_disk_where_that_can_be_written(tmp_path, monkeypatch):
     from linearize.checkpoint.result_cache import cached_on_disk
 
@@ -239,66 +218,3 @@ def test_results_are_cached_on_disk_where_that_can_be_written(tmp_path, monkeypa
     assert cached_on_disk("kind", {"a": 1}, compute) == [before + 1] and cached_on_disk("kind", {"a": 1}, compute) == [
         before + 2
     ]
-
-
-@pytest.mark.parametrize("by", SCORED)
-def test_convert_by_scores(by, base_folder, cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    base = base_folder()
-    flags = ["--keep-softmax", f"{by}:30%", "--window", "12", "--set", "scoring.distances=[40, 60]"]
-    code, out, err = cli("plan", base, *flags, "--json")
-    assert code == 0, err
-    for part in ("recall", "text"):
-        assert (f"scoring key/value heads by {part} (gradient)" in err) == (by in (part, "both"))
-    layers = json.loads(out)["layers"]
-    scores = {(layer["layer"], head): score for layer in layers for head, score in enumerate(layer["scores"])}
-    kept = {(layer["layer"], head) for layer in layers for head in layer["softmax_heads"]}
-    assert kept == set(sorted(scores, key=lambda at: -scores[at])[:3])
-    code, text, err = cli("plan", base, *flags)
-    assert "scoring key/value heads" not in err and "scores " in text
-    for path in (tmp_path / "cache" / "linearize" / "scores").iterdir():
-        path.write_text("damaged")
-    code, _, err = cli("plan", base, *flags)
-    assert code == 0 and "scoring key/value heads" in err
-    code, out, err = cli("convert", base, *flags, "-o", tmp_path / "out", "--json")
-    assert code == 0, err
-    assert {
-        (number, head)
-        for number, layer in enumerate(json.loads(out)["plan"]["layers"])
-        for head in layer["softmax_heads"]
-    } == kept
-
-
-def test_scores_are_those_of_the_text(base_folder, cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
-    flags = ["--keep-softmax", "text:30%", "--window", "12", "--set", f"scoring.text={text}"]
-    base, found = base_folder(), []
-    for words in ("one after the other ", "one after the other ", "something else entirely "):
-        text.write_text(words * 400)
-        code, out, err = cli("plan", base, *flags, "--json")
-        assert code == 0, err
-        found.append(json.loads(out)["layers"])
-    assert found[0] == found[1] != found[2]
-
-
-@pytest.mark.parametrize("by", SCORED)
-def test_convert_by_elimination(by, base_folder, cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flags = [
-        "--keep-softmax", f"{by}:30%", "--window", "12", "--set", "scoring.distances=[40, 60]",
-        "--set", "scoring.method=elimination",
-    ]  # fmt: skip
-    code, out, err = cli("plan", base_folder(), *flags, "--json")
-    assert code == 0, err
-    assert err.count("scoring heads by elimination: ") == 3 and "3 are left" in err
-    layers = json.loads(out)["layers"]
-    turns = {(layer["layer"], head): score for layer in layers for head, score in enumerate(layer["scores"])}
-    assert sorted(turns.values()) == [0, 0, 0, 1, 2, 3, 4, 4, 4]
-    assert {(layer["layer"], head) for layer in layers for head in layer["softmax_heads"]} == {
-        at for at, turn in turns.items() if turn == 4
-    }
-    code, _, err = cli("plan", base_folder(), *flags)
-    assert code == 0 and "scoring" not in err
-    code, _, err = cli("plan", base_folder(), *flags, "--keep-softmax", f"{by}:12%")
-    assert code == 0 and "by elimination" in err

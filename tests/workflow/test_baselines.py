@@ -8,13 +8,10 @@ import pytest
 import torch
 from helpers import SUITE, quiet, tiny_base
 
-from linearize.conversion.keep_softmax import spread_evenly
 from linearize.errors import ConfigError
 from linearize.evaluation import letters
 from linearize.evaluation.suite import Suite
-from linearize.evaluation.weights import spread_softmax_heads
 from linearize.modeling import loading
-from linearize.plan import LayerPlan, Plan
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
 from linearize.workflows.evaluate import evaluate
@@ -69,14 +66,6 @@ def test_memory_decides_whether_models_take_turns(student, monkeypatch, free, tu
     assert any("took turns" in line for line in results.notes) == turns
 
 
-def test_heads_at_even_distances():
-    assert spread_evenly(3, 3, 3) == ((0,), (0,), (0,))
-    assert spread_evenly(4, 3, 2) == ((0, 1), (1,), (0,))
-    for count in range(1, 91):
-        heads = spread_evenly(count, 30, 3)
-        assert sum(map(len, heads)) == count and max(map(len, heads)) - min(map(len, heads)) <= 1
-
-
 def test_the_uniform_layout_and_the_control_are_columns(in_float32, student, tmp_path, cli):
     base = tmp_path / "base"
     control = make(base, tmp_path / "linearized" / "control", "all")
@@ -108,17 +97,6 @@ def test_the_uniform_layout_of_a_calibrated_student(in_float32, base_folder, tmp
     value = evaluate(out, replace(suite, uniform=True), progress=quiet).metric("kl@64").values["uniform"].mean
     wanted = evaluate(even, suite, progress=quiet).metric("kl@64").values["student"].mean
     assert value == pytest.approx(wanted, rel=1e-4) and value > 0
-
-
-def test_layers_of_the_base_take_no_part_in_the_uniform_layout():
-    native = LayerPlan((0, 1), native=True)
-    assert not native.has_branch and Plan("gemma2", (native, LayerPlan((1,), window=9))).longest_window() == 9
-    plan = Plan("gemma2", (native, LayerPlan((1,)), native, LayerPlan(())))
-    spread = spread_softmax_heads(plan, 2)
-    assert spread.layers[0] == spread.layers[2] == native
-    assert [layer.softmax_heads for layer in spread.layers[1::2]] == [(0,), ()]
-    with pytest.raises(ConfigError, match="nothing to spread"):
-        spread_softmax_heads(Plan("gemma2", (native, LayerPlan(()))), 2)
 
 
 def test_baselines_that_would_say_nothing_are_refused(student, base_folder, tmp_path, cli):

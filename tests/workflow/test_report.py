@@ -10,23 +10,15 @@ import zlib
 from dataclasses import replace
 
 import pytest
-import torch
 import yaml
 from helpers import FLAGS, ROOT, SUITE, quiet
 
-from linearize.data.recall_rows import associative_task
 from linearize.errors import Interrupted
 from linearize.evaluation import recall
-from linearize.evaluation.generation import health
-from linearize.evaluation.recall import associative_accuracy
-from linearize.evaluation.suite import SUITES, Suite, within_positions
-from linearize.modeling.readout import Readout
-from linearize.plan import NO_BRANCH
-from linearize.report import card
+from linearize.evaluation.suite import SUITES
 from linearize.report.html import render_html
 from linearize.report.plots import plots_of
-from linearize.report.results import BASE, MODELS, STUDENT, WINDOW, json_schema, make_metric
-from linearize.report.statistics import bootstrap_error, mcnemar, sign_flip_test, student_quantile
+from linearize.report.results import MODELS, json_schema
 from linearize.workflows import evaluate as evaluation
 from linearize.workflows.evaluate import evaluate
 
@@ -34,93 +26,6 @@ WHOLE = replace(
     SUITES["quick"], lengths=(32, 64), recall=(8, 40), associative=(8, 40), passkey=(100,), efficiency=(32, 64),
     max_tokens=256, recall_rows=3, generation=6,
 )  # fmt: skip
-
-
-def test_bootstrap_and_paired_tests():
-    values = [float((7 * i) % 11) for i in range(200)]
-    mean = sum(values) / 200
-    classical = math.sqrt(sum((v - mean) ** 2 for v in values) / 199 / 200)
-    assert bootstrap_error(values) == pytest.approx(classical, rel=0.1)
-    assert bootstrap_error([0.0, 2.0]) == pytest.approx(1.0, rel=0.1)  # and so for few
-    assert bootstrap_error(values) == bootstrap_error(values)
-    assert sign_flip_test([0.0] * 5) == 1.0 and sign_flip_test([1.0]) is None
-    # of 16 choices of signs two are as far from 0, and of 4 that many
-    assert sign_flip_test([1.0, 1.1, 0.9, 1.2]) == 2 / 16 and sign_flip_test([1.0, 1.1]) == 2 / 4
-    assert sign_flip_test([1.0, -1.1, 0.9, -0.8]) == 1  # their sum is 0
-    many = [0.3 + math.sin(i) for i in range(60)]
-    normal = math.erfc(math.sqrt(60) * 0.3 / (0.7071 * math.sqrt(2)))
-    assert sign_flip_test(many) == sign_flip_test(many) and sign_flip_test(many) == pytest.approx(normal, abs=0.005)
-    # tables of Student's t
-    for freedom, quantile in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (60, 2.000)):
-        assert student_quantile(freedom) == pytest.approx(quantile, abs=0.01)
-    # 1 against 9 discordant items: 2 (C(10,0) + C(10,1)) / 2^10
-    assert mcnemar([1.0] + [0.0] * 9 + [1.0] * 4, [0.0] + [1.0] * 9 + [1.0] * 4) == pytest.approx(22 / 1024)
-    assert mcnemar([1.0, 0.0], [1.0, 0.0]) == 1.0
-
-
-@pytest.mark.parametrize("distance", [1, 8, 64, 200, 256, 1024])
-def test_rows_are_as_long_as_positions_are_asked_for(distance):
-    """What is left out for want of positions would not fit, and what is not left out fits."""
-    for kind, make in (("recall", recall.recall_task), ("associative", associative_task)):
-        tokens = make(distance, 1, 300, 0, seed=0).ids.shape[1]
-        suite = Suite(**{"recall": (), kind: (distance,)})
-        for positions, stays in ((tokens, (distance,)), (tokens - 1, ())):
-            assert getattr(within_positions(suite, {"max_position_embeddings": positions})[0], kind) == stays
-
-
-def test_the_card_says_what_stands_in_place_of_softmax():
-    branch = {"window": 64, "sinks": 4, "mixer": "gla", "mix": "sum"}
-    alone = {"window": 128, "sinks": 2, "mixer": NO_BRANCH, "mix": NO_BRANCH}
-    assert card._replacement([alone, alone]) == "a window of 128 keys and 2 sinks"
-    assert card._replacement([branch, alone]) == (
-        "a window of 64 keys, 4 sinks and a recurrent branch (gla, mixed by `sum`); "
-        "elsewhere a window of 128 keys and 2 sinks"
-    )
-    assert card._replacement([]) == "nothing"
-
-
-def test_recovery_needs_a_loss_that_stands_out():
-    losses = {BASE: [1.0, 1.2, 0.9, 1.1], STUDENT: [1.1, 1.3, 1.0, 1.2]}
-    for window, recovery in (([1.2, 1.41, 1.09, 1.3], 0.5), ([1.0, 1.2, 1.5, 1.3], None)):
-        metric = make_metric("perplexity@64", "lower", {**losses, WINDOW: window})
-        assert metric.recovery == (recovery if recovery is None else pytest.approx(recovery, abs=0.01))
-    alone = {name: values[:1] for name, values in {**losses, WINDOW: [9.0]}.items()}
-    assert make_metric("perplexity@64", "lower", alone).recovery is None
-
-
-def test_chance():
-    units = {BASE: [1.0, 1.0, 1.0, 0.0], STUDENT: [1.0, 1.0, 0.0, 0.0]}
-    metric = make_metric("arc_acc", "higher", units, chance=0.25, items=True)
-    assert metric.recovery_over_chance == pytest.approx(0.5) and metric.p_value == 1.0
-
-
-def test_associative_rows():
-    head = Readout(torch.eye(1000))
-    for distance in (2, 40, 300):
-        task = associative_task(distance, 2, 1000, 7, seed=0)
-        row, pairs = task.ids[0].tolist(), task.counted
-        first = dict(zip(row[1 : 1 + 2 * pairs : 2], row[2 : 2 + 2 * pairs : 2]))
-        again = dict(zip(row[-2 * pairs :: 2], row[-2 * pairs + 1 :: 2]))
-        assert first == again and len(first) == pairs
-        assert len(row) - 1 - 2 * pairs >= distance
-        perfect = torch.cat([torch.eye(1000)[task.ids[0][1:]], torch.zeros(1, 1000)])
-        assert associative_accuracy(perfect, head, task.ids[0], pairs) == 1.0
-        assert associative_accuracy(perfect.roll(1, 0), head, task.ids[0], pairs) == 0.0
-
-
-def test_associative_rows_longer_than_the_vocabulary():
-    task = associative_task(1000, 2, 320, 7, seed=0)
-    row, pairs = task.ids[0].tolist(), task.counted
-    assert len(row) == 1 + 1000 + 2 * pairs and pairs == 32
-    told = set(row[1 : 1 + 2 * pairs])
-    assert not told & set(row[1 + 2 * pairs : -2 * pairs]) and set(row[-2 * pairs :]) == told
-    assert associative_task(100, 1, 40, None, seed=0).counted == 10
-
-
-def test_health():
-    stuck, lively = health([1, 2] * 10, stopped=False), health(list(range(20)), stopped=True)
-    assert stuck["repetition"] > 0.8 and stuck["distinct2"] < 0.2 and stuck["stopped"] == 0
-    assert lively == {"repetition": 0.0, "distinct2": 1.0, "length": 20.0, "stopped": 1.0}
 
 
 @pytest.fixture
@@ -316,158 +221,6 @@ def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):
     assert code == 2 and "did you mean 'toy'" in err
 
 
-PIPELINE = """
-model: {base}
-out: {out}
-convert: {{window: 12, sinks: 2, mix_options: {{log_mass: 0.0}}}}
-finetune: {{recipe: lora, tokens: 128, seq_len: 32, lora: {{rank: 2, alpha: 4}}}}
-eval: {{only: "perplexity", lengths: [512], max_tokens: 4096, gates: ["perplexity@512.ratio<={limit}"]}}
-"""
-
-
-def test_a_pipeline_goes_on_and_gates(base_folder, cli, tmp_path):
-    path, out = tmp_path / "pipeline.yaml", tmp_path / "made"
-    path.write_text(PIPELINE.format(base=base_folder(), out=out, limit=100))
-    code, text, err = cli("run", path)
-    assert code == 0, err
-    assert "verdict: passed 1 gate(s)" in text and (out / "eval" / "report.html").is_file()
-    stamps = [(out / name / "linearize.json").stat().st_mtime_ns for name in ("converted", "finetuned")]
-    path.write_text(PIPELINE.format(base=tmp_path / "base", out=out, limit=0.01))
-    code, text, err = cli("run", path, "--json")
-    assert code == 3 and "FAILED" in json.loads(text)["results"]["verdict"]
-    assert "converted is up to date" in err and "finetuned is up to date" in err
-    assert stamps == [(out / name / "linearize.json").stat().st_mtime_ns for name in ("converted", "finetuned")]
-    path.write_text(path.read_text().replace("tokens: 128", "tokens: 96"))
-    code, _, err = cli("run", path)
-    assert code == 3 and "converted is up to date" in err and "finetuned is up to date" not in err
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("model: x\nout: y\nconvrt: {}\n", ["convrt", "did you mean 'convert'"]),
-        ("model: x\n", ["out: missing, and has no default"]),
-        ("model: x\nout: y\nconvert: {windw: 3}\n", ["windw", "did you mean 'window'"]),
-        ("model: x\nout: y\neval: {gate: []}\n", ["eval.gate", "did you mean 'gates'"]),
-        ("model: x\nout: y\neval: {suite: qick}\n", ["eval: suite: got 'qick'", "did you mean 'quick'"]),
-        ("model: x\nout: y\neval: {passkey: [20]}\n", ["eval.passkey.0", "greater than or equal to 64"]),
-        (
-            "model: x\nout: y\neval: {only: recall, lengths: [64]}\n",
-            ["eval: lengths: given, but --only leaves 'perplexity'"],
-        ),
-        ("model: x\nout: y\neval: {gates: [a<=1], gates: []}\n", ["'gates' stands twice"]),
-        ("a: [", ["not valid YAML"]),
-    ],
-)
-def test_a_pipeline_with_mistakes(cli, tmp_path, text, words):
-    path = tmp_path / "pipeline.yaml"
-    path.write_text(text)
-    code, out, err = cli("run", path)
-    assert code == 2 and out == "" and all(word in err for word in words), err
-
-
-@pytest.mark.parametrize(
-    ("wanted", "replacement", "words"),
-    [
-        ("perplexity@512.ratio<={limit}", "recall@64>=0", "--gate: 'recall@64' is not measured here"),
-        ("max_tokens: 4096", "data: [gone.txt]", "gone.txt"),
-        ("recipe: lora", "recipe: lora, data: [gone.jsonl]", "gone.jsonl"),
-        ("max_tokens: 4096", "compare: older.json", "older.json"),
-        ("max_tokens: 4096", "control: gone", "gone"),
-        ("max_tokens: 4096", "summary_file: {base}/config.json/x", "--summary-file"),
-        ("lengths: [512]", "lengths: [12], min_recovery: 0.9", "--min-recovery"),
-        ("max_tokens: 4096", "task_limit: 0", "eval: task_limit: got 0"),
-        ("seq_len: 32", "seq_len: 14", "never leaves the window of 12 keys and 2 sinks"),
-    ],
-)
-def test_a_pipeline_that_cannot_end_does_not_start(base_folder, cli, tmp_path, wanted, replacement, words):
-    path, out = tmp_path / "pipeline.yaml", tmp_path / "made"
-    assert wanted in PIPELINE
-    path.write_text(PIPELINE.replace(wanted, replacement).format(base=base_folder(), out=out, limit=100))
-    code, _, err = cli("run", path)
-    assert code == 2 and words in err and not out.exists(), err
-
-
-def test_a_pipeline_that_was_stopped_can_begin_again_with_other_settings(base_folder, cli, tmp_path, monkeypatch):
-    path = tmp_path / "pipeline.yaml"
-    path.write_text(PIPELINE.format(base=base_folder(), out=tmp_path / "made", limit=100))
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:  # after the last state, before anything is written
-        patch.setattr("linearize.workflows.finetune._write_merged", stop)
-        assert cli("run", path)[0] == 130
-    path.write_text(path.read_text().replace("tokens: 128", "tokens: 96"))
-    code, _, err = cli("run", path)
-    assert code == 2 and "recipe.tokens: was 128, is 96" in err and "--restart" in err
-    assert cli("run", path, "--restart")[0] == 0
-
-
-def test_a_pipeline_reads_its_text_before_it_trains(base_folder, cli, tmp_path):
-    path, short = tmp_path / "pipeline.yaml", tmp_path / "short.txt"
-    short.write_text("too little")
-    older = tmp_path / "first" / "eval" / "results.json"
-    base = base_folder()
-    path.write_text(PIPELINE.format(base=base, out=tmp_path / "first", limit=100))
-    assert cli("run", path)[0] == 0
-    for given, words in (
-        (f"data: [{short}]", "fewer than one window of 512"),
-        (f"max_tokens: 2048, compare: {older}", "was measured on other data"),
-    ):
-        out = tmp_path / given[:4]
-        path.write_text(PIPELINE.replace("max_tokens: 4096", given).format(base=base, out=out, limit=100))
-        code, _, err = cli("run", path)
-        assert code == 2 and words in err, err
-        assert (out / "converted").is_dir() and not (out / "finetuned").exists()
-
-
-def test_a_pipeline_does_again_what_other_files_would_change(base_folder, cli, tmp_path):
-    path, corpus = tmp_path / "pipeline.yaml", tmp_path / "corpus.txt"
-    corpus.write_text("one thing after another " * 80)
-    text = PIPELINE.replace("recipe: lora", f"recipe: lora, data: [{corpus}]").partition("eval:")[0]
-    path.write_text(text.format(base=base_folder(), out=tmp_path / "made"))
-    assert cli("run", path)[0] == 0
-    corpus.write_text("the other thing before one " * 80)
-    code, _, err = cli("run", path)
-    assert code == 0 and "converted is up to date" in err and "finetuned is up to date" not in err
-    base_folder(seed=1)  # other weights in the same folder
-    code, _, err = cli("run", path)
-    assert code == 0 and "up to date" not in err
-
-
-@pytest.mark.parametrize(
-    ("text", "lines"),
-    [
-        ("convert: {windo: 3}", ["convert: windo: unknown key", "did you mean 'window'"]),
-        ("finetune: {recipe: lora, tokns: 3}", ["finetune: tokns: unknown key", "did you mean 'tokens'"]),
-        ("eval: {lengths: [1]}", ["eval.lengths.0: got 1; input should be greater than or equal to 2"]),
-        ("eval: {suite: x}", ["eval: suite: got 'x'"]),
-        ("eval: {min_recovery: .nan, gate: x}", ["min_recovery: got nan", "eval.gate: unknown key", "'gates'"]),
-        ("evl: {}", ["evl: unknown key", "did you mean 'eval'"]),
-    ],
-)
-def test_a_pipeline_s_mistakes_are_told_by_its_name(text, lines, cli, tmp_path):
-    path = tmp_path / "nightly.yaml"
-    path.write_text(f"model: x\nout: {tmp_path / 'out'}\n{text}\n")
-    code, out, err = cli("run", path)
-    assert (code, out) == (2, "") and err.count(str(path)) == len(err.splitlines())
-    assert all(line in err for line in lines) and "command line" not in err and "--" not in err
-
-
-def test_a_pipeline_asks_for_what_eval_can(tmp_path):
-    from linearize.evaluation.suite import SUITES
-    from linearize.workflows.pipeline import load_pipeline
-
-    path = tmp_path / "pipeline.yaml"
-    path.write_text(
-        "model: x\nout: y\neval: {passkey: [64, 96], passkey_rows: 3, associative: [40], seed: 5, data: []}"
-    )
-    suite = load_pipeline(path)[0].eval.chosen()
-    assert (suite.passkey, suite.passkey_rows, suite.associative, suite.seed) == ((64, 96), 3, (40,), 5)
-    assert suite.data == SUITES["quick"].data and suite.recall == SUITES["quick"].recall
-
-
 def pixels(path) -> tuple[int, int, set]:
     """Width, height and the distinct colours of a PNG that Chromium wrote (8-bit RGB or RGBA, not interlaced)."""
     data = path.read_bytes()
@@ -541,27 +294,6 @@ def test_bench_model_is_the_efficiency_part_alone(converted, cli):
     assert document["rows"][1]["student_cache_bytes"] < document["rows"][1]["base_cache_bytes"]
     code, out, _ = cli("bench", "model", converted, "--lengths", "32,64")
     assert code == 0 and "| 64 |" in out and "decode: " in out
-
-
-def test_suites_grow():
-    quick, standard, full = (SUITES[name] for name in ("quick", "standard", "full"))
-    for name in ("lengths", "recall", "associative", "passkey", "efficiency"):
-        assert set(getattr(quick, name)) <= set(getattr(standard, name)) | {512} and set(
-            getattr(standard, name)
-        ) <= set(getattr(full, name)), name
-    assert quick.max_tokens < standard.max_tokens < full.max_tokens and isinstance(quick, Suite)
-
-
-def test_the_pipeline_of_the_readme_loads(tmp_path):
-    from helpers import ROOT
-
-    from linearize.workflows.pipeline import load_pipeline
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = text[text.index("# pipeline.yaml") :].partition("```")[0]
-    (tmp_path / "pipeline.yaml").write_text(example)
-    pipeline, settings, recipe = load_pipeline(tmp_path / "pipeline.yaml")
-    assert settings.keep_softmax == "18:2,17:1,8:0" and recipe.tokens == 300_000 and len(pipeline.eval.gates) == 2
 
 
 @pytest.mark.parametrize(
