@@ -1,4 +1,4 @@
-"""`python -m linearize`."""
+"""Run the command line as `python -m linearize`."""
 
 from linearize.cli.app import main
 

@@ -76,6 +76,13 @@ def convert(
 
     Raises:
         LinearizeError: every foreseen failure, with its exit code. Nothing is left at `out`.
+
+    Example:
+        >>> import linearize
+        >>> config = linearize.ConversionConfig(window=64, keep_softmax="none")
+        >>> student = linearize.convert("my-model", config, out="my-student")
+        >>> student.kind
+        'converted'
     """
     settings = config if isinstance(config, ConversionConfig) else load_config(None if config is None else str(config))
     model, out = str(model), None if out is None else Path(out)

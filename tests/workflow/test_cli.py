@@ -28,6 +28,31 @@ def test_help_is_light_and_complete(command):
         assert "Exit codes" in shown and "--json" in out
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"{name} ./nowhere" for name in ("convert", "plan", "finetune", "eval", "run", "bench model")),
+        *(
+            "finetune",
+            "eval",
+            "convert x --window 0",
+            "finetune --tokens many",
+            "eval --lengths a",
+            "bench ops --only gal",
+        ),
+    ],
+)
+def test_a_refusal_loads_nothing_heavy(command, tmp_path):
+    """A wrong path or option is refused in a fraction of a second, so before torch and transformers are imported."""
+    script = (
+        "import sys; from linearize.cli.app import run\n"
+        f"code = run({command.split()!r})\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'accelerate'} & set(sys.modules)), code)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert process.stdout == "[] 2\n", process.stderr
+
+
 @pytest.mark.parametrize("kind", ["mixers", "families", "recipes", "configs"])
 def test_list(cli, kind):
     code, out, _ = cli("list", kind, "--json")
