@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from linearize.evaluation.suite import Suite
+from linearize.mixers.mixer import Site
 from linearize.mixers.registry import mixer_class
-from linearize.mixers.structure import Site
 from linearize.plan import NO_BRANCH, LayerPlan, Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -250,15 +250,15 @@ def tiny_structure(row, J=2, G=2, K=8, dtype=torch.float64):
     return built.to(dtype)
 
 
-def structure_inputs(built, T, B=2, extra=1, key_scale=1.0, state=False, offset=False, dtype=torch.float64):
+def structure_inputs(built, T, B=2, extra=1, key_scale=1.0, state=False, gate_offset=False, dtype=torch.float64):
     site = built.site
     J, K = len(site.heads), site.head_dim
     torch.manual_seed(T)
     q, k = torch.randn(B, T, J * site.group, K, dtype=dtype), key_scale * torch.randn(B, T, J, K, dtype=dtype)
     v = torch.randn(B, T, J, K + extra, dtype=dtype)  # one more where a column of ones rides along
     keywords = {}
-    if offset:
-        keywords["offset"] = torch.randn(B, T, J, built.gate_width(), dtype=dtype)
+    if gate_offset:
+        keywords["gate_offset"] = torch.randn(B, T, J, built.gate_width(), dtype=dtype)
     if state:  # a state that the structure can really be in
         before = [torch.randn(B, 9, *x.shape[2:], dtype=dtype) for x in (q, k, v)]
         with torch.no_grad():

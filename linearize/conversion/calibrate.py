@@ -2,7 +2,7 @@
 
 1. Run the base model over rows of text and of random tokens copied from far back, every linear head observed beside the
    softmax attention that it replaces.
-2. In all rows but one of each kind, let the structure find its parameters (`Structure.fit`).
+2. In all rows but one of each kind, let the structure find its parameters (`Mixer.fit`).
 3. On those two, find for each query head the share of the recurrent branch that brings it nearest to softmax, none where
    none helps, and give it half of that: a head starts no worse than window + sinks.
 4. Run the whole model over the row of text with all, a half, a quarter and a sixteenth of these shares, and take what is
@@ -111,8 +111,8 @@ def calibrate(
         branch.structure.fit(
             *(x[:-HELD, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scores.scale
         )
-        read = branch.recurrent_keys(seen.k, seen.k_rotary, seen.hidden_states)
-        context = context_of(*(x[-HELD:] for x in (seen.k_rotary, seen.v, read)), sinks=branch.sinks)
+        inputs = branch.recurrent_inputs(seen.k, seen.hidden_states).map(lambda x: x[-HELD:])
+        context = context_of(seen.k_rotary[-HELD:], seen.v[-HELD:], inputs, sinks=branch.sinks)
         if FITTED_OPTIONS & plan.layers[seen.layer].mix_options.keys():
             return  # somebody decided
         held = (x[-HELD:] for x in (seen.q, seen.q_rotary))

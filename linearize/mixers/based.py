@@ -12,11 +12,11 @@ import math
 import torch
 from torch import nn
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class Based(Structure):
+class Based(Mixer):
     """No decay; the state is [1 + d + d^2, V].
 
     Args:
@@ -49,9 +49,11 @@ class Based(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, self._taylor(q, self.query_map.unflatten(0, (len(self.site.heads), -1))))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (write,) = hold(write_mask, self._taylor(k, self.key_map))
-        return simple_gla(self._taylor(q, self.query_map), write, v, initial_state=initial_state, segments=segments)
+    def chunked(self, q, k, v, scan: Scan):
+        (write,) = scan.mask_writes(self._taylor(k, self.key_map))
+        return simple_gla(
+            self._taylor(q, self.query_map), write, v, initial_state=scan.initial_state, segments=scan.segments
+        )
 
     def _taylor(self, x, maps):
         """[..., heads, K] under [heads, K, d] -> [..., heads, 1 + d + d^2]."""

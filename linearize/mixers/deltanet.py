@@ -8,11 +8,11 @@ Sources: DeltaNet, arXiv 2406.06484, equation 2; negative eigenvalues, arXiv 241
 
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.delta_rule import delta_rule
 
 
-class DeltaNet(Structure):
+class DeltaNet(Mixer):
     """No decay.
 
     Args:
@@ -34,8 +34,7 @@ class DeltaNet(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, F.normalize(q, dim=-1))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (logits,) = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, logits, scan: Scan):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        (beta,) = hold(write_mask, self.largest_beta * logits.sigmoid())
-        return delta_rule(q, k, v, beta, initial_state=initial_state, segments=segments)
+        (beta,) = scan.mask_writes(self.largest_beta * logits.sigmoid())
+        return delta_rule(q, k, v, beta, initial_state=scan.initial_state, segments=scan.segments)

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.delta_rule import delta_rule
 
 EXTRA_BIAS = -4.0
 
 
-class GatedDeltaProduct(Structure):
+class GatedDeltaProduct(Mixer):
     """One decay per head, `steps` keys, values and betas.
 
     Args:
@@ -66,16 +66,14 @@ class GatedDeltaProduct(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, F.normalize(q, dim=-1))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        decay_logits, beta_logits = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, decay_logits, beta_logits, scan: Scan):
         log_decay = -F.softplus(decay_logits) / self.gate_logit_normalizer
         keys, values, betas = self._parts(k, v, beta_logits)
         # a token becomes `steps` tokens: the first decays, the last is read
         first = F.pad(torch.ones_like(decay_logits).unsqueeze(2), (0, 0, 0, 0, 0, self.steps - 1))
-        betas, decays = hold(write_mask, betas, log_decay.unsqueeze(2) * first)
+        betas, decays = scan.mask_writes(betas, log_decay.unsqueeze(2) * first)
         queries = F.pad(F.normalize(q, dim=-1).unsqueeze(2), (0, 0, 0, 0, self.steps - 1, 0))
         spread = (x.flatten(1, 2) for x in (queries, keys, values, betas, decays))
-        if segments is not None:
-            segments = segments.repeat_interleave(self.steps, dim=1)
-        output, state = delta_rule(*spread, initial_state=initial_state, segments=segments)
+        segments = None if scan.segments is None else scan.segments.repeat_interleave(self.steps, dim=1)
+        output, state = delta_rule(*spread, initial_state=scan.initial_state, segments=segments)
         return output[:, self.steps - 1 :: self.steps], state

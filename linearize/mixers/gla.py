@@ -9,11 +9,11 @@ identity); GLA, arXiv 2312.06635, equations 3 and 4.
 
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.gla import gla
 
 
-class GatedLinearAttention(Structure):
+class GatedLinearAttention(Mixer):
     """One decay per key channel.
 
     Args:
@@ -34,8 +34,7 @@ class GatedLinearAttention(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q.softmax(-1))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (logits,) = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, logits, scan: Scan):
         log_decay = F.logsigmoid(logits) / self.gate_logit_normalizer
-        write, log_decay = hold(write_mask, k.softmax(-1), log_decay)
-        return gla(q.softmax(-1), write, v, log_decay, initial_state=initial_state, segments=segments)
+        write, log_decay = scan.mask_writes(k.softmax(-1), log_decay)
+        return gla(q.softmax(-1), write, v, log_decay, initial_state=scan.initial_state, segments=scan.segments)

@@ -10,11 +10,11 @@ Sources: Liger, arXiv 2503.01496, Table 1; GSA, arXiv 2409.07146, equation 6. Th
 import torch
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.gsa import gsa
 
 
-class GatedSlotAttention(Structure):
+class GatedSlotAttention(Mixer):
     """As many slots as the head has channels.
 
     Args:
@@ -39,8 +39,7 @@ class GatedSlotAttention(Structure):
         keys, values = after.split([self.site.head_dim, v.shape[-1]], dim=-1)
         return read_state(values, (q @ keys.transpose(-1, -2)).softmax(-1))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (logits,) = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, logits, scan: Scan):
         log_decay = F.logsigmoid(logits) / self.gate_logit_normalizer
-        slots, log_decay = hold(write_mask, -torch.expm1(log_decay), log_decay)
-        return gsa(q, k, v, slots, log_decay, initial_state=initial_state, segments=segments)
+        slots, log_decay = scan.mask_writes(-torch.expm1(log_decay), log_decay)
+        return gsa(q, k, v, slots, log_decay, initial_state=scan.initial_state, segments=scan.segments)

@@ -11,11 +11,11 @@ arXiv 2402.04347, equation 6; LoLCATs, arXiv 2410.10254, section 3.1, whose norm
 import torch
 from torch import nn
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class Hedgehog(Structure):
+class Hedgehog(Mixer):
     """No decay; the state is [2 K, V]."""
 
     rotary = True
@@ -43,9 +43,11 @@ class Hedgehog(Structure):
         maps = self.query_map.unflatten(0, (len(self.site.heads), -1))
         return read_state(after, _hedgehog(q, maps))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (write,) = hold(write_mask, _hedgehog(k, self.key_map))
-        return simple_gla(_hedgehog(q, self.query_map), write, v, initial_state=initial_state, segments=segments)
+    def chunked(self, q, k, v, scan: Scan):
+        (write,) = scan.mask_writes(_hedgehog(k, self.key_map))
+        return simple_gla(
+            _hedgehog(q, self.query_map), write, v, initial_state=scan.initial_state, segments=scan.segments
+        )
 
 
 def _hedgehog(x, maps):

@@ -9,11 +9,11 @@ Sources: Liger, arXiv 2503.01496, Table 1; HGRN2, arXiv 2404.07904, equation 3.
 import torch
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.gla import gla
 
 
-class HGRN2(Structure):
+class HGRN2(Mixer):
     """One tied gate per key channel.
 
     Args:
@@ -34,11 +34,10 @@ class HGRN2(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q.softmax(-1))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (logits,) = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, logits, scan: Scan):
         if self.lower_bound:
             log_keep = torch.log(self.lower_bound + (1 - self.lower_bound) * logits.sigmoid())
         else:
             log_keep = F.logsigmoid(logits)
-        write, log_keep = hold(write_mask, (1 - self.lower_bound) * (-logits).sigmoid(), log_keep)
-        return gla(q.softmax(-1), write, v, log_keep, initial_state=initial_state, segments=segments)
+        write, log_keep = scan.mask_writes((1 - self.lower_bound) * (-logits).sigmoid(), log_keep)
+        return gla(q.softmax(-1), write, v, log_keep, initial_state=scan.initial_state, segments=scan.segments)

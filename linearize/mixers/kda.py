@@ -8,11 +8,11 @@ Source: Kimi Linear, arXiv 2510.26692, equation 1, with GLA's gate on the key pr
 
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.delta_rule import delta_rule
 
 
-class KimiDeltaAttention(Structure):
+class KimiDeltaAttention(Mixer):
     """One decay per key channel, one beta per head.
 
     Args:
@@ -35,9 +35,8 @@ class KimiDeltaAttention(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, F.normalize(q, dim=-1))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        decay_logits, beta_logits = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, decay_logits, beta_logits, scan: Scan):
         log_decay = F.logsigmoid(decay_logits) / self.gate_logit_normalizer
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        beta, log_decay = hold(write_mask, beta_logits.sigmoid(), log_decay)
-        return delta_rule(q, k, v, beta, log_decay, initial_state=initial_state, segments=segments)
+        beta, log_decay = scan.mask_writes(beta_logits.sigmoid(), log_decay)
+        return delta_rule(q, k, v, beta, log_decay, initial_state=scan.initial_state, segments=scan.segments)

@@ -10,11 +10,11 @@ activation of MiniMax-01's released code (arXiv 2501.08313, section 2.2); no lay
 import torch
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class LightningAttention(Structure):
+class LightningAttention(Mixer):
     """One constant decay per head and layer."""
 
     normalization = "rms"
@@ -31,7 +31,9 @@ class LightningAttention(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, F.silu(q))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+    def chunked(self, q, k, v, scan: Scan):
         log_decay = self._log_decay(k).expand(*k.shape[:3], 1)
-        write, log_decay = hold(write_mask, F.silu(k), log_decay)
-        return simple_gla(F.silu(q), write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)
+        write, log_decay = scan.mask_writes(F.silu(k), log_decay)
+        return simple_gla(
+            F.silu(q), write, v, log_decay.squeeze(-1), initial_state=scan.initial_state, segments=scan.segments
+        )

@@ -8,7 +8,7 @@ Sources: Katharopoulos et al., arXiv 2006.16236, equations 8 to 12 (phi = elu + 
 
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 # of an exponent: the product of two, summed over a million tokens, fits into float32
@@ -23,7 +23,7 @@ FEATURE_MAPS = {
 LOG_UNITS = {"elu": 10.7, "relu": 9.0, "exp": 17.7, "softmax": 1.1, "identity": 0.0}
 
 
-class LinearAttention(Structure):
+class LinearAttention(Mixer):
     """No decay.
 
     Args:
@@ -46,6 +46,6 @@ class LinearAttention(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, self.phi(q))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (write,) = hold(write_mask, self.phi(k))
-        return simple_gla(self.phi(q), write, v, initial_state=initial_state, segments=segments)
+    def chunked(self, q, k, v, scan: Scan):
+        (write,) = scan.mask_writes(self.phi(k))
+        return simple_gla(self.phi(q), write, v, initial_state=scan.initial_state, segments=scan.segments)

@@ -8,11 +8,11 @@ Source: Longhorn, arXiv 2407.14207, equations 7 and 8 (the diagonal approximatio
 
 import torch
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.gla import gla
 
 
-class Longhorn(Structure):
+class Longhorn(Mixer):
     """One decay per key channel, no gate but the write strength."""
 
     gates = ("head",)
@@ -28,11 +28,10 @@ class Longhorn(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (logits,) = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, logits, scan: Scan):
         strength, square = logits.sigmoid(), k.square()
         # 1 - d k^2 = (1 + b (|k|^2 - k^2)) / (1 + b |k|^2), which no rounding makes zero
         total = square.sum(-1, keepdim=True)
         log_decay = torch.log1p(strength * (total - square).clamp(min=0.0)) - torch.log1p(strength * total)
-        write, log_decay = hold(write_mask, self._step(k, logits) * k, log_decay)
-        return gla(q, write, v, log_decay, initial_state=initial_state, segments=segments)
+        write, log_decay = scan.mask_writes(self._step(k, logits) * k, log_decay)
+        return gla(q, write, v, log_decay, initial_state=scan.initial_state, segments=scan.segments)

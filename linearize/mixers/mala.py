@@ -10,13 +10,13 @@ whose weights sum to one though some are negative. Source: Rectifying Magnitude 
 import torch
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, with_one
+from linearize.mixers.mixer import Mixer, Scan, outer, with_one
 from linearize.ops.simple_gla import simple_gla
 
 SMALLEST_SUM = 1e-6
 
 
-class MagnitudeAwareLinearAttention(Structure):
+class MagnitudeAwareLinearAttention(Mixer):
     """No decay."""
 
     def state_shape(self, value_dim):
@@ -28,14 +28,14 @@ class MagnitudeAwareLinearAttention(Structure):
     def read(self, before, after, q, k, v):
         return _rectified((F.elu(q) + 1) @ after[..., :-1, :], after[..., -1:, :])
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+    def chunked(self, q, k, v, scan: Scan):
         J = k.shape[2]
-        (write,) = hold(write_mask, with_one(F.elu(k) + 1))
+        (write,) = scan.mask_writes(with_one(F.elu(k) + 1))
         # one more query per group reads the plain sums
         queries = F.pad((F.elu(q) + 1).unflatten(2, (J, -1)), (0, 1))
         plain = F.pad(torch.zeros_like(queries[..., :1, :-1]), (0, 1), value=1.0)
         queries = torch.cat([queries, plain], dim=3).flatten(2, 3)
-        sums, state = simple_gla(queries, write, with_one(v), initial_state=initial_state, segments=segments)
+        sums, state = simple_gla(queries, write, with_one(v), initial_state=scan.initial_state, segments=scan.segments)
         sums = sums.unflatten(2, (J, -1))
         return _rectified(sums[..., :-1, :], sums[..., -1:, :]).flatten(2, 3), state
 

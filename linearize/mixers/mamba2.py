@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class Mamba2(Structure):
+class Mamba2(Mixer):
     """One decay per head.
 
     Args:
@@ -53,7 +53,7 @@ class Mamba2(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        log_decay, step = self._step(*self.gate_logits(k, offset))
-        write, log_decay = hold(write_mask, step * k, log_decay)
-        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)
+    def chunked(self, q, k, v, logits, scan: Scan):
+        log_decay, step = self._step(logits)
+        write, log_decay = scan.mask_writes(step * k, log_decay)
+        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=scan.initial_state, segments=scan.segments)

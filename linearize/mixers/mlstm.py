@@ -12,14 +12,14 @@ The state is [K, V + 2]: C, n, and m in the first row of the last column.
 import torch
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, with_one
+from linearize.mixers.mixer import Mixer, Scan, outer, with_one
 from linearize.ops.simple_gla import simple_gla
 
 # log forget gate of a document border: what came before is gone, and float64 still counts on
 BORDER = -1e6
 
 
-class MLSTM(Structure):
+class MLSTM(Mixer):
     """One input and one forget gate per head."""
 
     gates = ("head", "head")
@@ -38,21 +38,20 @@ class MLSTM(Structure):
     def read(self, before, after, q, k, v):
         return _normalised(q @ after[..., :-1], after[..., 0, -1:, None])
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        log_input, forget_logits = (x.squeeze(-1) for x in self.gate_logits(k, offset))
-        log_forget = F.logsigmoid(forget_logits)
+    def chunked(self, q, k, v, input_logits, forget_logits, scan: Scan):
+        log_input, log_forget = input_logits.squeeze(-1), F.logsigmoid(forget_logits.squeeze(-1))
         memory, m = None, torch.zeros_like(log_input[:, 0])
-        if initial_state is not None:
-            memory, m = initial_state[..., :-1], initial_state[..., 0, -1]
+        if scan.initial_state is not None:
+            memory, m = scan.initial_state[..., :-1], scan.initial_state[..., 0, -1]
         with torch.no_grad():
-            scanned = _stabiliser(log_input, log_forget, m, write_mask, segments)
+            scanned = _stabiliser(log_input, log_forget, m, scan.write_mask, scan.segments)
         before, after = scanned[:, :-1], scanned[:, 1:]
         keep, write = _at_most_zero(log_forget + before - after), _at_most_zero(log_input - after).exp()
-        if segments is not None:  # across a border the state is zeroed, so any finite decay will do
+        if scan.segments is not None:  # across a border the state is zeroed, so any finite decay will do
             keep = keep.clamp(min=-80.0)
         keys = write.unsqueeze(-1) * k / self.site.head_dim**0.5
-        keys, keep = hold(write_mask, keys, keep)
-        output, memory = simple_gla(q, keys, with_one(v), keep, initial_state=memory, segments=segments)
+        keys, keep = scan.mask_writes(keys, keep)
+        output, memory = simple_gla(q, keys, with_one(v), keep, initial_state=memory, segments=scan.segments)
         floor = after.repeat_interleave(q.shape[2] // k.shape[2], dim=2).unsqueeze(-1)
         return _normalised(output, floor), _packed(memory, after[:, -1])
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from linearize.mixers.mixer import Mixer, Scan
 from linearize.mixers.registry import mixer_class
-from linearize.mixers.structure import Structure
 
 
-class MixtureOfMemories(Structure):
+class MixtureOfMemories(Mixer):
     """M + 1 states of the inner structure, [1 + M, *inner].
 
     Args:
@@ -68,24 +68,23 @@ class MixtureOfMemories(Structure):
             total = total + weight[:, None, None, None] * self.inner.read(old, new, q, k * w, v * w)
         return total
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+    def chunked(self, q, k, v, *logits, scan: Scan):
         weights, _ = self._routes(q.unflatten(2, (k.shape[2], -1)).mean(3))
         _, written = self._routes(k)
-        if write_mask is not None:
-            written = written & write_mask[..., None]
-        output, states = self.inner(
-            *(self._to_each(x) for x in (q, k, v)),
-            offset=self._to_each(offset),
-            write_mask=written.movedim(-1, 0).flatten(0, 1),
-            initial_state=None if initial_state is None else initial_state.movedim(2, 0).flatten(0, 1),
-            segments=None if segments is None else self._to_each(segments.expand(q.shape[0], -1)),
+        if scan.write_mask is not None:
+            written = written & scan.write_mask[..., None]
+        inner_scan = Scan(
+            written.movedim(-1, 0).flatten(0, 1),
+            None if scan.initial_state is None else scan.initial_state.movedim(2, 0).flatten(0, 1),
+            None if scan.segments is None else self._to_each(scan.segments.expand(q.shape[0], -1)),
         )
+        output, states = self.inner.chunked(*(self._to_each(x) for x in (q, k, v, *logits)), scan=inner_scan)
         read = (self._memories(output) * weights.movedim(-1, 0)[..., None, None]).sum(0)
         return read, self._memories(states).movedim(0, 2)
 
     def _to_each(self, x):
         """The batch once for every memory: [B, ...] -> [(1 + M) B, ...]."""
-        return None if x is None else x.expand(1 + self.memories, *x.shape).flatten(0, 1)
+        return x.expand(1 + self.memories, *x.shape).flatten(0, 1)
 
     def _memories(self, x):
         """[(1 + M) B, ...] -> [1 + M, B, ...]."""

@@ -7,11 +7,11 @@ Sources: Liger, arXiv 2503.01496, Table 1; RetNet, arXiv 2307.08621, equation 6.
 
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class GatedRetention(Structure):
+class GatedRetention(Mixer):
     """One decay per head.
 
     Args:
@@ -31,7 +31,6 @@ class GatedRetention(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (logits,) = self.gate_logits(k, offset)
-        write, log_decay = hold(write_mask, k, F.logsigmoid(logits) / self.gate_logit_normalizer)
-        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)
+    def chunked(self, q, k, v, logits, scan: Scan):
+        write, log_decay = scan.mask_writes(k, F.logsigmoid(logits) / self.gate_logit_normalizer)
+        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=scan.initial_state, segments=scan.segments)

@@ -10,11 +10,11 @@ import math
 
 import torch
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class Retention(Structure):
+class Retention(Mixer):
     """One constant decay per head."""
 
     rotary = True
@@ -32,7 +32,7 @@ class Retention(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
+    def chunked(self, q, k, v, scan: Scan):
         log_decay = self._log_decay(k).expand(*k.shape[:3], 1)
-        write, log_decay = hold(write_mask, k, log_decay)
-        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=initial_state, segments=segments)
+        write, log_decay = scan.mask_writes(k, log_decay)
+        return simple_gla(q, write, v, log_decay.squeeze(-1), initial_state=scan.initial_state, segments=scan.segments)

@@ -10,14 +10,14 @@ parameter; it starts at 1.
 import torch
 from torch import nn
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.gla import gla
 
 # exp(-exp(4)) is 2e-24: a decay as good as zero, while exp(p) of a large p overflows
 LARGEST_LOGIT = 4.0
 
 
-class RWKV6(Structure):
+class RWKV6(Mixer):
     """One decay per key channel, doubly exponential."""
 
     gates = ("channel",)
@@ -35,16 +35,15 @@ class RWKV6(Structure):
     def read(self, before, after, q, k, v):
         return read_state(before + outer(self.bonus * k, v), q)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (logits,) = self.gate_logits(k, offset)
-        write, log_decay = hold(write_mask, k, -logits.clamp(max=LARGEST_LOGIT).exp())
+    def chunked(self, q, k, v, logits, scan: Scan):
+        write, log_decay = scan.mask_writes(k, -logits.clamp(max=LARGEST_LOGIT).exp())
         # the state that a token finds is what the tokens before it left: the same recurrence, one token late
         late_write, late_v, late_decay = (_late(x) for x in (write, v, log_decay))
-        if segments is not None:
-            first = torch.zeros_like(segments, dtype=torch.bool)
-            first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+        if scan.segments is not None:
+            first = torch.zeros_like(scan.segments, dtype=torch.bool)
+            first[:, 1:] = scan.segments[:, 1:] != scan.segments[:, :-1]
             late_write = late_write.masked_fill(first[..., None, None], 0.0)
-        output, state = gla(q, late_write, late_v, late_decay, initial_state=initial_state, segments=segments)
+        output, state = gla(q, late_write, late_v, late_decay, initial_state=scan.initial_state, segments=scan.segments)
         group = q.unflatten(2, (k.shape[2], -1))
         current = (group * (self.bonus * write).unsqueeze(3)).sum(-1, keepdim=True) * v.unsqueeze(3)
         state = log_decay[:, -1].exp().unsqueeze(-1) * state + outer(write[:, -1], v[:, -1])

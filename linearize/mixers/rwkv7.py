@@ -7,7 +7,7 @@ Source: RWKV-7, arXiv 2503.14456, equations 12 to 17, its state transposed; the 
 both the key projection (the paper's learned xi and alpha at 1).
 """
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.delta_rule import delta_rule
 
 # exp(-1/2): no channel loses more than 45% a token, so that dividing by the decay is safe
@@ -15,7 +15,7 @@ FASTEST = 0.6065306597126334
 SMALLEST_NORM = 1e-12
 
 
-class RWKV7(Structure):
+class RWKV7(Mixer):
     """One decay and one write strength per key channel."""
 
     gates = ("channel", "channel")
@@ -30,10 +30,11 @@ class RWKV7(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        decay_logits, strength_logits = self.gate_logits(k, offset)
+    def chunked(self, q, k, v, decay_logits, strength_logits, scan: Scan):
         log_decay = -FASTEST * decay_logits.sigmoid()
         # a u (u . S) = (a k) ((k / |k|^2 / w) . diag(w) S): the delta rule with an erase key of its own
         erase = k / (k.square().sum(-1, keepdim=True) + SMALLEST_NORM) * (-log_decay).exp()
-        strength, log_decay = hold(write_mask, strength_logits.sigmoid(), log_decay)
-        return delta_rule(q, k, v, strength, log_decay, erase=erase, initial_state=initial_state, segments=segments)
+        strength, log_decay = scan.mask_writes(strength_logits.sigmoid(), log_decay)
+        return delta_rule(
+            q, k, v, strength, log_decay, erase=erase, initial_state=scan.initial_state, segments=scan.segments
+        )

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class T2R(Structure):
+class T2R(Mixer):
     """No decay; the state is [features, V].
 
     Args:
@@ -52,10 +52,10 @@ class T2R(Structure):
         maps, bias = (x.unflatten(0, (len(self.site.heads), -1)) for x in (self.query_map, self.query_bias))
         return read_state(after, _relu_features(q, maps, bias))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (write,) = hold(write_mask, _relu_features(k, self.key_map, self.key_bias))
+    def chunked(self, q, k, v, scan: Scan):
+        (write,) = scan.mask_writes(_relu_features(k, self.key_map, self.key_bias))
         read = _relu_features(q, self.query_map, self.query_bias)
-        return simple_gla(read, write, v, initial_state=initial_state, segments=segments)
+        return simple_gla(read, write, v, initial_state=scan.initial_state, segments=scan.segments)
 
 
 def _relu_features(x, maps, bias):

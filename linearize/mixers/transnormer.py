@@ -7,11 +7,11 @@ Source: The Devil in Linear Transformer, arXiv 2210.10340, equation 11.
 
 from torch.nn import functional as F
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class NormAttention(Structure):
+class NormAttention(Mixer):
     """No decay, no normaliser."""
 
     normalization = "rms"
@@ -22,6 +22,6 @@ class NormAttention(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, F.elu(q) + 1)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (write,) = hold(write_mask, F.elu(k) + 1)
-        return simple_gla(F.elu(q) + 1, write, v, initial_state=initial_state, segments=segments)
+    def chunked(self, q, k, v, scan: Scan):
+        (write,) = scan.mask_writes(F.elu(k) + 1)
+        return simple_gla(F.elu(q) + 1, write, v, initial_state=scan.initial_state, segments=scan.segments)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import ConfigError
-from linearize.mixers.structure import NEVER, Structure, hold, outer
+from linearize.mixers.mixer import NEVER, Mixer, Scan, outer
 from linearize.ops.chunks import state_dtype
 from linearize.ops.simple_gla import simple_gla
 
@@ -30,13 +30,15 @@ ITERATIONS = 10
 LEAST_COUNT = 0.5 / STEPS
 
 
-class VectorQuantized(Structure):
+class VectorQuantized(Mixer):
     """No decay; the state is [codes, K + 1 + V]: key sums, counts, value sums. Every query head learns its own scale."""
 
     rotary = True
     positive = True
     normalization = "sum"
     log_normaliser = True
+    assigns = True
+    starts_unfitted = True
 
     def __init__(self, site, codes: int = 16):
         super().__init__(site)
@@ -78,25 +80,25 @@ class VectorQuantized(Structure):
     def state_shape(self, value_dim):
         return (self.codes, self.site.head_dim + 1 + value_dim)
 
-    def arrive(self, k):
+    def assign(self, k):
         k, codes, bias = (x.to(state_dtype(k)) for x in (k, self.key_codes, self.key_bias))
         s = (torch.einsum("...k,...ck->...c", k, codes) + bias).softmax(-1)
         rounded = (s * STEPS).round() / STEPS
         # gradients pass the rounding as if it were not there
         return s + (rounded - s).detach() if s.requires_grad else rounded
 
-    def arrival_bytes(self):
+    def assignment_bytes(self):
         return self.codes // 2
 
-    def pack(self, arrived):
-        low, high = (arrived * STEPS).round().to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    def encode_assignment(self, assignment):
+        low, high = (assignment * STEPS).round().to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
         return low | (high << 4)
 
-    def unpack(self, packed, dtype):
-        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(dtype) / STEPS
+    def decode_assignment(self, encoded, dtype):
+        return torch.stack([encoded & 15, encoded >> 4], dim=-1).flatten(-2).to(dtype) / STEPS
 
-    def gate_logits(self, k, offset):
-        return [self.arrive(k) if offset is None else offset]
+    def update_inputs(self, k, gate_offset, assignment):
+        return [self.assign(k) if assignment is None else assignment]
 
     def update(self, state, k, v, s):
         return state + outer(s, torch.cat([k, torch.ones_like(k[..., :1]), v], dim=-1))
@@ -107,16 +109,17 @@ class VectorQuantized(Structure):
         weights, log_sum = _weights(q @ keys.transpose(-1, -2), counts.transpose(-1, -2))
         return torch.cat([weights @ values, log_sum], dim=-1)
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (s,) = hold(write_mask, *self.gate_logits(k, offset))
+    def chunked(self, q, k, v, s, scan: Scan):
+        (s,) = scan.mask_writes(s)
         q = q * self.log_scale.to(q.dtype).exp()[:, None]
+        initial_state = scan.initial_state
         if initial_state is None:
             initial_state = k.new_zeros(k.shape[0], k.shape[2], s.shape[-1], k.shape[-1] + 1 + v.shape[-1])
         keys, counts, values = initial_state.split([k.shape[-1], 1, v.shape[-1]], dim=-1)
-        scores, keys = simple_gla(q, k, s, initial_state=keys.transpose(-1, -2), segments=segments)
-        seen, counts = _running_counts(s, counts.squeeze(-1), segments)
+        scores, keys = simple_gla(q, k, s, initial_state=keys.transpose(-1, -2), segments=scan.segments)
+        seen, counts = _running_counts(s, counts.squeeze(-1), scan.segments)
         weights, log_sum = _weights(scores, seen.repeat_interleave(self.site.group, 2))
-        output, values = simple_gla(weights, s, v, initial_state=values, segments=segments)
+        output, values = simple_gla(weights, s, v, initial_state=values, segments=scan.segments)
         return torch.cat([output, log_sum], dim=-1), torch.cat(
             [keys.transpose(-1, -2), counts[..., None], values], dim=-1
         )

@@ -6,7 +6,7 @@ import torch
 
 from linearize.checkpoint.names import ADDED
 from linearize.families.registry import find_family
-from linearize.mixers.structure import Site
+from linearize.mixers.mixer import Site
 from linearize.modeling.branch import WindowHeads, build_linear_heads
 from linearize.plan import Plan
 

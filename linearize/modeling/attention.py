@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.families.family import Family
-from linearize.mixers.structure import Site
+from linearize.mixers.mixer import Site
 from linearize.modeling.branch import WindowHeads, build_linear_heads, build_softmax_window_heads
 from linearize.modeling.cache import WindowCache, adopt_layer, context_of
 from linearize.ops.window import Scores
@@ -241,22 +241,20 @@ class LinearizedAttention:
         self, heads: WindowHeads, q, q_rotary, k, k_rotary, v, call: AttentionCall, cache: WindowCache | None, scores
     ) -> Tensor:
         padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
-        noted = heads.recurrent_keys(k, k_rotary, call.hidden_states)
+        inputs = heads.recurrent_inputs(k, call.hidden_states)
         if cache is None:
             context = context_of(
-                k_rotary, v, noted, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments
+                k_rotary, v, inputs, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments
             )
             return heads(q, q_rotary, context, scores=scores, state=None)[0]
-        context = cache.extend(k_rotary, v, heads.packed(noted), padding_mask)
-        if noted.requires_grad:
-            context = heads.with_gradients(context, noted)
+        context = heads.decoded(cache.extend(k_rotary, v, heads.encoded(inputs), padding_mask), inputs)
         output, cache.recurrent_state = heads(q, q_rotary, context, scores=scores, state=cache.recurrent_state)
         return output
 
     def _new_caches(self) -> list[WindowCache | None]:
         """Empty caches of the linear heads, and of the softmax heads where these have a window."""
         return [
-            None if heads is None else WindowCache(heads.window, heads.sinks, heads.keeps_raw_keys)
+            None if heads is None else WindowCache(heads.window, heads.sinks, heads.delayed)
             for heads in (self.mixer, self.kept)
         ]
 

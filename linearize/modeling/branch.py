@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linearize.mixers.mixer import NEVER, RecurrentInputs, Site
 from linearize.mixers.registry import mixer_class
-from linearize.mixers.structure import NEVER, Site
 from linearize.modeling.cache import Context, Step
 from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, single_query_attention, window_attention
@@ -69,7 +69,7 @@ class WindowHeads(nn.Module):
     """Softmax over a window and the sinks, and nothing else: softmax heads with a window, or linear heads without a
     recurrent branch. No parameters."""
 
-    keeps_raw_keys = False
+    delayed = False
     shares: list[Tensor] | None = None
 
     def __init__(self, plan: LayerPlan, site: Site):
@@ -80,21 +80,21 @@ class WindowHeads(nn.Module):
         """Shape of one key/value head's recurrent state."""
         return (0,)
 
-    def noted_bytes(self, width: int) -> int:
-        """Bytes per key/value head that a cache of `width` bytes a number keeps of each token in the window for the
-        recurrent branch."""
+    def recurrent_input_bytes(self, width: int) -> int:
+        """Return the bytes per token and key/value head that a window's cache stores as recurrent inputs, at `width` bytes
+        per cached number."""
         return 0
 
-    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor) -> Tensor:
-        """What the recurrent branch reads of each token besides its value, where there is one."""
-        return k_rotary
+    def recurrent_inputs(self, k: Tensor, hidden: Tensor) -> RecurrentInputs:
+        """Return the inputs of the recurrent branch, from keys before rotary [B, T, J, K] and hidden states [B, T, D]."""
+        return RecurrentInputs()
 
-    def packed(self, noted: Tensor) -> Tensor:
-        """What `recurrent_keys` says of tokens, as a cache keeps it."""
-        return noted
+    def encoded(self, inputs: RecurrentInputs) -> RecurrentInputs:
+        """Encode recurrent inputs for a cache."""
+        return inputs
 
-    def with_gradients(self, context: Context, noted: Tensor) -> Context:
-        """A cache's context with what was noted of its last tokens, [B, T, J, ·], in place of what packing has left of it."""
+    def decoded(self, context: Context | Step, newest: RecurrentInputs) -> Context | Step:
+        """Decode a cache's context. Its newest tokens take their inputs, and the gradients of these, from `newest`."""
         return context
 
     def forward(
@@ -175,7 +175,7 @@ class LinearHeads(WindowHeads):
         self.recurrent_enabled = self.window_enabled = True
         # a structure that has yet to be fitted starts with next to no mass, unless somebody says otherwise
         self.unfitted_penalty = (
-            UNFITTED if self.structure.arrival_bytes() and "log_mass" not in plan.mix_options else 0.0
+            UNFITTED if self.structure.starts_unfitted and "log_mass" not in plan.mix_options else 0.0
         )
         query_heads = len(site.heads) * site.group
         # one normaliser for window and past
@@ -196,11 +196,6 @@ class LinearHeads(WindowHeads):
     def delayed(self) -> bool:
         """Whether the recurrent branch waits for tokens to leave the window."""
         return self.mix != "sum"
-
-    @property
-    def keeps_raw_keys(self) -> bool:
-        """Whether a cache has to keep more of the window's tokens than softmax needs."""
-        return self.delayed and (not self.structure.rotary or self.structure.arrival_bytes() > 0)
 
     @_float32()
     @torch.no_grad()
@@ -225,33 +220,50 @@ class LinearHeads(WindowHeads):
         """Whether a column of ones beside the values counts the sum of the weights."""
         return not self.structure.log_normaliser and (self.shared or self.structure.normalization == "sum")
 
-    def noted_bytes(self, width: int) -> int:
-        if self.structure.rotary or not self.keeps_raw_keys:
-            return self.structure.arrival_bytes() * self.delayed
+    def recurrent_input_bytes(self, width: int) -> int:
+        if not self.delayed:
+            return 0
+        if self.structure.rotary:
+            return self.structure.assignment_bytes()
         if self.gate_projection is None:
             return width * self.site.head_dim
         return 4 * (self.site.head_dim + self.structure.gate_width())  # key and gate logits in float32
 
-    def recurrent_keys(self, k: Tensor, k_rotary: Tensor, hidden: Tensor) -> Tensor:
-        """What the recurrent branch reads of each token besides its value: [B, T, J, K], or with a learned gate
-        [B, T, J, K + gate_width()], the projection of the hidden states [B, T, D] behind the key. Behind rotary, what it
-        reads besides the key that the window has anyway."""
+    def recurrent_inputs(self, k: Tensor, hidden: Tensor) -> RecurrentInputs:
         if self.structure.rotary:
-            if not self.structure.arrival_bytes():
-                return k_rotary
+            if not self.structure.assigns:
+                return RecurrentInputs()
             _require_in_memory(next(self.structure.parameters()))
             with torch.autocast(k.device.type, enabled=False):
-                return self.structure.arrive(k)
+                return RecurrentInputs(assignment=self.structure.assign(k))
         if self.gate_projection is None:
-            return k
+            return RecurrentInputs(keys=k)
         _require_in_memory(self.gate_projection)
         dtype = state_dtype(hidden)
         with torch.autocast(k.device.type, enabled=False):
             offset = F.linear(hidden.to(dtype), self.gate_projection.to(dtype)).unflatten(-1, (k.shape[2], -1))
-        return torch.cat([k.to(dtype), offset], dim=-1)
+        return RecurrentInputs(keys=k.to(dtype), gate_offset=offset)
 
-    def packed(self, noted: Tensor) -> Tensor:
-        return self.structure.pack(noted) if self.structure.arrival_bytes() else noted
+    def encoded(self, inputs: RecurrentInputs) -> RecurrentInputs:
+        if inputs.assignment is None:
+            return inputs
+        return inputs._replace(assignment=self.structure.encode_assignment(inputs.assignment))
+
+    def decoded(self, context: Context | Step, newest: RecurrentInputs) -> Context | Step:
+        if newest.assignment is None:
+            return context
+        new = newest.assignment
+
+        def decode(encoded: Tensor) -> Tensor:
+            return self.structure.decode_assignment(encoded, new.dtype)
+
+        if isinstance(context, Step):
+            arriving = context.arriving._replace(recurrent_inputs=newest)
+            leaving = context.leaving._replace(recurrent_inputs=context.leaving.recurrent_inputs.map(decode))
+            return replace(context, arriving=arriving, leaving=leaving)
+        cached = context.recurrent_inputs.assignment[:, : -new.shape[1]]
+        assignment = torch.cat([decode(cached), new], dim=1) if cached.shape[1] else new
+        return replace(context, recurrent_inputs=RecurrentInputs(assignment=assignment))
 
     def _attend(
         self, q: Tensor, q_rotary: Tensor, context: Context | Step, scores: Scores, state: Tensor | None
@@ -377,10 +389,9 @@ class LinearHeads(WindowHeads):
         count = q.shape[1] - start
         dtype = state_dtype(q)
         read = context.behind(count, delay)
-        values, keys = read.values.to(dtype), (read.keys if self.structure.rotary else read.raw_keys).to(dtype)
-        offset = keys[..., q.shape[-1] :] if self.gate_projection is not None else None
-        if self.structure.arrival_bytes():
-            offset = self._unpacked(read.raw_keys, dtype)
+        keys, gate_offset, assignment = read.recurrent_inputs
+        keys = read.keys if keys is None else keys
+        values = read.values.to(dtype)
         if self._counts_weights:
             values = F.pad(values, (0, 1), value=1.0)
         write_mask = segments = None
@@ -398,9 +409,10 @@ class LinearHeads(WindowHeads):
         with torch.autocast(q.device.type, enabled=False):
             output, state = run(
                 q[:, start:].to(dtype),
-                keys[..., : q.shape[-1]],
+                keys.to(dtype),
                 values,
-                offset=offset,
+                gate_offset=gate_offset,
+                assignment=assignment,
                 write_mask=write_mask,
                 initial_state=state,
                 segments=segments,
@@ -411,15 +423,6 @@ class LinearHeads(WindowHeads):
         if self.mix == "sum" and self.structure.normalization == "rms":
             output = _rms_norm(output)
         return output, state
-
-    def _unpacked(self, noted: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.structure.unpack(noted, dtype) if noted.dtype == torch.uint8 else noted.to(dtype)
-
-    def with_gradients(self, context: Context, noted: Tensor) -> Context:
-        if context.raw_keys.dtype != torch.uint8:
-            return context
-        before = self._unpacked(context.raw_keys[:, : context.raw_keys.shape[1] - noted.shape[1]], noted.dtype)
-        return replace(context, raw_keys=torch.cat([before, noted], dim=1))
 
     def _branch_weights(self, like: Tensor) -> Tensor:
         """[2, H, 1]: the weights of window and recurrent branch."""

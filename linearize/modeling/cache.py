@@ -16,6 +16,8 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from linearize.mixers.mixer import RecurrentInputs
+
 # what models call their cache, as argument and in their output
 CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 # softmax heads' slots for tokens to come: at least so many, and one in so many of those that are there
@@ -27,7 +29,7 @@ class Slots(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    raw_keys: Tensor
+    recurrent_inputs: RecurrentInputs
     ordinals: Tensor | None = None
     key_mask: Tensor | None = None
     segments: Tensor | None = None
@@ -38,8 +40,8 @@ class Context:
     """The keys and values in reach of the current queries, which are its last T slots.
 
     Attributes:
-        keys, values: [B, S, J, K], keys after rotary. raw_keys: what the recurrent branch reads of
-            them (`LinearHeads.recurrent_keys`), [B, S, J, ·].
+        keys, values: [B, S, J, K], keys after rotary.
+        recurrent_inputs: the other inputs of the recurrent branch, of all S slots or of the newest alone.
         ordinals: [B or 1, S] int64.
         key_mask: [B, S] bool, None without padding. segments: [B, S] document numbers, None for one document.
         sink_keys, sink_values: [B, N, J, K] or None. sink_slots: [B or 1, N] absolute slots, -1 where there is none.
@@ -49,7 +51,7 @@ class Context:
 
     keys: Tensor
     values: Tensor
-    raw_keys: Tensor
+    recurrent_inputs: RecurrentInputs
     ordinals: Tensor
     key_mask: Tensor | None
     segments: Tensor | None
@@ -75,15 +77,18 @@ class Context:
 
     def slots(self, start: int, end: int) -> Slots:
         """Slots [start, end)."""
-        lacking = self.length - self.raw_keys.shape[1]  # keys before rotary are only kept where they are needed
 
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, start:end]
 
+        def cut_inputs(x: Tensor) -> Tensor:
+            missing = self.length - x.shape[1]  # a branch that does not wait has the newest slots alone
+            return x[:, max(0, start - missing) : max(0, end - missing)]
+
         return Slots(
             cut(self.keys),
             cut(self.values),
-            self.raw_keys[:, max(0, start - lacking) : max(0, end - lacking)],
+            self.recurrent_inputs.map(cut_inputs),
             cut(self.ordinals),
             cut(self.key_mask),
             cut(self.segments),
@@ -149,7 +154,7 @@ def ordinals_of(padding_mask: Tensor | None, segments: Tensor | None, length: in
 def context_of(
     keys: Tensor,
     values: Tensor,
-    raw_keys: Tensor,
+    recurrent_inputs: RecurrentInputs,
     *,
     sinks: int,
     padding_mask: Tensor | None = None,
@@ -165,7 +170,17 @@ def context_of(
         sink_keys, sink_values = _take(keys, index), _take(values, index)
         sink_segments = None if segments is None else segments.gather(1, index)
     return Context(
-        keys, values, raw_keys, ordinals, padding_mask, segments, sink_keys, sink_values, sink_slots, sink_segments, 0
+        keys,
+        values,
+        recurrent_inputs,
+        ordinals,
+        padding_mask,
+        segments,
+        sink_keys,
+        sink_values,
+        sink_slots,
+        sink_segments,
+        first_slot=0,
     )
 
 
@@ -200,25 +215,33 @@ class WindowCache:
     tokens overwrite what leaves it, and nothing is moved: `steps` says how many have since the window was last in order.
     """
 
-    TENSORS = ("keys", "values", "raw_keys", "ordinals", "sink_slots", "seen", "recurrent_state")
+    TENSORS = ("keys", "values", "ordinals", "sink_slots", "seen", "recurrent_state")
 
-    def __init__(self, window: int, sinks: int, keep_raw_keys: bool):
-        self.window, self.sinks, self.keep_raw_keys = window, sinks, keep_raw_keys
+    def __init__(self, window: int, sinks: int, store_recurrent_inputs: bool):
+        self.window, self.sinks, self.store_recurrent_inputs = window, sinks, store_recurrent_inputs
         self.clear()
 
     def clear(self) -> None:
         for name in self.TENSORS:
             setattr(self, name, None)
+        self.recurrent_inputs = RecurrentInputs()
         self.length = self.steps = 0
         self.padded = self.sinks_filled = False
 
-    def extend(self, keys: Tensor, values: Tensor, raw_keys: Tensor, padding_mask: Tensor | None) -> Context | Step:
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor that the cache stores."""
+        stored = [*(getattr(self, name) for name in self.TENSORS), *self.recurrent_inputs]
+        return [x for x in stored if x is not None]
+
+    def extend(
+        self, keys: Tensor, values: Tensor, recurrent_inputs: RecurrentInputs, padding_mask: Tensor | None
+    ) -> Context | Step:
         """Takes new tokens, [B, T, J, K], and returns what their queries can see.
 
         Keeps the last `window` slots: a token leaves the window cache when it enters the recurrent state.
         """
-        if padding_mask is None and keys.shape[1] == 1 and self._can_step(keys, values, raw_keys):
-            return self._step(keys, values, raw_keys)
+        if padding_mask is None and keys.shape[1] == 1 and self._can_step(keys, values, recurrent_inputs):
+            return self._step(keys, values, recurrent_inputs)
         B, T = keys.shape[:2]
         if self.seen is None:
             self.seen = torch.zeros(B, dtype=torch.long, device=keys.device)
@@ -239,13 +262,13 @@ class WindowCache:
             return new if past is None else torch.cat([past, new], dim=1)
 
         keys, values = joined(self.keys[:, self.sinks :], keys), joined(self.values[:, self.sinks :], values)
-        raw = joined(self.raw_keys, raw_keys) if self.keep_raw_keys else raw_keys
+        recurrent_inputs = self.recurrent_inputs.joined(recurrent_inputs)
         ordinals = joined(self.ordinals, ordinals)
         self.length += T
         context = Context(
             keys,
             values,
-            raw,
+            recurrent_inputs,
             ordinals,
             key_mask=ordinals >= 0 if self.padded else None,
             segments=None,
@@ -258,32 +281,38 @@ class WindowCache:
         # copies, so that a prefill's full-length tensors are freed
         self.keys = torch.cat([sink_keys, keys[:, -self.window :]], dim=1)
         self.values = torch.cat([sink_values, values[:, -self.window :]], dim=1)
-        self.raw_keys = raw[:, -self.window :].clone() if self.keep_raw_keys else None
+        if self.store_recurrent_inputs:
+            self.recurrent_inputs = recurrent_inputs.map(lambda x: x[:, -self.window :].clone())
         self.ordinals = ordinals[:, -self.window :].clone()
         return context
 
-    def _held_and_new(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What the window keeps of its tokens, each beside that of new ones."""
-        pairs = [(self.keys, keys), (self.values, values)]
-        return [*pairs, (self.raw_keys, raw_keys)] if self.keep_raw_keys else pairs
-
-    def _can_step(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> bool:
+    def _can_step(self, keys: Tensor, values: Tensor, recurrent_inputs: RecurrentInputs) -> bool:
         """Whether the window is full and has lost all sinks, and its tensors can take what a new token has."""
         if self.padded or self.length < self.window + self.sinks:
             return False
-        return _can_write(*zip(*self._held_and_new(keys, values, raw_keys)))
+        stored = [(x, y) for x, y in zip(self.recurrent_inputs, recurrent_inputs) if x is not None]
+        return _can_write(*zip((self.keys, keys), (self.values, values), *stored))
 
-    def _step(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> Step:
+    def _step(self, keys: Tensor, values: Tensor, recurrent_inputs: RecurrentInputs) -> Step:
         place = self.steps % self.window
-        leaving = []
-        for held, new in self._held_and_new(keys, values, raw_keys):
-            slot = held[:, -self.window :][:, place : place + 1]  # sinks come before the window
-            leaving.append(slot.clone())
+
+        def overwrite(stored: Tensor, new: Tensor) -> Tensor:
+            """Put a new slot in the oldest one's place, and return the oldest."""
+            slot = stored[:, -self.window :][:, place : place + 1]  # sinks come before the window
+            oldest = slot.clone()
             slot.copy_(new)
+            return oldest
+
+        inputs = zip(self.recurrent_inputs, recurrent_inputs)
+        leaving = Slots(
+            overwrite(self.keys, keys),
+            overwrite(self.values, values),
+            RecurrentInputs(*(None if stored is None else overwrite(stored, new) for stored, new in inputs)),
+        )
         self.steps += 1
         self.length += 1
-        left = Slots(*leaving) if self.keep_raw_keys else Slots(*leaving, raw_keys)
-        return Step(self.keys, self.values, Slots(keys, values, raw_keys), left, self.window + 1, self.length)
+        arriving = Slots(keys, values, recurrent_inputs)
+        return Step(self.keys, self.values, arriving, leaving, self.window + 1, self.length)
 
     def _put_in_order(self) -> None:
         """The window by age again, after single steps."""
@@ -293,8 +322,7 @@ class WindowCache:
         for name in ("keys", "values"):
             sinks, window = getattr(self, name).split([self.sinks, self.window], dim=1)
             setattr(self, name, torch.cat([sinks, window.roll(-oldest, dims=1)], dim=1))
-        if self.keep_raw_keys:
-            self.raw_keys = self.raw_keys.roll(-oldest, dims=1)
+        self.recurrent_inputs = self.recurrent_inputs.map(lambda x: x.roll(-oldest, dims=1))
         self.ordinals, self.seen = self.ordinals + self.steps, self.seen + self.steps
         self.steps = 0
 
@@ -389,7 +417,7 @@ class LinearizedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of every tensor held."""
         tensors = self.rooms or [self.keys, self.values]
-        tensors = [*tensors, *(getattr(h, name) for h in (self.linear, self.kept) if h for name in h.TENSORS)]
+        tensors = [*tensors, *(x for cache in (self.linear, self.kept) if cache for x in cache.tensors())]
         return sum(x.nbytes for x in tensors if x is not None)
 
     def get_seq_length(self) -> int:
@@ -408,6 +436,8 @@ class LinearizedLayer(CacheLayerMixin):
                 tensor = getattr(holder, name)
                 if tensor is not None:
                     setattr(holder, name, function(tensor))
+            if isinstance(holder, WindowCache):
+                holder.recurrent_inputs = holder.recurrent_inputs.map(function)
         self.rooms = None
 
     def offload(self) -> None:

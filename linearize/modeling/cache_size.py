@@ -38,7 +38,7 @@ def cache_sizes(config: dict[str, Any], plan: Plan, width: int) -> dict[int, dic
 def _linear_head_bytes(branch: WindowHeads, head_dim: int, width: int, length: int) -> int:
     """Window keys and values, what the recurrent branch waits for, sinks, state."""
     slots = min(branch.window, length)
-    waiting = branch.noted_bytes(width) * slots
+    waiting = branch.recurrent_input_bytes(width) * slots
     return 2 * (slots + branch.sinks) * head_dim * width + waiting + 4 * math.prod(branch.state_shape())
 
 

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from linearize.families.family import FULL, SLIDING, Family
 from linearize.families.registry import FAMILIES, find_family
-from linearize.mixers.structure import Site
+from linearize.mixers.mixer import Site
 from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention, Observation
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.configuration import config_class

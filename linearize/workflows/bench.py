@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
 from linearize.evaluation.efficiency import DECODED, bench_model, synchronize
+from linearize.mixers.mixer import Site
 from linearize.mixers.registry import mixer_class
-from linearize.mixers.structure import Site
 from linearize.modeling.loading import load_student, positions_of
 
 LENGTHS = (2048, 8192)

@@ -44,7 +44,7 @@ def test_the_mix_is_fitted_head_by_head(mixer, mix):
     def fit(o):
         branch = o.branch
         branch.structure.fit(*(x.flatten(0, 1) for x in (o.q, o.q_rotary, o.k)), o.scores.scale)
-        context = context_of(o.k_rotary, o.v, branch.recurrent_keys(o.k, o.k_rotary, o.hidden_states), sinks=2)
+        context = context_of(o.k_rotary, o.v, branch.recurrent_inputs(o.k, o.hidden_states), sinks=2)
         errors.append(branch.fit_mix(o.q, o.q_rotary, context, o.target, o.scores))
         start = 0 if mix == "sum" else branch.window
         difference = (o.run() - o.target)[:, start:].square().sum((0, 1, 3))
@@ -73,7 +73,7 @@ def test_clusters_of_keys_stand_for_the_keys_in_them():
     branch.structure.fit(q[0], q[0], k[0], 0.3)
     branch.log_mass.zero_()
     v = torch.randn(1, 120, 3, 8)
-    context = context_of(k, v, branch.recurrent_keys(k, k, None), sinks=2)
+    context = context_of(k, v, branch.recurrent_inputs(k, None), sinks=2)
     output, _ = branch(q, q, context, scores=Scores(0.3), state=None)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.3, enable_gqa=True

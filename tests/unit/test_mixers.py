@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linearize.errors import ConfigError
+from linearize.mixers.mixer import RecurrentInputs, Site
 from linearize.mixers.registry import MIXERS, mixer_class
-from linearize.mixers.structure import Site
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import context_of
 from linearize.ops.window import Scores
@@ -53,10 +53,10 @@ def test_first_values_do_not_depend_on_what_the_model_is_loaded_in(row):
 
 def test_what_a_cache_keeps_of_an_assignment_is_all_of_it():
     built = tiny_structure("vq")
-    assigned = built.arrive(torch.randn(3, 5, 2, 8, dtype=torch.float64))
-    packed = built.pack(assigned)
-    assert packed.dtype == torch.uint8 and packed.shape[-1] == built.arrival_bytes() == 3
-    torch.testing.assert_close(built.unpack(packed, torch.float64), assigned, rtol=0, atol=1e-15)
+    assignment = built.assign(torch.randn(3, 5, 2, 8, dtype=torch.float64))
+    encoded = built.encode_assignment(assignment)
+    assert encoded.dtype == torch.uint8 and encoded.shape[-1] == built.assignment_bytes() == 3
+    torch.testing.assert_close(built.decode_assignment(encoded, torch.float64), assignment, rtol=0, atol=1e-15)
     with pytest.raises(ConfigError, match="codes: got 7, which is odd"):
         mixer_class("vq")(Site((0,), 1, 1, 8, 0, 1), codes=7)
 
@@ -146,11 +146,11 @@ def test_one_channel_far_above_the_rest(row, outlier):
 @pytest.mark.parametrize("row", GATED)
 def test_gate_offsets(row):
     built = tiny_structure(row)
-    sequence, keywords = structure_inputs(built, 40, offset=True)
+    sequence, keywords = structure_inputs(built, 40, gate_offset=True)
     compare(built, sequence, keywords)
     moved, _ = built(*sequence, **keywords)
     plain, _ = built(*sequence)
-    zero, _ = built(*sequence, offset=torch.zeros_like(keywords["offset"]))
+    zero, _ = built(*sequence, gate_offset=torch.zeros_like(keywords["gate_offset"]))
     assert torch.equal(plain, zero) and not torch.allclose(plain, moved)
 
 
@@ -208,7 +208,7 @@ def test_bf16_inputs_are_computed_in_float32(name):
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
-        context = context_of(k_, v_, k_, sinks=0, padding_mask=None, segments=None)
+        context = context_of(k_, v_, RecurrentInputs(keys=k_), sinks=0, padding_mask=None, segments=None)
         results.append(heads(q_, q_, context, scores=Scores(0.3), state=None))
     (output, state), (wanted, wanted_state) = results
     assert output.dtype == torch.bfloat16 and state.dtype == torch.float32
@@ -276,11 +276,11 @@ def heads_alone(name, mix, *, offset=0.0, size=1.0, T=70, **settings):
         heads.structure.fit(q[0], q[0], k[0], 0.3)
     if heads.log_mass is not None:
         heads.log_mass.zero_()
-    noted = heads.recurrent_keys(k, k, torch.zeros(1, T, 32))
+    recurrent_inputs = heads.recurrent_inputs(k, torch.zeros(1, T, 32))
     q[..., 0], k[..., 0] = 1.0, offset / 0.3
 
     def run(values):
-        context = context_of(k, values, noted, sinks=0, padding_mask=None, segments=None)
+        context = context_of(k, values, recurrent_inputs, sinks=0, padding_mask=None, segments=None)
         return heads(q, q, context, scores=Scores(0.3), state=None)[0]
 
     return heads, lambda: (run(v), run(torch.ones_like(v)))
@@ -326,7 +326,7 @@ def test_a_past_that_outweighs_the_window_by_far(past, window):
     q, k, v = torch.zeros(1, 96, 1, 8), torch.zeros(1, 96, 1, 8), torch.ones(1, 96, 1, 8)
     q[..., 0] = 1.0
     k[:, :80, 0, 0], k[:, 80:, 0, 0] = past / 0.25, window / 0.25
-    context = context_of(k, v, heads.recurrent_keys(k, k, None), sinks=0, padding_mask=None, segments=None)
+    context = context_of(k, v, heads.recurrent_inputs(k, None), sinks=0, padding_mask=None, segments=None)
     output, _ = heads(q, q, context, scores=Scores(0.25), state=None)
     torch.testing.assert_close(output[0, -1], torch.ones(1, 8))
 

@@ -10,11 +10,11 @@ from helpers import ROOT
 
 MIXER = '''"""A recurrence that forgets nothing."""
 
-from linearize.mixers.structure import Structure, hold, outer, read_state
+from linearize.mixers.mixer import Mixer, outer, read_state
 from linearize.ops.simple_gla import simple_gla
 
 
-class Cumulative(Structure):
+class Cumulative(Mixer):
     positive = True
 
     def update(self, state, k, v):
@@ -23,9 +23,9 @@ class Cumulative(Structure):
     def read(self, before, after, q, k, v):
         return read_state(after, q.softmax(-1))
 
-    def forward(self, q, k, v, *, offset=None, write_mask=None, initial_state=None, segments=None):
-        (write,) = hold(write_mask, k.softmax(-1))
-        return simple_gla(q.softmax(-1), write, v, initial_state=initial_state, segments=segments)
+    def chunked(self, q, k, v, scan):
+        (write,) = scan.mask_writes(k.softmax(-1))
+        return simple_gla(q.softmax(-1), write, v, initial_state=scan.initial_state, segments=scan.segments)
 '''
 MIXER_LINE = """    "cumulative": _entry("cumulative:Cumulative", "no decay", "test", gated=False, positive=True),
 """

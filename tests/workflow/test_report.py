@@ -96,10 +96,10 @@ def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch,
 
     plain = cache.WindowCache.extend
 
-    def forgetful(self, keys, values, raw_keys, padding_mask):
+    def forgetful(self, keys, values, recurrent_inputs, padding_mask):
         if self.values is not None:
             self.values = self.values * 0
-        return plain(self, keys, values, raw_keys, padding_mask)
+        return plain(self, keys, values, recurrent_inputs, padding_mask)
 
     monkeypatch.setattr(cache.WindowCache, "extend", forgetful)
     code, out, _ = cli("eval", converted, "--only", "parity", "--json")
