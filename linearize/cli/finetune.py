@@ -12,7 +12,7 @@ from linearize.cli.options import OUTPUT, Json, Overwrite, model_or_newest
 from linearize.cli.output import emit, emit_json, note, progress_line
 
 if TYPE_CHECKING:
-    from linearize.training.loop import Progress
+    from linearize.training.loop import StepRecord
 
 TRAINING, DATA = "Training", "Data"
 # where progress lines do not replace each other, few enough that a log stays readable
@@ -127,20 +127,22 @@ def finetune(
     from linearize.device import keep_freed_memory
 
     folder = model_or_newest(model, newest_conversion, "conversion")
-    Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
+    student = Student.read(folder)
     keep_freed_memory()
     from linearize.workflows.finetune import finetune as run
 
-    manifest = run(
-        folder, settings, recipe_name=recipe, out=out, teacher=teacher, restart=restart, overwrite=overwrite,
+    trained = run(
+        student, settings, recipe_name=recipe, out=out, teacher=teacher, restart=restart, overwrite=overwrite,
         merge=merge, progress=note, report=StepPrinter(),
     )  # fmt: skip
-    if not manifest:  # only the main process of several has one
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:  # one process speaks for all
         return
     if json_:
-        emit_json(manifest)
+        emit_json(trained.to_dict())
     else:
-        _print_outcome(manifest)
+        _print_outcome(trained.to_dict())
 
 
 def _print_outcome(manifest: dict[str, Any]) -> None:
@@ -162,7 +164,7 @@ class StepPrinter:
     def __init__(self) -> None:
         self.last_printed = 0.0
 
-    def __call__(self, step: "Progress") -> None:
+    def __call__(self, step: "StepRecord") -> None:
         now = time.monotonic()
         final = step.step == step.steps
         if not (final or sys.stderr.isatty() or now - self.last_printed >= SECONDS_BETWEEN_LINES):

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from linearize.errors import ConfigError
+from linearize.plan import NO_BRANCH
 from linearize.settings.schema import Strict
 
 
@@ -192,6 +194,22 @@ class Recipe(Strict):
             return self.stages
         keys = self.model_dump(include={*SHARED_KEYS, *SHARED_GROUPS})
         return [Stage.model_validate({"name": STAGE_OF_LOSS[self.loss.kind], **keys})]
+
+    def check_leaves_window(self, mix: str, window: int, sinks: int) -> None:
+        """Refuse rows that end before the recurrent branch has anything to add.
+
+        Args:
+            mix, window, sinks: settings of the conversion that is trained.
+
+        Raises:
+            ConfigError: the rows of a stage are too short.
+        """
+        shortest = min(stage.seq_len for stage in self.resolved_stages())
+        if mix not in ("sum", NO_BRANCH) and shortest <= window + sinks:
+            raise ConfigError(
+                f"seq_len: got {shortest}, which never leaves the window of {window} keys and {sinks} sinks, so the "
+                "recurrent branch would not train; use more"
+            )
 
 
 def _complete_stage(stage: Any, recipe: dict[str, Any]) -> Any:

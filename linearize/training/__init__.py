@@ -1,1 +1,1 @@
-"""Recovery training: the loop, the model under training, losses, attention transfer and saved states."""
+"""Recovery training: the schedule, the loop, the model under training, its losses, saved states and what is written."""

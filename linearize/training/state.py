@@ -1,8 +1,8 @@
-"""Training state on disk: safetensors for tensors, JSON for the rest, nothing pickled.
+"""Save and load training states: safetensors for tensors, JSON for the rest, nothing pickled.
 
-A state is a folder `step-00000100` in the work folder, written beside and renamed, so that a killed run leaves only
-whole ones. It holds trainable parameters, what the optimisers keep, what AdaLoRA remembers and the random state; the position in the
-data and in the schedule follow from the step.
+A state is a folder `step-00000100` in the work folder. It is written under another name and renamed, so a killed run
+leaves whole states only. It holds the trainable parameters, the optimizers' tensors, AdaLoRA's memory and the random
+state. The position in the data and in the schedule follows from the step.
 """
 
 import json
@@ -13,114 +13,135 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from linearize.checkpoint.writing import raise_if_full, write_json
 from linearize.errors import ConfigError
 from linearize.training.model import Distiller
 
-KEPT = 2
+# the newest, and the one before it should the newest turn out damaged
+STATES_ON_DISK = 2
 
 
 def save_state(
     work: Path,
     step: int,
-    model: Distiller,
-    optimizers: list[torch.optim.Optimizer],
+    distiller: Distiller,
+    optimizers: list[Optimizer],
     fingerprint: dict[str, Any],
 ) -> None:
-    """Writes the state after `step` optimizer steps and drops all but the newest two."""
-    names = _names(model)
-    tensors = {
-        f"parameter/{name}": value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad
-    }
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                tensors[f"optimizer/{key}/{names[parameter]}"] = torch.as_tensor(value).detach().cpu()
-    tensors |= {f"memory/{name}": value.detach().cpu() for name, value in model.memory().items()}
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    """Write the state after `step` optimizer steps, and remove all but the newest two.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
     target, partial = work / f"step-{step:08d}", work / ".state.partial"
+    tensors = {name: value.contiguous() for name, value in _tensors_of(distiller, optimizers).items()}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
+        save_file(tensors, partial / "state.safetensors")
         write_json(partial / "state.json", {"step": step, "fingerprint": fingerprint})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except OSError as error:
         raise_if_full(error, work)
         raise
-    for old in states(work)[:-KEPT]:
+    for old in saved_states(work)[:-STATES_ON_DISK]:
         shutil.rmtree(old)
 
 
+def _tensors_of(distiller: Distiller, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Collect the tensors of a state, on the CPU."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in distiller.named_parameters()}
+    tensors = {f"parameter/{name}": parameter for parameter, name in names.items() if parameter.requires_grad}
+    for optimizer in optimizers:
+        for parameter, entries in optimizer.state.items():
+            for entry, value in entries.items():
+                tensors[f"optimizer/{entry}/{names[parameter]}"] = torch.as_tensor(value)
+    tensors |= {f"memory/{name}": value for name, value in distiller.rank_memory().items()}
+    tensors = {name: value.detach().cpu() for name, value in tensors.items()}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
 def load_state(
-    folder: Path, model: Distiller, optimizers: list[torch.optim.Optimizer], device: torch.device, stage_start: int
+    folder: Path, distiller: Distiller, optimizers: list[Optimizer], device: torch.device, stage_start: int
 ) -> None:
-    """Puts a saved state into model, optimizers and random generators.
+    """Load a saved state into model, optimizers and random generators.
 
     Args:
-        stage_start: the step at which the current stage began; of an earlier stage only the parameters are taken over.
+        stage_start: the step after which the current stage begins. A state of an earlier stage has other optimizers, so
+            their tensors are left alone.
     """
     tensors = load_file(folder / "state.safetensors")
-    parameters = dict(model.named_parameters())
     record = json.loads((folder / "state.json").read_bytes())
-    owners = {
+    parameters = dict(distiller.named_parameters())
+    optimizer_of = {
         parameter: optimizer
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+    memory: dict[str, Tensor] = {}
     with torch.no_grad():
         for key, value in tensors.items():
-            kind, _, rest = key.partition("/")
+            kind, _, name = key.partition("/")
             if kind == "parameter":
-                parameters[rest].copy_(value)
+                parameters[name].copy_(value)
             elif kind == "optimizer" and record["step"] > stage_start:
-                entry, _, name = rest.partition("/")
-                # AdamW keeps its step counts on the CPU
-                where = torch.device("cpu") if entry == "step" else device
+                entry, _, name = name.partition("/")
                 parameter = parameters[name]
-                owners[parameter].state[parameter][entry] = value.to(where)
-    memory = {key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")}
-    model.restore({name: value.to(device) for name, value in memory.items()})
+                # AdamW keeps its step counts on the CPU
+                place = torch.device("cpu") if entry == "step" else device
+                optimizer_of[parameter].state[parameter][entry] = value.to(place)
+            elif kind == "memory":
+                memory[name] = value.to(device)
+    distiller.restore_rank_memory(memory)
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
-def states(work: Path) -> list[Path]:
-    """Saved states, oldest first."""
+def saved_states(work: Path) -> list[Path]:
+    """Return the folders of the saved states, oldest first."""
     return sorted(path for path in work.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def check_fingerprint(saved: dict[str, Any], current: dict[str, Any], work: Path) -> None:
-    """Refuses to resume a run that was started with anything else, naming every field that differs."""
-    flat_saved, flat_current = _flatten(saved), _flatten(current)
+def step_of(state: Path) -> int:
+    """Return the step that a saved state was written after."""
+    return int(state.name.removeprefix("step-"))
+
+
+def check_same_run(state: Path, fingerprint: dict[str, Any]) -> None:
+    """Refuse to resume a run that was started with anything else, naming every field that differs.
+
+    Raises:
+        ConfigError: the fingerprint of the state differs from `fingerprint`.
+    """
+    record = json.loads((state / "state.json").read_bytes())
+    saved, current = _flatten(record["fingerprint"]), _flatten(fingerprint)
     differing = [
-        f"{key}: was {flat_saved.get(key, 'absent')}, is {flat_current.get(key, 'absent')}"
-        for key in sorted(flat_saved.keys() | flat_current.keys())
-        if flat_saved.get(key) != flat_current.get(key)
+        f"{key}: was {saved.get(key, 'absent')}, is {current.get(key, 'absent')}"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
     ]
     if differing:
         raise ConfigError(
-            f"{work} holds an unfinished run with other settings ({'; '.join(differing)}); use the same, another OUT, or "
-            "--restart to discard it"
+            f"{state.parent} holds an unfinished run with other settings ({'; '.join(differing)}); use the same, another "
+            "OUT, or --restart to discard it"
         )
 
 
-def _flatten(value: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted key, with the types of JSON."""
+    flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            flat.update(_flatten(item, f"{prefix}{key}."))
+            flat |= _flatten(item, f"{prefix}{key}.")
         else:
             flat[prefix + key] = item
     return json.loads(json.dumps(flat))
-
-
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {value: name for name, value in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Window dropout: for one training step some linear heads see less of their window, so that the recurrent branch does more."""
+"""Window dropout: in one training step some linear heads see less of their window, so the recurrent branch does more."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,23 +8,24 @@ from torch import nn
 
 from linearize.modeling.branch import LinearHeads
 
+# a shortened window is this many times shorter
 SHORTENED = 4
 
 
 @contextlib.contextmanager
 def window_dropout(model: nn.Module, probability: float) -> Iterator[None]:
-    """Inside, each layer's window is a quarter as long with this probability; in the mix `sum` it is switched off.
+    """Shorten each layer's window to a quarter with this probability; in the mix `sum` switch it off.
 
-    Tokens beyond the shortened window belong to the recurrent branch in the mixes that share them out, so no token is lost.
-    Forward and backward both belong inside.
+    The mixes that share tokens out give those beyond the shortened window to the recurrent branch, so no token is lost.
+    Forward and backward both belong inside the context.
     """
-    changed: list[LinearHeads] = []
+    shortened: list[LinearHeads] = []
     if probability:
         heads = [module for module in model.modules() if isinstance(module, LinearHeads)]
-        drawn = torch.rand(len(heads))
-        changed = [module for module, draw in zip(heads, drawn) if draw < probability]
-    lengths = [module.window for module in changed]
-    for module in changed:
+        chosen = torch.rand(len(heads)) < probability
+        shortened = [module for module, shorten in zip(heads, chosen.tolist()) if shorten]
+    windows = [module.window for module in shortened]
+    for module in shortened:
         if module.delayed:
             module.window = max(1, module.window // SHORTENED)
         else:
@@ -32,5 +33,5 @@ def window_dropout(model: nn.Module, probability: float) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, length in zip(changed, lengths):
-            module.window, module.window_enabled = length, True
+        for module, window in zip(shortened, windows):
+            module.window, module.window_enabled = window, True

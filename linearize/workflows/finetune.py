@@ -1,25 +1,28 @@
-"""Recovery: train LoRA and the added parameters of a converted checkpoint towards its base model.
+"""Recovery: train adapters and the added parameters of a converted checkpoint towards its base model.
 
-1. Resolve recipe and student; refuse what cannot train.
-2. Load the student once; it is its own teacher in softmax mode with LoRA off.
-3. Resume or start; train (training/loop.py).
-4. Write the adapter and the merged checkpoint, which loads like a converted one.
+1. Resolve the student, the recipe and the output; refuse what cannot train.
+2. Open the data of every stage, and read their first rows.
+3. Resume an unfinished run, if it was started with the same settings, or discard it.
+4. Load the student with its adapters. It is its own teacher, in softmax mode with the adapters off, wherever it can be.
+5. Train stage after stage (training/loop.py).
+6. Write the adapter and the merged checkpoint, which loads like a converted one.
+
+Step 1 runs before the imports that take seconds. Every process goes through the steps; the first one alone writes.
 """
 
 import contextlib
-import itertools
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.manifest import Manifest
-from linearize.checkpoint.names import ADDED, MANIFEST, METRICS
+from linearize.checkpoint.names import MANIFEST, METRICS
 from linearize.checkpoint.outputs import default_output
 from linearize.checkpoint.source import local_fingerprint
-from linearize.checkpoint.student import ADAPTER, UNTRAINED_FILE, Student
+from linearize.checkpoint.student import Student
 from linearize.checkpoint.writing import (
     alone_in,
     atomic_folder,
@@ -30,251 +33,160 @@ from linearize.checkpoint.writing import (
     write_json,
     write_text,
 )
+from linearize.data.documents import data_fingerprint
 from linearize.device import versions
 from linearize.errors import ConfigError
-from linearize.families.registry import FAMILIES
-from linearize.plan import NO_BRANCH, LayerPlan, Plan
-from linearize.settings.recipe import CHANGES_BASE, Recipe
+from linearize.report.card import conversion_card
+from linearize.settings.loading import load_recipe
+from linearize.settings.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel
 
-    from linearize.data.packing import Batch
-    from linearize.training.loop import Leg
+    from linearize.training.loop import StepRecord, TrainingRun
+    from linearize.training.schedule import ScheduledStage
+
+# keys of the parent's linearize.json that do not hold for a trained checkpoint
+OWN_KEYS = ("verification", "sha256", "finetune")
 
 
 def finetune(
-    model: Path,
-    recipe: Recipe,
+    model: Path | str | Student,
+    recipe: Recipe | str | Path = "lora",
     *,
-    recipe_name: str,
-    out: Path | None = None,
+    recipe_name: str | None = None,
+    out: Path | str | None = None,
     teacher: str | None = None,
     restart: bool = False,
     overwrite: bool = False,
     merge: bool = True,
     progress: Callable[[str], None] = print,
-    report: Callable[[Any], None] = print,
-) -> dict[str, Any]:
-    """Trains and writes; returns what linearize.json says, with the paths.
+    report: "Callable[[StepRecord], None] | None" = None,
+) -> Student:
+    """Train a converted model to recover the quality of its base, and write the result as a checkpoint.
 
-    Raises:
-        LinearizeError: every foreseen failure. Interrupted: stopped by the user, the state is kept.
-    """
-    from accelerate.utils import set_seed
-
-    from linearize.modeling.loading import load_tokenizer
-    from linearize.training.loop import legs_of
-    from linearize.training.model import Distiller, add_adapters
-
-    source = Student.read(model)
-    _check_recipe(recipe, source)
-    out = out or default_output(model.resolve().name.removesuffix("-converted"), Path(recipe_name).stem)
-    if out.resolve() == model.resolve():
-        raise ConfigError(f"--out: got {out}, the checkpoint that is to be trained; name another folder")
-    check_target(out, overwrite=overwrite)
-    if merge:
-        check_space(out.parent, source.manifest.weights.bytes)
-    work = out.parent / f"{out.name}.training"
-
-    accelerator, dtype = _accelerator(recipe.precision)
-    main = accelerator.is_main_process
-    if not main:
-        progress = _silent
-    legs = legs_of(recipe)
-    rows = _rows_of_stages(recipe, legs, load_tokenizer(model), source.manifest.settings.window)
-    fingerprint = run_fingerprint(source, recipe, teacher, accelerator.num_processes)
-    if main:
-        check_free(work, out)
-        _resume_or_restart(work, fingerprint, restart, progress)
-    accelerator.wait_for_everyone()
-
-    set_seed(recipe.seed)
-    student = _student(model, recipe, dtype)
-    teacher_model = _teacher(source, recipe, teacher, dtype, accelerator.device)
-    before_adapters = sum(leg.steps for leg in legs if leg.stage.loss.kind == "attention")
-    adapter_steps = max(legs[-1].total - before_adapters, 1)
-    adapted = add_adapters(student, recipe.lora, steps=adapter_steps).to(accelerator.device)
-    distiller = Distiller(adapted, teacher_model, before_adapters)
-    trainable = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
-    progress(
-        f"{recipe_name}: {trainable:,} trainable parameters, {legs[-1].total} steps ("
-        + ", then ".join(
-            f"{leg.stage.name} {leg.steps} of {leg.stage.batch_size} x {leg.stage.seq_len}" for leg in legs
-        )
-        + f" tokens), {str(dtype).removeprefix('torch.')} on {accelerator.device}"
-    )
-    if main:
-        make_folder(work)
-    accelerator.wait_for_everyone()
-    started = time.monotonic()
-    with alone_in(work, out) if main else contextlib.nullcontext():
-        trained = _train_stages(distiller, rows, recipe, legs, accelerator, work, fingerprint, report)
-    if not main:
-        accelerator.wait_for_everyone()
-        return {}
-    done = {
-        "recipe_name": recipe_name,
-        "recipe": recipe.model_dump(),
-        "parent": str(model.resolve()),
-        "parent_fingerprint": fingerprint["student"],
-        "teacher": teacher or "base model",
-        "trainable_parameters": trainable,
-        **_measured(work / METRICS, legs, trained, time.monotonic() - started),
-        "processes": accelerator.num_processes,
-        "data_fingerprint": fingerprint["data"],
-    }
-    document = {
-        **{
-            key: value
-            for key, value in source.manifest.to_dict().items()
-            if key not in ("verification", "sha256", "finetune")
-        },
-        "kind": "finetuned" if merge else "adapter",
-        "finetune": done,
-        "versions": versions(),
-    }
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        shutil.copyfile(work / METRICS, folder / METRICS)
-        document |= _write_weights(folder, source, document, adapted, merge, _is_narrower(recipe, dtype, model))
-        write_json(folder / MANIFEST, document)
-    shutil.rmtree(work)
-    accelerator.wait_for_everyone()
-    return {"output": str(out.resolve()), **document}
-
-
-def _accelerator(precision: str) -> "tuple[Accelerator, torch.dtype]":
-    """Of this process, and what it computes in."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    from linearize.device import compute_dtype
-
-    dtype = compute_dtype(precision)
-    # the precision is the process's, and an earlier run in it may have had another
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no"), dtype
-
-
-def _rows_of_stages(recipe: Recipe, legs: "list[Leg]", tokenizer: Any, window: int) -> "list[Iterator[Batch]]":
-    """What each stage trains on. Every dataset is opened and the first rows are read, so that bad data fails before anything
-    is loaded or written."""
-    from linearize.data.documents import open_dataset
-    from linearize.data.packing import packed_rows, with_copies
-
-    for name in recipe.data:
-        open_dataset(name)
-    rows = []
-    for number, leg in enumerate(legs):
-        packed = packed_rows(
-            recipe.data,
-            tokenizer,
-            seq_len=leg.stage.seq_len,
-            text_field=recipe.text_field,
-            completion_only=leg.stage.loss.completion_only,
-            seed=recipe.seed + number,
-            shortest_document=recipe.shortest_document,
-        )
-        copying = with_copies(packed, leg.stage.copy_share, shortest=window, seed=recipe.seed + number)
-        rows.append(itertools.chain([next(copying)], copying))
-    return rows
-
-
-def _resume_or_restart(work: Path, fingerprint: dict, restart: bool, progress: Callable[[str], None]) -> None:
-    """Discards an unfinished run, or holds what it was started with against `fingerprint`."""
-    from linearize.training.state import check_fingerprint, states
-
-    if restart:
-        shutil.rmtree(work, ignore_errors=True)
-    if saved := states(work):
-        record = json.loads((saved[-1] / "state.json").read_bytes())
-        check_fingerprint(record["fingerprint"], fingerprint, work)
-        progress(f"resuming {work.name} after step {record['step']}")
-
-
-def _student(model: Path, recipe: Recipe, dtype: "torch.dtype") -> "PreTrainedModel":
-    from linearize.modeling.loading import load_student
-
-    student = load_student(model, dtype=dtype, quantization=recipe.quantization)
-    student.config.use_cache = False
-    if recipe.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        student.enable_input_require_grads()
-    return student
-
-
-def _train_stages(distiller, rows, recipe, legs, accelerator, work, fingerprint, report) -> int:
-    """Every stage from where the work folder left off; returns the tokens trained in this call."""
-    from linearize.training.loop import train
-    from linearize.training.model import optimizers_of
-    from linearize.training.state import states
-
-    trained = 0
-    try:
-        for leg, leg_rows in zip(legs, rows):
-            distiller.start(leg.stage)
-            optimizers = optimizers_of(distiller, leg.stage.optimizer)
-            losses = train(
-                distiller, optimizers, leg_rows, recipe, leg, accelerator, work, fingerprint=fingerprint, report=report
-            )
-            trained += len(losses) * leg.stage.batch_size * leg.stage.seq_len
-    finally:
-        if accelerator.is_main_process and not states(work):  # nothing to go on from
-            shutil.rmtree(work, ignore_errors=True)
-    return trained
-
-
-def _measured(metrics: Path, legs: "list[Leg]", trained: int, seconds: float) -> dict[str, Any]:
-    """What linearize.json says of the run: tokens, steps and stages of the whole, losses of the last stage, seconds and what
-    was trained in them of this call."""
-    steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [step["loss"] for step in steps[legs[-1].before :]]  # of the last stage: stages measure different kinds
-    return {
-        "tokens": steps[-1]["tokens"],
-        "steps": legs[-1].total,
-        "stages": [{"name": leg.stage.name, "steps": leg.steps} for leg in legs],
-        "first_loss": losses[0],
-        "last_loss": sum(losses[-10:]) / len(losses[-10:]),
-        "seconds": seconds,
-        "tokens_in_these_seconds": trained,
-        "tokens_per_second": trained / seconds if trained else None,
-    }
-
-
-def _write_weights(
-    folder: Path, parent: Student, document: dict[str, Any], adapted: Any, merge: bool, narrower: bool
-) -> dict[str, Any]:
-    """The adapter, and with `merge` a checkpoint that holds it; returns what the manifest says of its files.
+    A run that was stopped goes on where it was: call `finetune` again with the same arguments.
 
     Args:
-        narrower: the weights in `adapted` were rounded for training and are not what the adapter is added to.
+        model: folder that `convert` wrote, or the `Student` that it returned.
+        recipe: name of a packaged recipe (`linearize list recipes`), a YAML file, or a `Recipe`, as
+            `load_recipe("lora", {"tokens": "1M", "data": ["corpus.jsonl"]})` makes one.
+        recipe_name: name of the recipe in the records and in the default of `out`; by default that of the file.
+        out: folder to write; by default linearized/NAME-RECIPE under the current folder.
+        teacher: hub id, folder or .gguf file of another teacher than the base model, with the same tokenizer.
+        restart: discard an unfinished run instead of resuming it.
+        overwrite: replace a checkpoint that stands at `out`.
+        merge: write a complete checkpoint beside the adapter; otherwise `out` holds the adapter and needs its parent.
+        progress: receives one line of text at a time.
+        report: receives the record of every optimizer step.
+
+    Returns:
+        The written checkpoint: its folder, and its manifest with losses, tokens and time under `finetune`.
+
+    Raises:
+        Interrupted: stopped by Ctrl-C or SIGTERM; the state is saved.
+        LinearizeError: every other foreseen failure, with its exit code.
     """
-    import torch
-    from peft import PeftModel
-    from safetensors.torch import save_file
+    student = model if isinstance(model, Student) else Student.read(model)
+    settings = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+    name = recipe_name or ("recipe" if isinstance(recipe, Recipe) else str(recipe))
+    target = Path(out) if out else default_output(_name_of(student), Path(name).stem)
+    job = _Job(student, settings, name, teacher, target, merge, overwrite)
+    _check(job)
+    return _run(job, restart, progress, report or _ignore)
 
-    from linearize.modeling.loading import load_student, untrained_parameters
-    from linearize.report.card import conversion_card
 
-    adapted.save_pretrained(folder / ADAPTER)
-    if not merge:
-        return {}
-    if narrower:
-        adapted = PeftModel.from_pretrained(load_student(parent.folder, dtype=torch.float32), folder / ADAPTER)
-    hashes = _write_merged(folder, parent.folder, adapted)
-    if (untrained := untrained_parameters(parent)) is not None:
-        save_file(untrained, folder / UNTRAINED_FILE)
-    write_text(folder / "README.md", conversion_card(Manifest.from_document(document), parent.folder))
-    return {"sha256": hashes}
+@dataclass(frozen=True)
+class _Job:
+    """A request: the student, how it is trained, and what is written where."""
+
+    student: Student
+    recipe: Recipe
+    recipe_name: str
+    teacher: str | None
+    out: Path
+    merge: bool
+    overwrite: bool
+
+    @property
+    def work(self) -> Path:
+        """Folder of the unfinished run: metrics.jsonl and saved states."""
+        return self.out.parent / f"{self.out.name}.training"
+
+
+def _name_of(student: Student) -> str:
+    """Return the name of the model that the student's folder is named after."""
+    return student.folder.resolve().name.removesuffix("-converted")
+
+
+def _ignore(message: Any) -> None:
+    """Take a message or a record that nobody asked for."""
+
+
+def _check(job: _Job) -> None:
+    """Refuse a request that cannot train or cannot be written.
+
+    Raises:
+        ConfigError: an adapter without its model, rows of a wrong length, or an output that may not be written.
+        ResourceError: the disk has no room for the merged checkpoint.
+    """
+    student, settings = job.student, job.student.manifest.settings
+    if student.is_adapter_only:
+        raise ConfigError(f"MODEL: {student.folder} holds an adapter only; finetune its parent {student.parent_folder}")
+    positions = student.read_config().get("max_position_embeddings")
+    longest = max(stage.seq_len for stage in job.recipe.resolved_stages())
+    if positions and longest > positions:
+        raise ConfigError(f"seq_len: got {longest}, the model has {positions} positions")
+    job.recipe.check_leaves_window(settings.mix, settings.window, settings.sinks)
+    if job.out.resolve() == student.folder.resolve():
+        raise ConfigError(f"--out: got {job.out}, the checkpoint that is to be trained; name another folder")
+    check_target(job.out, overwrite=job.overwrite)
+    if job.merge:
+        check_space(job.out.parent, student.manifest.weights.bytes)
+
+
+def _run(job: _Job, restart: bool, progress: Callable[[str], None], report: "Callable[[StepRecord], None]") -> Student:
+    """Go through steps 2 to 6."""
+    from accelerate.utils import broadcast_object_list, set_seed
+
+    from linearize.modeling.loading import load_tokenizer
+    from linearize.training.loop import TrainingRun, train_stages
+    from linearize.training.schedule import schedule_stages
+    from linearize.training.setup import make_accelerator, make_distiller, rows_of_stages
+
+    student, recipe = job.student, job.recipe
+    accelerator, dtype = make_accelerator(recipe.precision)
+    is_main = accelerator.is_main_process
+    if not is_main:
+        progress = _ignore
+    schedule = schedule_stages(recipe)
+    rows = rows_of_stages(recipe, schedule, load_tokenizer(student.folder), student.manifest.settings.window)
+    fingerprint = run_fingerprint(student, recipe, job.teacher, accelerator.num_processes)
+    if is_main:
+        check_free(job.work, job.out)
+        _resume_or_restart(job.work, fingerprint, restart, progress)
+    accelerator.wait_for_everyone()
+    set_seed(recipe.seed)
+    distiller = make_distiller(student, recipe, schedule, job.teacher, dtype, accelerator.device)
+    progress(
+        f"{job.recipe_name}: {distiller.trainable_parameters:,} trainable parameters, {_steps_of(schedule)}, "
+        f"{str(dtype).removeprefix('torch.')} on {accelerator.device}"
+    )
+    if is_main:
+        make_folder(job.work)
+    accelerator.wait_for_everyone()
+    run = TrainingRun(recipe, distiller, accelerator, job.work, fingerprint, report)
+    started = time.monotonic()
+    with alone_in(job.work, job.out) if is_main else contextlib.nullcontext():
+        trained_tokens = train_stages(run, schedule, rows)
+    seconds = time.monotonic() - started
+    document = _write(job, run, schedule, dtype, trained_tokens, seconds) if is_main else None
+    (document,) = broadcast_object_list([document])
+    return Student(job.out, Manifest.from_document(document))
 
 
 def run_fingerprint(student: Student, recipe: Recipe, teacher: str | None, processes: int) -> dict[str, Any]:
-    """Everything that decides what training computes."""
-    from linearize.data.documents import data_fingerprint
-
+    """Return everything that decides what training computes."""
     return {
         "base": student.manifest.base.fingerprint,
         "plan": student.manifest.plan_fingerprint,
@@ -286,92 +198,68 @@ def run_fingerprint(student: Student, recipe: Recipe, teacher: str | None, proce
     }
 
 
-def _check_recipe(recipe: Recipe, student: Student) -> None:
-    if student.is_adapter_only:
-        raise ConfigError(f"MODEL: {student.folder} holds an adapter only; finetune its parent {student.parent_folder}")
-    positions = student.read_config().get("max_position_embeddings")
-    settings = student.manifest.settings
-    longest = max(stage.seq_len for stage in recipe.resolved_stages())
-    if positions and longest > positions:
-        raise ConfigError(f"seq_len: got {longest}, the model has {positions} positions")
-    check_leaves_window(recipe, settings.mix, settings.window, settings.sinks)
+def _resume_or_restart(work: Path, fingerprint: dict[str, Any], restart: bool, progress: Callable[[str], None]) -> None:
+    """Discard an unfinished run, or announce its resumption.
+
+    Raises:
+        ConfigError: the unfinished run was started with other settings.
+    """
+    from linearize.training.state import check_same_run, saved_states, step_of
+
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
+    if states := saved_states(work):
+        check_same_run(states[-1], fingerprint)
+        progress(f"resuming {work.name} after step {step_of(states[-1])}")
 
 
-def check_leaves_window(recipe: Recipe, mix: str, window: int, sinks: int) -> None:
-    """Refuses rows that end before the recurrent branch has anything to add."""
-    shortest = min(stage.seq_len for stage in recipe.resolved_stages())
-    if mix not in ("sum", NO_BRANCH) and shortest <= window + sinks:
-        raise ConfigError(
-            f"seq_len: got {shortest}, which never leaves the window of {window} keys and {sinks} sinks, so the recurrent "
-            "branch would not train; use more"
-        )
+def _steps_of(schedule: "list[ScheduledStage]") -> str:
+    """Describe the steps of a run: 10 steps (transfer 3 of 2 x 48, then distill 7 of 2 x 48 tokens)."""
+    stages = [f"{each.stage.name} {each.steps} of {each.stage.batch_size} x {each.stage.seq_len}" for each in schedule]
+    return f"{schedule[-1].total_steps} steps ({', then '.join(stages)} tokens)"
 
 
-def _teacher(student: Student, recipe: Recipe, named: str | None, dtype, device):
-    """A teacher of its own: the one named, or the base of a student whose own weights were already trained or which the
-    adapters' start changes."""
-    inside = student.kind == "converted" and recipe.lora.variant not in CHANGES_BASE
-    if all(stage.loss.kind != "kl" for stage in recipe.resolved_stages()) or (named is None and inside):
-        return None
-    from linearize.modeling.loading import load_base, load_unconverted
+def _write(
+    job: _Job,
+    run: "TrainingRun",
+    schedule: "list[ScheduledStage]",
+    dtype: "torch.dtype",
+    trained_tokens: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write the checkpoint, remove the work folder, and return linearize.json.
 
-    with student.open_base(named, option="--teacher") as source:
-        config = source.read_config()
-        family = FAMILIES.get(str(config.get("model_type")))
-        if family is not None and family.masks_ignore_positions:  # under a plan that changes its masks alone
-            every_head = tuple(range(family.heads(config)["num_key_value_heads"]))
-            plan = Plan(family.model_type, (LayerPlan(every_head, native=True),) * config["num_hidden_layers"])
-            teacher = load_unconverted(source, plan, dtype=dtype)
-        else:
-            teacher = load_base(source, dtype=dtype)
-        teacher.to(device).requires_grad_(False)
-    student_vocabulary = student.manifest.vocabulary
-    if teacher.config.vocab_size != student_vocabulary:
-        raise ConfigError(
-            f"--teacher: '{named}' has a vocabulary of {teacher.config.vocab_size}, the student one of {student_vocabulary}; "
-            "distillation needs the same tokenizer"
-        )
-    return teacher
+    Args:
+        dtype: the dtype that the model trained in.
+        trained_tokens, seconds: tokens trained in this call, and the time it took.
+    """
+    from linearize.training.output import run_figures, write_adapter, write_merged
 
-
-def _write_merged(folder: Path, parent: Path, adapted) -> dict[str, str]:
-    """The parent's files with merged weights, shard by shard, each tensor in its own dtype. Returns file hashes."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from linearize.checkpoint.assets import copy_assets
-    from linearize.checkpoint.fingerprint import sha256
-    from linearize.checkpoint.weights import INDEX, read_weights
-    from linearize.modeling.export import PORTABLE_FILE
-    from linearize.modeling.loading import merged
-
-    weights = merged(adapted).state_dict()
-    for file in read_weights(parent).files:
-        with safe_open(parent / file, framework="pt") as shard:
-            tensors = {}
-            for name in shard.keys():
-                original = shard.get_tensor(name)
-                # a tied head that the checkpoint leaves out is not in the shard either
-                tensors[name] = weights[name].to("cpu", original.dtype).contiguous() if name in weights else original
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-    copy_assets(parent, folder, "config.json", PORTABLE_FILE, INDEX)
-    return {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()}
-
-
-def _is_narrower(recipe: Recipe, trained: "torch.dtype", parent: Path) -> bool:
-    """Whether the model trained with fewer bits, of range or of fraction, than its parent's checkpoint has."""
-    import torch
-
-    from linearize.checkpoint.weights import FLOATING, read_weights
-
-    if recipe.quantization:
-        return True
-    if recipe.lora.variant in CHANGES_BASE or trained.itemsize >= 4:
-        return False
-    own = {torch.bfloat16: "BF16", torch.float16: "F16"}[trained]
-    kept = {info.dtype for name, info in read_weights(parent).tensors.items() if ADDED not in name}
-    return bool(kept & FLOATING - {own})
-
-
-def _silent(message: str) -> None:
-    """What the other processes say."""
+    parent, metrics = job.student, job.work / METRICS
+    document = {key: value for key, value in parent.manifest.to_dict().items() if key not in OWN_KEYS}
+    document |= {
+        "kind": "finetuned" if job.merge else "adapter",
+        "finetune": {
+            "recipe_name": job.recipe_name,
+            "recipe": job.recipe.model_dump(),
+            "parent": str(parent.folder.resolve()),
+            "parent_fingerprint": run.fingerprint["student"],
+            "teacher": job.teacher or "base model",
+            "trainable_parameters": run.distiller.trainable_parameters,
+            **run_figures(metrics, schedule, trained_tokens, seconds),
+            "processes": run.fingerprint["processes"],
+            "data_fingerprint": run.fingerprint["data"],
+        },
+        "versions": versions(),
+    }
+    adapted = run.distiller.student
+    with atomic_folder(job.out, overwrite=job.overwrite) as folder:
+        shutil.copyfile(metrics, folder / METRICS)
+        write_adapter(folder, adapted)
+        if job.merge:
+            hashes = write_merged(folder, parent, adapted, job.recipe, dtype)
+            write_text(folder / "README.md", conversion_card(Manifest.from_document(document), parent.folder))
+            document["sha256"] = hashes
+        write_json(folder / MANIFEST, document)
+    shutil.rmtree(job.work)
+    return document

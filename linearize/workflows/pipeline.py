@@ -193,12 +193,11 @@ def _check_inputs(step: EvalStep | None, settings: ConversionConfig, recipe: Rec
     what comes before them."""
     from linearize.data.documents import open_dataset
     from linearize.evaluation.request import check_request
-    from linearize.workflows.finetune import check_leaves_window
 
     data = []
     if recipe is not None:
         data += recipe.data
-        check_leaves_window(recipe, settings.mix, settings.window, settings.sinks)
+        recipe.check_leaves_window(settings.mix, settings.window, settings.sinks)
     if step is not None:
         suite = step.chosen()
         check_request(suite, settings.window, **step.demands())

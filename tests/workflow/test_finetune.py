@@ -14,6 +14,7 @@ from helpers import SETTINGS, quiet, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from linearize.checkpoint.student import Student
 from linearize.checkpoint.writing import alone_in
 from linearize.data.documents import data_fingerprint, read_documents
 from linearize.data.packing import IGNORED, Batch, packed_rows, read_ahead, with_copies
@@ -102,7 +103,7 @@ def test_finetuning_improves_and_writes_a_complete_checkpoint(converted, tmp_pat
     mean = lambda rows: sum(m["loss"] for m in rows) / len(rows)  # noqa: E731
     assert mean(metrics[-10:]) < 0.8 * mean(metrics[:10])
     assert not (tmp_path / "tuned.training").exists()
-    assert json.loads((out / "linearize.json").read_bytes())["kind"] == "finetuned" == result["kind"]
+    assert json.loads((out / "linearize.json").read_bytes())["kind"] == "finetuned" == result.kind
     # loads like a converted one, and equals the parent with the adapter
     merged, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -226,7 +227,7 @@ def test_resuming_with_other_settings_names_the_field(converted, tmp_path, monke
     import linearize.training.loop as loop
 
     out = tmp_path / "out"
-    real = loop._update
+    real = loop.StageTrainer._update
     calls = []
 
     def fail(*arguments):
@@ -235,17 +236,17 @@ def test_resuming_with_other_settings_names_the_field(converted, tmp_path, monke
             raise RuntimeError("power cut")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_update", fail)
+    monkeypatch.setattr(loop.StageTrainer, "_update", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         run(converted, out)
-    monkeypatch.setattr(loop, "_update", real)
+    monkeypatch.setattr(loop.StageTrainer, "_update", real)
     with pytest.raises(ConfigError, match=r"recipe\.optimizer\.lr: was 0\.01, is 0\.02"):
         run(converted, out, recipe("optimizer.lr=0.02"))
     data = tmp_path / "mine.txt"
     data.write_text("a text of my own, of no great length. " * 100)
     with pytest.raises(ConfigError, match=r"data: was .*recipe\.data: was \['sample'\]"):
         run(converted, out, recipe(f"data=['{data}']"))
-    assert run(converted, out, recipe("optimizer.lr=0.02"), restart=True)["finetune"]["steps"] == 10
+    assert run(converted, out, recipe("optimizer.lr=0.02"), restart=True).manifest.finetune.steps == 10
 
 
 def test_two_processes_give_the_loss_of_one(converted, tmp_path):
@@ -318,7 +319,7 @@ def test_liger_trains_on_instructions_by_cross_entropy(base_folder, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = ["seq_len=64", "batch_size=2", "tokens=2560", f"data=['{data}']"]
     result = run(out, tmp_path / "tuned", load_recipe("liger", {}, sets))
-    assert result["finetune"]["last_loss"] < result["finetune"]["first_loss"]
+    assert result.manifest.finetune.last_loss < result.manifest.finetune.first_loss
 
 
 def test_a_fixed_sum_has_nothing_to_train_but_lora(base_folder, tmp_path):
@@ -351,8 +352,8 @@ def test_layers_of_a_window_alone_train_their_lora(base_folder, tmp_path, layers
 def test_finetuning_a_finetuned_student_keeps_the_first_base_as_teacher(converted, tmp_path):
     run(converted, tmp_path / "once")
     result = run(tmp_path / "once", tmp_path / "twice")
-    assert result["finetune"]["parent"] == str(tmp_path / "once")
-    assert result["base"] == json.loads((converted / "linearize.json").read_bytes())["base"]
+    assert result.manifest.finetune.parent == str(tmp_path / "once")
+    assert result.manifest.base == Student.read(converted).manifest.base
 
 
 DATA_ROWS = {
@@ -488,7 +489,7 @@ def test_a_run_without_a_state_starts_afresh(converted, tmp_path):
     (work / "metrics.jsonl").write_text('{"step": 1, "loss": 77.0, "lr": Infinity}\n')
     result = run(converted, tmp_path / "out")
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1)) and result["finetune"]["first_loss"] < 77
+    assert steps == list(range(1, len(steps) + 1)) and result.manifest.finetune.first_loss < 77
 
 
 def test_two_processes_do_not_train_one_output(converted, tmp_path, cli):
@@ -605,11 +606,11 @@ def test_what_was_trained_is_written_after_all(converted, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.workflows.finetune._write_merged", full)
+        patch.setattr("linearize.training.output.write_merged", full)
         with pytest.raises(ResourceError):
             run(converted, tmp_path / "stopped")
     resumed = run(converted, tmp_path / "stopped")
-    assert resumed["finetune"]["tokens"] == 960 and resumed["finetune"]["tokens_in_these_seconds"] == 0
+    assert resumed.manifest.finetune.tokens == 960 and resumed.manifest.finetune.tokens_in_these_seconds == 0
     for name in ("model-00001-of-00002.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
         assert name.startswith("adapter") or (converted / name).read_bytes() != (tmp_path / "whole" / name).read_bytes()
@@ -621,7 +622,7 @@ def test_another_student_in_the_same_place_is_not_trained_on(base_folder, conver
 
     out = tmp_path / "tuned"
     with monkeypatch.context() as patch:
-        patch.setattr("linearize.workflows.finetune._write_merged", stop)
+        patch.setattr("linearize.training.output.write_merged", stop)
         with pytest.raises(KeyboardInterrupt):
             run(converted, out)
     tensors = load_file(converted / "model-00002-of-00002.safetensors")
@@ -664,8 +665,8 @@ def test_losses_of_the_last_stage_are_those_that_are_told(converted, tmp_path):
     result = run(converted, tmp_path / "tuned", recipe(stages))
     steps = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     losses = [step["loss"] for step in steps if step["stage"] == "distill"]
-    assert result["finetune"]["first_loss"] == losses[0] and len(losses) < len(steps)
-    assert result["finetune"]["last_loss"] == pytest.approx(sum(losses[-10:]) / len(losses[-10:]))
+    assert result.manifest.finetune.first_loss == losses[0] and len(losses) < len(steps)
+    assert result.manifest.finetune.last_loss == pytest.approx(sum(losses[-10:]) / len(losses[-10:]))
 
 
 def test_stages_given_with_other_keys_keep_their_own():

@@ -87,7 +87,7 @@ def test_a_pipeline_that_was_stopped_can_begin_again_with_other_settings(base_fo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # after the last state, before anything is written
-        patch.setattr("linearize.workflows.finetune._write_merged", stop)
+        patch.setattr("linearize.training.output.write_merged", stop)
         assert cli("run", path)[0] == 130
     path.write_text(path.read_text().replace("tokens: 128", "tokens: 96"))
     code, _, err = cli("run", path)

@@ -17,7 +17,7 @@ from linearize.settings.recipe import Lora, Recipe
 from linearize.training.transfer import transfer_backward
 from linearize.training.window_dropout import window_dropout
 from linearize.workflows.convert import convert
-from linearize.workflows.finetune import check_leaves_window, finetune
+from linearize.workflows.finetune import finetune
 
 STAGES = [
     {"name": "transfer", "share": 0.3, "optimizer": {"mixer_lr": 0.02}},
@@ -100,12 +100,11 @@ def test_window_dropout_shortens_and_restores():
 
 def test_stages_run_one_after_the_other(converted, tmp_path):
     result = run(converted, tmp_path / "out", staged())
-    done = result["finetune"]
-    assert done["stages"] == [
+    assert result.manifest.finetune.stages == (
         {"name": "transfer", "steps": 3},
         {"name": "distill", "steps": 5},
         {"name": "longcontext", "steps": 2},
-    ]
+    )
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [m["stage"] for m in metrics] == ["transfer"] * 3 + ["distill"] * 5 + ["longcontext"] * 2
     assert [m["step"] for m in metrics] == list(range(1, 11)) and metrics[-1]["tokens"] == 8 * 96 + 2 * 96
@@ -200,7 +199,7 @@ def test_variants_of_lora_start_at_the_conversion_and_merge(converted, tmp_path,
     result = run(converted, tmp_path / "out", recipe)
     plain = run(converted, tmp_path / "plain", load_recipe("lora", {}, [*SETTINGS, "tokens=192"]))
     # the first loss is the untrained conversion's divergence from the base, whatever the adapter
-    assert result["finetune"]["first_loss"] == pytest.approx(plain["finetune"]["first_loss"], rel=1e-3)
+    assert result.manifest.finetune.first_loss == pytest.approx(plain.manifest.finetune.first_loss, rel=1e-3)
     tokenizer = AutoTokenizer.from_pretrained(converted)
     row = next(packed_rows(["sample"], tokenizer, seq_len=48, text_field="text", completion_only=False, seed=0))
     merged = load_student(tmp_path / "out", dtype=torch.float32)
@@ -224,7 +223,7 @@ def test_quantised_weights_train_adapters_for_the_whole_ones(base_folder, tmp_pa
     for kind in (quantization, None):
         value = "null" if kind is None else kind
         recipe = load_recipe("lora", {}, [*GENTLE, f"quantization={value}", "lora.targets=['v_proj']"])
-        losses[kind] = run(converted, tmp_path / str(kind), recipe)["finetune"]["last_loss"]
+        losses[kind] = run(converted, tmp_path / str(kind), recipe).manifest.finetune.last_loss
     assert losses[quantization] != losses[None] and losses[quantization] == pytest.approx(losses[None], rel=0.2)
     before, after = (load_student(folder, dtype=torch.float32) for folder in (converted, tmp_path / quantization))
     adapted = PeftModel.from_pretrained(
@@ -242,12 +241,12 @@ def test_eight_bit_moments(converted, tmp_path):
     eight = run(converted, tmp_path / "eight", load_recipe("lora", {}, [*GENTLE, "optimizer.name=adamw8bit"]))
     plain = run(converted, tmp_path / "plain", load_recipe("lora", {}, GENTLE))
     assert weights_of(tmp_path / "eight") != weights_of(tmp_path / "plain")
-    assert eight["finetune"]["last_loss"] == pytest.approx(plain["finetune"]["last_loss"], rel=0.05)
+    assert eight.manifest.finetune.last_loss == pytest.approx(plain.manifest.finetune.last_loss, rel=0.05)
 
 
 def test_muon_for_matrices(converted, tmp_path):
     result = run(converted, tmp_path / "out", staged(optimizer={"name": "muon"}, stages=[{"name": "distill"}]))
-    assert result["finetune"]["last_loss"] < result["finetune"]["first_loss"] * 1.5
+    assert result.manifest.finetune.last_loss < result.manifest.finetune.first_loss * 1.5
     with pytest.raises(Interrupted):
         run(
             converted,
@@ -271,7 +270,7 @@ def test_a_share_of_cross_entropy(converted, tmp_path):
     for share in (0.0, 0.5, 1.0):
         loss = {"kind": "kl", "ce_share": share}
         recipe = staged(tokens=96, stages=[{"name": "distill", "loss": loss}])
-        first[share] = run(converted, tmp_path / f"out{share}", recipe)["finetune"]["first_loss"]
+        first[share] = run(converted, tmp_path / f"out{share}", recipe).manifest.finetune.first_loss
     assert first[0.5] == pytest.approx((first[0.0] + first[1.0]) / 2, rel=1e-4) and first[0.0] < first[1.0]
 
 
@@ -318,7 +317,7 @@ def test_what_is_given_beside_the_file_holds_for_every_stage():
 def test_every_packaged_recipe_trains_the_default_conversion():
     default = load_config(None)
     for name in packaged("recipes"):
-        check_leaves_window(load_recipe(name), default.mix, default.window, default.sinks)
+        load_recipe(name).check_leaves_window(default.mix, default.window, default.sinks)
 
 
 def test_every_packaged_recipe_and_config_loads():
