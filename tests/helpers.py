@@ -8,7 +8,7 @@ import torch
 
 from linearize.evaluation.suite import Suite
 from linearize.mixers.mixer import Site
-from linearize.mixers.registry import mixer_class
+from linearize.mixers.registry import build_mixer
 from linearize.plan import NO_BRANCH, LayerPlan, Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,7 +241,7 @@ def window_inputs(T, S, J=2, G=2, N=3, padding=False, documents=False, sinks=Tru
 
 def tiny_structure(row, J=2, G=2, K=8, dtype=torch.float64):
     name, options = STRUCTURES[row]
-    built = mixer_class(name)(Site(tuple(range(J)), J, G, K, 1, 4), **options)
+    built = build_mixer(name, Site(tuple(range(J)), J, G, K, 1, 4), options)
     torch.manual_seed(0)
     with torch.no_grad():
         built.reset_parameters()

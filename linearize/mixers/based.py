@@ -23,7 +23,6 @@ class Based(Mixer):
         features: d, the dimensions of q' and k'; the paper's is 16.
     """
 
-    positive = True
     normalization = "sum"
     log_unit = 8.4
 

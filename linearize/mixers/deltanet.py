@@ -19,7 +19,6 @@ class DeltaNet(Mixer):
         negative_eigenvalues: lets beta reach 2, so that a token can flip the sign of what it finds.
     """
 
-    gates = ("head",)
     normalization = "rms"
 
     def __init__(self, site, negative_eigenvalues: bool = False):

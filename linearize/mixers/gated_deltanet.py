@@ -20,7 +20,6 @@ class GatedDeltaNet(Mixer):
         negative_eigenvalues: lets beta reach 2 (arXiv 2411.12537).
     """
 
-    gates = ("head", "head")
     normalization = "rms"
 
     def __init__(self, site, gate_logit_normalizer: float = 1.0, negative_eigenvalues: bool = False):

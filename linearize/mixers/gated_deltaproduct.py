@@ -26,7 +26,6 @@ class GatedDeltaProduct(Mixer):
         gate_logit_normalizer: divides the log-decay.
     """
 
-    gates = ("head", "head")
     normalization = "rms"
 
     def __init__(self, site, steps: int = 2, gate_logit_normalizer: float = 1.0):

@@ -20,9 +20,6 @@ class GatedLinearAttention(Mixer):
         gate_logit_normalizer: divides the log-decay; 16 in GLA and Liger. A larger one remembers longer.
     """
 
-    gates = ("channel",)
-    positive = True
-
     def __init__(self, site, gate_logit_normalizer: float = 16.0):
         super().__init__(site)
         self.gate_logit_normalizer = gate_logit_normalizer

@@ -21,9 +21,6 @@ class GatedSlotAttention(Mixer):
         gate_logit_normalizer: divides the log-decay.
     """
 
-    gates = ("channel",)
-    positive = True
-
     def __init__(self, site, gate_logit_normalizer: float = 16.0):
         super().__init__(site)
         self.gate_logit_normalizer = gate_logit_normalizer

@@ -19,7 +19,6 @@ class Hedgehog(Mixer):
     """No decay; the state is [2 K, V]."""
 
     rotary = True
-    positive = True
     normalization = "sum"
     log_unit = 1.6
 

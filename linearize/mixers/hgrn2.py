@@ -20,9 +20,6 @@ class HGRN2(Mixer):
         lower_bound: gamma, below which no forget gate falls; at least 0, below 1.
     """
 
-    gates = ("channel",)
-    positive = True
-
     def __init__(self, site, lower_bound: float = 0.0):
         super().__init__(site)
         self.lower_bound = lower_bound

@@ -19,7 +19,6 @@ class KimiDeltaAttention(Mixer):
         gate_logit_normalizer: divides the log-decay.
     """
 
-    gates = ("channel", "head")
     normalization = "rms"
 
     def __init__(self, site, gate_logit_normalizer: float = 16.0):

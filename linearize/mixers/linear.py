@@ -31,13 +31,10 @@ class LinearAttention(Mixer):
         normalization: sum, rms or none.
     """
 
-    positive = True
-
     def __init__(self, site, feature_map: str = "elu", normalization: str = "sum"):
         super().__init__(site)
         self.phi = FEATURE_MAPS[feature_map]
         self.normalization = normalization
-        self.positive = feature_map != "identity"
         self.log_unit = LOG_UNITS[feature_map]
 
     def update(self, state, k, v):

@@ -15,8 +15,6 @@ from linearize.ops.gla import gla
 class Longhorn(Mixer):
     """One decay per key channel, no gate but the write strength."""
 
-    gates = ("head",)
-
     def _step(self, k, logits):
         strength = logits.sigmoid()
         return strength / (1 + strength * k.square().sum(-1, keepdim=True))

@@ -24,8 +24,6 @@ class Mamba2(Mixer):
         learned_step: whether the step size scales what is written, with a learned rate and bias.
     """
 
-    gates = ("head",)
-
     def __init__(self, site, gate_logit_normalizer: float = 1.0, learned_step: bool = False):
         super().__init__(site)
         self.gate_logit_normalizer = gate_logit_normalizer

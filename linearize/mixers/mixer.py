@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linearize.mixers.entry import MixerEntry
+
 # the logarithm of a zero weight: finite, so that gradients stay finite
 NEVER = -1e30
 
@@ -98,11 +100,13 @@ class Mixer(nn.Module):
         chunked(q, k, v, *logits, scan) -> output, state
             The same recurrence for a whole sequence, fast. Shapes as in `forward`.
 
+    Attributes from its entry in the registry, set by `with_facts`:
+        gates: its gates. The logits of a "channel" gate are the key, those of a "head" gate its mean over the head
+            (Liger's pooling), plus the offset of a learned gate.
+        positive: true if window and past can share a normaliser.
+
     Class attributes:
-        gates: the gate logits that it needs, each "channel" (one per key channel) or "head" (one number). They are the
-            key itself and its mean over the head (Liger's pooling), plus the offset of a learned gate.
         rotary: true if it reads queries and keys after rotary.
-        positive: true if no weight of a past token is ever negative, so that window and past can share a normaliser.
         normalization: the paper's treatment of the output: "none", "sum" (divide by the sum of the weights) or "rms".
         log_unit: logarithm of the sum of weights over a thousand tokens of text (SmolLM2-135M, scripts/mass_units.py).
             The mix `outside` counts the past's mass from there.
@@ -113,8 +117,8 @@ class Mixer(nn.Module):
     """
 
     gates: tuple[str, ...] = ()
-    rotary: bool = False
     positive: bool = False
+    rotary: bool = False
     normalization: str = "none"
     log_unit: float = 0.0
     log_normaliser: bool = False
@@ -127,6 +131,11 @@ class Mixer(nn.Module):
     def __init__(self, site: Site):
         super().__init__()
         self.site = site
+
+    def with_facts(self, entry: MixerEntry, options: dict[str, Any]) -> "Mixer":
+        """Take the facts of an entry of the registry for these options; return the mixer itself."""
+        self.gates, self.positive = entry.gates_with(options), entry.shares_normaliser(options)
+        return self
 
     def reset_parameters(self) -> None:
         """Set the mixer's own parameters to their first values, the same in every process."""

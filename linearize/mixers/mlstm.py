@@ -22,8 +22,6 @@ BORDER = -1e6
 class MLSTM(Mixer):
     """One input and one forget gate per head."""
 
-    gates = ("head", "head")
-
     def state_shape(self, value_dim):
         return (self.site.head_dim, value_dim + 2)
 

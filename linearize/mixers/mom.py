@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from linearize.mixers.mixer import Mixer, Scan
-from linearize.mixers.registry import mixer_class
+from linearize.mixers.registry import build_mixer
 
 
 class MixtureOfMemories(Mixer):
@@ -27,10 +27,9 @@ class MixtureOfMemories(Mixer):
 
     def __init__(self, site, inner: str = "mamba2", memories: int = 4, top: int = 2):
         super().__init__(site)
-        self.inner = mixer_class(inner)(site)
+        self.inner = build_mixer(inner, site, {})
         self.memories, self.top = memories, top
-        self.gates, self.rotary = self.inner.gates, self.inner.rotary
-        self.positive, self.normalization = self.inner.positive, self.inner.normalization
+        self.rotary, self.normalization = self.inner.rotary, self.inner.normalization
         self.log_unit = self.inner.log_unit
         self.router = nn.Parameter(torch.empty(memories, len(site.heads) * site.head_dim))
 

@@ -20,8 +20,6 @@ LARGEST_LOGIT = 4.0
 class RWKV6(Mixer):
     """One decay per key channel, doubly exponential."""
 
-    gates = ("channel",)
-
     def __init__(self, site):
         super().__init__(site)
         self.bonus = nn.Parameter(torch.empty(len(site.heads), site.head_dim))

@@ -18,7 +18,6 @@ SMALLEST_NORM = 1e-12
 class RWKV7(Mixer):
     """One decay and one write strength per key channel."""
 
-    gates = ("channel", "channel")
     normalization = "rms"
 
     def update(self, state, k, v, decay_logits, strength_logits):

@@ -21,7 +21,6 @@ class T2R(Mixer):
         features: size of the feature map; the paper's is 32.
     """
 
-    positive = True
     normalization = "sum"
     log_unit = 8.9
 

@@ -34,7 +34,6 @@ class VectorQuantized(Mixer):
     """No decay; the state is [codes, K + 1 + V]: key sums, counts, value sums. Every query head learns its own scale."""
 
     rotary = True
-    positive = True
     normalization = "sum"
     log_normaliser = True
     assigns = True

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.mixers.mixer import NEVER, RecurrentInputs, Site
-from linearize.mixers.registry import mixer_class
+from linearize.mixers.registry import build_mixer
 from linearize.modeling.cache import Context, Step
 from linearize.ops.chunks import state_dtype
 from linearize.ops.window import Scores, single_query_attention, window_attention
@@ -171,7 +171,7 @@ class LinearHeads(WindowHeads):
         super().__init__(plan, site)
         self.mix = plan.mix
         self.mix_options = {**MIX_OPTIONS[plan.mix], **plan.mix_options}
-        self.structure = mixer_class(plan.mixer)(site, **plan.mixer_options)
+        self.structure = build_mixer(plan.mixer, site, plan.mixer_options)
         self.recurrent_enabled = self.window_enabled = True
         # a structure that has yet to be fitted starts with next to no mass, unless somebody says otherwise
         self.unfitted_penalty = (
@@ -179,7 +179,7 @@ class LinearHeads(WindowHeads):
         )
         query_heads = len(site.heads) * site.group
         # one normaliser for window and past
-        self.shared = self.delayed and self.structure.positive and self.structure.normalization != "rms"
+        self.shared = self.delayed and self.structure.positive
         for name, shape in {
             "log_mass": (query_heads,) if self.shared else None,
             "branch_scale": (query_heads,) if self.delayed and not self.shared else None,

@@ -65,10 +65,12 @@ def portable_source(plan: Plan) -> str:
         _collect(file, files)
     imports: set[str] = set()
     first_modeling = list(files).index("plan.py")
-    table = "".join(f'    "{name}": {cls},\n' for name, (_, cls) in mixers.items())
+    table = "".join(f'    "{name}": ({cls}, {MIXERS[name]!r}),\n' for name, (_, cls) in mixers.items())
     bodies = [_body(file, imports) for file in files]
     bodies.insert(
-        first_modeling, f"MIXERS = {{\n{table}}}\n\n\ndef mixer_class(name: str) -> type:\n    return MIXERS[name]\n"
+        first_modeling,
+        f"MIXERS = {{\n{table}}}\n\n\ndef build_mixer(name: str, site: Site, options: dict[str, Any]) -> Mixer:\n"
+        "    cls, entry = MIXERS[name]\n    return cls(site, **options).with_facts(entry, options)\n",
     )
     bodies.append(
         f"FAMILIES = {{{model_type!r}: {find_family(model_type)!r}}}\n\n\n"

@@ -3,13 +3,13 @@
 A config names a mixer and how it meets the window, and which heads keep softmax. Single layers can differ from the rest.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from linearize.errors import nearest
+from linearize.mixers.entry import Option
 from linearize.mixers.registry import CHOICES
 from linearize.plan import MIX_OPTIONS, NO_BRANCH
 from linearize.settings.schema import Strict, unknown_key
@@ -18,8 +18,6 @@ from linearize.settings.schema import Strict, unknown_key
 LONGEST_WINDOW = 2**31 - 1
 # more than any model has, so that a mistyped range does not fill the memory
 MOST_LAYERS = 100_000
-# options of mixers that have to be above 0
-ABOVE_ZERO = {"gate_logit_normalizer"}
 
 Options = dict[str, float | int | bool | str]
 Mix = Literal["sum", "outside", "joint", "none"]
@@ -222,8 +220,9 @@ def _layer_problems(settings: dict[str, Any], prefix: str) -> list[str]:
     if name not in CHOICES:
         return [f"{prefix}mixer: got '{name}'; allowed are {', '.join(CHOICES)}{nearest(name, CHOICES)}"]
     mixer = CHOICES[name]
-    problems = _check_options(f"{prefix}mixer_options", settings["mixer_options"], mixer.options)
-    problems += _check_options(f"{prefix}mix_options", settings["mix_options"], MIX_OPTIONS[mix])
+    mix_options = {option: Option(default) for option, default in MIX_OPTIONS[mix].items()}
+    problems = _option_problems(f"{prefix}mixer_options", settings["mixer_options"], mixer.options)
+    problems += _option_problems(f"{prefix}mix_options", settings["mix_options"], mix_options)
     if mix not in mixer.mixes:
         problems.append(f"{prefix}mix: got '{mix}', allowed with {name} is {' or '.join(mixer.mixes)}")
     window, softmax_window = settings["window"], settings["softmax_window"]
@@ -243,30 +242,19 @@ def _layer_problems(settings: dict[str, Any], prefix: str) -> list[str]:
     return problems
 
 
-def _check_options(group: str, given: dict, allowed: dict) -> list[str]:
-    """Problems of settings whose names, types and defaults are listed in `allowed`."""
+def _option_problems(group: str, given: dict[str, Any], allowed: dict[str, Option]) -> list[str]:
+    """Return what is wrong with the options of a mixer or a mix; `group` is their path."""
     problems = []
-    for key, value in given.items():
-        dotted, default = f"{group}.{key}", allowed.get(key)
-        if key not in allowed:
-            problems.append(unknown_key(dotted, key, allowed))
-        elif isinstance(default, tuple):
-            if value not in default:
-                problems.append(
-                    f"{dotted}: got {value!r}, allowed are {', '.join(default)}{nearest(str(value), default)}"
-                )
-        elif isinstance(default, bool):
-            if not isinstance(value, bool):
-                problems.append(f"{dotted}: got {value!r}, allowed is true or false")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            problems.append(f"{dotted}: got {value!r}, allowed is a finite number")
-        elif isinstance(default, int) and (value != int(value) or value < 1):
-            problems.append(f"{dotted}: got {value!r}, allowed is a whole number above 0")
-        elif key in ABOVE_ZERO and value <= 0:
-            problems.append(f"{dotted}: got {value!r}, allowed is a number above 0")
-        elif key == "lower_bound" and not 0 <= value < 1:
-            problems.append(f"{dotted}: got {value!r}, allowed is a number from 0 to below 1")
-    memories, top = given.get("memories", allowed.get("memories")), given.get("top", allowed.get("top"))
-    if not problems and top is not None and top > memories:
-        problems.append(f"{group}.top: got {top}, allowed is at most memories, {memories}")
+    for name, value in given.items():
+        if name not in allowed:
+            problems.append(unknown_key(f"{group}.{name}", name, allowed))
+        elif refusal := allowed[name].refusal(value):
+            problems.append(f"{group}.{name}: got {value!r}, allowed {refusal}")
+    if problems:
+        return problems
+    chosen = {**{name: option.default for name, option in allowed.items()}, **given}
+    for name, option in allowed.items():
+        if option.at_most is not None and chosen[name] > chosen[option.at_most]:
+            limit = chosen[option.at_most]
+            problems.append(f"{group}.{name}: got {chosen[name]}, allowed is at most {option.at_most}, {limit}")
     return problems

@@ -17,7 +17,7 @@ from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
 from linearize.evaluation.efficiency import DECODED, bench_model, synchronize
 from linearize.mixers.mixer import Site
-from linearize.mixers.registry import mixer_class
+from linearize.mixers.registry import build_mixer
 from linearize.modeling.loading import load_student, positions_of
 
 LENGTHS = (2048, 8192)
@@ -96,7 +96,7 @@ def bench_mixers(
 def _mixer(name: str, heads: int, head_dim: int) -> nn.Module:
     """Build the mixer for the one layer of a model, with freshly initialised parameters."""
     site = Site(heads=tuple(range(heads)), total_heads=heads, group=1, head_dim=head_dim, layer=0, layers=1)
-    mixer = mixer_class(name)(site)
+    mixer = build_mixer(name, site, {})
     with torch.no_grad():
         mixer.reset_parameters()
     return mixer

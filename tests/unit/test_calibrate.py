@@ -33,7 +33,7 @@ def test_an_observed_model_is_its_base():
         (name, mix)
         for name in ("gla", "vq", "gated_deltanet", "hedgehog")
         for mix in MIXERS[name].mixes
-        if mix != "joint" or MIXERS[name].positive
+        if mix != "joint" or MIXERS[name].shares_normaliser({})
     ],
 )
 def test_the_mix_is_fitted_head_by_head(mixer, mix):

@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 
 from linearize.errors import ConfigError
 from linearize.mixers.mixer import RecurrentInputs, Site
-from linearize.mixers.registry import MIXERS, mixer_class
+from linearize.mixers.registry import MIXERS, build_mixer
 from linearize.modeling.branch import LinearHeads
 from linearize.modeling.cache import context_of
+from linearize.modeling.export import portable_source
 from linearize.ops.window import Scores
 from linearize.plan import LayerPlan, Plan
 
-GATED = [row for row, (name, _) in STRUCTURES.items() if MIXERS[name].gated]
+GATED = [row for row, (name, options) in STRUCTURES.items() if MIXERS[name].has_gates(options)]
 
 
 def test_every_structure_has_a_row():
@@ -58,7 +59,7 @@ def test_what_a_cache_keeps_of_an_assignment_is_all_of_it():
     assert encoded.dtype == torch.uint8 and encoded.shape[-1] == built.assignment_bytes() == 3
     torch.testing.assert_close(built.decode_assignment(encoded, torch.float64), assignment, rtol=0, atol=1e-15)
     with pytest.raises(ConfigError, match="codes: got 7, which is odd"):
-        mixer_class("vq")(Site((0,), 1, 1, 8, 0, 1), codes=7)
+        build_mixer("vq", Site((0,), 1, 1, 8, 0, 1), {"codes": 7})
 
 
 def compare(built, sequence, keywords, tolerance=1e-8):
@@ -221,7 +222,7 @@ IN_MODELS = [
     for name, entry in MIXERS.items()
     for mix in ("sum", "outside", "joint")
     for gate in ("key", "learned")
-    if (entry.gated or gate == "key") and mix in entry.mixes and (mix != "joint" or entry.shares_normaliser({}))
+    if (entry.has_gates({}) or gate == "key") and mix in entry.mixes and (mix != "joint" or entry.shares_normaliser({}))
 ]
 
 
@@ -353,7 +354,7 @@ def test_exponential_features_do_not_overflow():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name, entry in MIXERS.items() if entry.gated])
+@pytest.mark.parametrize("name", [name for name, entry in MIXERS.items() if entry.has_gates({})])
 def test_a_learned_gate_starts_as_the_key(name):
     base, logits = tiny_base(), []
     ids = torch.randint(2, 300, (1, 40))
@@ -366,7 +367,7 @@ def test_a_learned_gate_starts_as_the_key(name):
     assert len(added) == 3 and all(added)
 
 
-@pytest.mark.parametrize("name", [name for name, entry in MIXERS.items() if entry.gated])
+@pytest.mark.parametrize("name", [name for name, entry in MIXERS.items() if entry.has_gates({})])
 def test_every_gate_can_be_learned(name):
     """Decays and write strengths (the delta rule's beta) alike: each has a part of the projection, which moves it."""
     layers = (LayerPlan((), mixer=name, window=9, mix="sum", gate="learned"),) * 3
@@ -378,8 +379,13 @@ def test_every_gate_can_be_learned(name):
         assert part.abs().amax((0, 2)).min() > 0
 
 
+def test_top_level_names_of_all_mixers_are_unique():
+    """The portable file puts all modules into one namespace; `portable_source` refuses a name defined twice."""
+    portable_source(Plan("llama", tuple(LayerPlan((), name) for name in MIXERS)))
+
+
 def test_what_a_memory_inside_mom_can_do():
-    for inner in MIXERS["mom"].options["inner"]:
+    for inner in MIXERS["mom"].options["inner"].choices:
         options = {"inner": inner}
         assert MIXERS["mom"].has_gates(options) == MIXERS[inner].has_gates({})
         assert MIXERS["mom"].shares_normaliser(options) == MIXERS[inner].shares_normaliser({})

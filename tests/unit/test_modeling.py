@@ -388,7 +388,7 @@ def test_planned_cache_bytes_are_the_real_ones(plan):
 
     base = tiny_base("gqa")
     if plan in MIXERS:
-        gates = ("key", "learned" if MIXERS[plan].gated else "key", "key")
+        gates = ("key", "learned" if MIXERS[plan].has_gates({}) else "key", "key")
         plan = Plan("llama", tuple(LayerPlan((1,), mixer=plan, window=9, gate=gate) for gate in gates))
     else:
         plan = plan_for(plan, 3)

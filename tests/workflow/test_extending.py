@@ -15,8 +15,6 @@ from linearize.ops.simple_gla import simple_gla
 
 
 class Cumulative(Mixer):
-    positive = True
-
     def update(self, state, k, v):
         return state + outer(k.softmax(-1), v)
 
@@ -27,7 +25,7 @@ class Cumulative(Mixer):
         (write,) = scan.mask_writes(k.softmax(-1))
         return simple_gla(q.softmax(-1), write, v, initial_state=scan.initial_state, segments=scan.segments)
 '''
-MIXER_LINE = """    "cumulative": _entry("cumulative:Cumulative", "no decay", "test", gated=False, positive=True),
+MIXER_LINE = """    "cumulative": _entry("cumulative:Cumulative", "no decay", "test", positive=True),
 """
 FAMILY = '''"""Helium, for this test alone."""
 
