@@ -1,4 +1,4 @@
-"""The tool's own commands, for the scripts that measure through them."""
+"""Run the tool's own commands from the scripts that measure through them: `from commands import linearize`."""
 
 import json
 import shlex
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def linearize(*arguments: Any) -> dict[str, Any]:
-    """Runs one command and returns its JSON document; ends this process where it fails."""
+    """Run one command with --json and return its document; exit if it fails."""
     command = [sys.executable, "-m", "linearize", *map(str, arguments), "--json"]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        sys.exit(f"exit code {run.returncode}: {shlex.join(command)}")
-    return json.loads(run.stdout)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(f"exit code {process.returncode}: {shlex.join(command)}")
+    return json.loads(process.stdout)

