@@ -44,12 +44,12 @@ def run(
     steps = load_pipeline(pipeline)
     keep_freed_memory()
     outcome = run_pipeline(*steps, restart=restart, progress=note, report=StepPrinter())
-    results = outcome["results"]
+    results = outcome.results
     if json_:
-        emit_json({**outcome, "results": results.to_dict() if results else None})
+        emit_json(outcome.to_dict())
     else:
         if results:
             emit(summary_table(results))
             emit(f"verdict: {results.verdict}")
-        emit(outcome["student"])
+        emit(str(outcome.student))
     return 0 if results is None or results.passed else GATE_FAILED

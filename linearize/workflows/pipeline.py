@@ -1,4 +1,4 @@
-"""`linearize run`: convert, finetune, eval and gate from one file, as one command that goes on where it stopped.
+"""`linearize run`: convert, finetune, evaluate and gate from one file, in one command that resumes where it stopped.
 
     model: HuggingFaceTB/SmolLM2-135M-Instruct
     out: linearized/nightly
@@ -6,15 +6,22 @@
     finetune: {recipe: lora, tokens: 300000}
     eval: {suite: quick, gates: [perplexity@2048.ratio<=1.10], compare: last-release.json}
 
-The steps write OUT/converted, OUT/finetuned and OUT/eval. A step whose result is there, made with the same settings from
-the same inputs, is not done again; `finetune` and `eval` resume inside a step.
+1. Read the file and every setting in it; refuse what cannot be read or measured, before hours go into earlier steps.
+2. Convert, to OUT/converted.
+3. Check what needs a conversion to be checked: the evaluation text and the older results.
+4. Finetune, to OUT/finetuned.
+5. Evaluate, to OUT/eval, and judge the gates.
+
+A step is skipped if its result is there and was made with the same settings from the same inputs. `finetune` and `eval`
+resume inside a step.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -22,19 +29,25 @@ from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import write_json
+from linearize.data.documents import data_fingerprint, open_dataset
 from linearize.errors import ConfigError
 from linearize.evaluation.suite import Suite, choose_suite
+from linearize.report.results import Results
 from linearize.settings.config import ConversionConfig
 from linearize.settings.loading import load_config, load_recipe
 from linearize.settings.recipe import Recipe
 from linearize.settings.schema import Strict, explain
 from linearize.settings.yaml_file import read_yaml
 
+if TYPE_CHECKING:
+    from linearize.training.loop import StepRecord
+
+# the file in OUT that records the finished steps
 STATE = "pipeline.json"
 
 
 class ConvertStep(Strict):
-    """`config` names a config or YAML file; every other key is a key of it, as with --set."""
+    """The conversion: `config` names a config or YAML file; every other key is a key of the config, as with --set."""
 
     model_config = ConfigDict(extra="allow")
     config: str | None = None
@@ -42,7 +55,7 @@ class ConvertStep(Strict):
 
 
 class FinetuneStep(Strict):
-    """`recipe` names a recipe or YAML file; every other key is a key of it."""
+    """The training: `recipe` names a recipe or YAML file; every other key is a key of the recipe."""
 
     model_config = ConfigDict(extra="allow")
     recipe: str = "lora"
@@ -88,7 +101,7 @@ class EvalStep(Strict):
 
 
 class Pipeline(Strict):
-    """The file. Without `finetune` the conversion itself is evaluated."""
+    """A pipeline file. Without `finetune` the conversion itself is evaluated."""
 
     model: str
     out: str
@@ -96,12 +109,47 @@ class Pipeline(Strict):
     finetune: FinetuneStep | None = None
     eval: EvalStep | None = None
 
+    @property
+    def converted_folder(self) -> Path:
+        """Folder of the conversion."""
+        return Path(self.out) / "converted"
+
+    @property
+    def finetuned_folder(self) -> Path:
+        """Folder of the trained checkpoint."""
+        return Path(self.out) / "finetuned"
+
+    @property
+    def evaluation_folder(self) -> Path:
+        """Folder of the report."""
+        return Path(self.out) / "eval"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The folders that a pipeline wrote, and the results of its evaluation.
+
+    Attributes:
+        converted: folder of the conversion.
+        student: folder of the last checkpoint: the finetuned one, or the conversion.
+        results: None without an `eval` step.
+    """
+
+    converted: Path
+    student: Path
+    results: Results | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document that `--json` prints."""
+        results = None if self.results is None else self.results.to_dict()
+        return {"converted": str(self.converted), "student": str(self.student), "results": results}
+
 
 def load_pipeline(path: Path) -> tuple[Pipeline, ConversionConfig, Recipe | None]:
-    """Reads the file and every setting in it, so that nothing starts that cannot end.
+    """Read a pipeline file and every setting in it.
 
     Raises:
-        ConfigError: no such file, unknown keys, wrong values.
+        ConfigError: no such file, unknown keys, or wrong values.
     """
     if not path.is_file():
         raise ConfigError(f"PIPELINE: no file '{path}'")
@@ -109,119 +157,155 @@ def load_pipeline(path: Path) -> tuple[Pipeline, ConversionConfig, Recipe | None
         pipeline = Pipeline.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {explain(item, Pipeline)}" for item in error.errors())) from None
-    step = pipeline.convert
-    settings = load_config(step.config, step.model_extra, given_in=f"{path}: convert")
+    convert, finetune = pipeline.convert, pipeline.finetune
+    config = load_config(convert.config, convert.model_extra, given_in=f"{path}: convert")
     recipe = None
-    if (step := pipeline.finetune) is not None:
-        recipe = load_recipe(step.recipe, step.model_extra, given_in=f"{path}: finetune")
+    if finetune is not None:
+        recipe = load_recipe(finetune.recipe, finetune.model_extra, given_in=f"{path}: finetune")
     if pipeline.eval is not None:
         try:
             pipeline.eval.chosen()
         except ConfigError as error:
+            # the message names an option of the command line, and the file has a key in its place
             option, colon, rest = str(error).removeprefix("--").partition(":")
             raise ConfigError(f"{path}: eval: {option.replace('-', '_')}{colon}{rest}") from None
-    return pipeline, settings, recipe
+    return pipeline, config, recipe
 
 
 def run_pipeline(
     pipeline: Pipeline,
-    settings: ConversionConfig,
+    config: ConversionConfig,
     recipe: Recipe | None,
     *,
     restart: bool = False,
     progress: Callable[[str], None] = print,
-    report: Callable | None = None,
-) -> dict[str, Any]:
-    """Runs the steps of what `load_pipeline` read; returns what each made, and the results of the evaluation where there is
-    one.
+    report: "Callable[[StepRecord], None] | None" = None,
+) -> Outcome:
+    """Do the steps that are not done yet.
 
     Args:
-        restart: an unfinished finetune is discarded, whatever its settings.
+        pipeline, config, recipe: as `load_pipeline` returns them.
+        restart: discard an unfinished finetune, for example after its settings were changed.
+        progress: receives one line of text at a time.
+        report: receives the record of every step of training.
 
     Raises:
-        LinearizeError: what a step raises. A gate that fails is in the results, not raised.
+        LinearizeError: a step failed. A gate that fails is in the results instead.
     """
-    from linearize.data.documents import data_fingerprint
-    from linearize.evaluation.request import check_text
-    from linearize.workflows.evaluate import evaluate
-
-    out = Path(pipeline.out)
-    done = _State(out / STATE)
-    converted, tuned = out / "converted", out / "finetuned"
-    _check_inputs(pipeline.eval, settings, None if tuned.is_dir() else recipe)
-    inputs = {"model": pipeline.model, "revision": pipeline.convert.revision, "settings": settings.model_dump()}
-    inputs["local"] = local_fingerprint(pipeline.model)
-    if done.has("convert", inputs, converted):
-        progress(f"convert: {converted} is up to date")
-    else:
-        from linearize.workflows.convert import convert
-
-        convert(
-            pipeline.model, settings, out=converted, revision=pipeline.convert.revision, overwrite=converted.exists(),
-            progress=progress,
-        )  # fmt: skip
-        done.record("convert", inputs, converted)
+    _check_inputs(pipeline.eval, config, None if pipeline.finetuned_folder.is_dir() else recipe)
+    done = _FinishedSteps(Path(pipeline.out) / STATE, progress)
+    _convert(pipeline, config, done)
+    student = pipeline.converted_folder
     if pipeline.eval is not None:
-        demands = pipeline.eval.demands()
-        del demands["summary_file"]
-        check_text(converted, pipeline.eval.chosen(), **demands)
-    student = converted
+        _check_text(student, pipeline.eval)
     if recipe is not None:
-        inputs = {"from": done.steps["convert"], "recipe": recipe.model_dump(), "data": data_fingerprint(recipe.data)}
-        if done.has("finetune", inputs, tuned):
-            progress(f"finetune: {tuned} is up to date")
-        else:
-            from linearize.workflows.finetune import finetune
-
-            finetune(
-                converted, recipe, recipe_name=pipeline.finetune.recipe, out=tuned, overwrite=tuned.exists(),
-                restart=restart, progress=progress, report=report or (lambda step: None),
-            )  # fmt: skip
-            done.record("finetune", inputs, tuned)
-        student = tuned
-    made = {"converted": str(converted), "student": str(student), "results": None}
-    if pipeline.eval is not None:
-        made["results"] = evaluate(
-            student, pipeline.eval.chosen(), **pipeline.eval.demands(), out=out / "eval", hold=pipeline.eval.hold,
-            progress=progress,
-        )  # fmt: skip
-    return made
+        _finetune(pipeline, recipe, done, restart, report)
+        student = pipeline.finetuned_folder
+    results = None if pipeline.eval is None else _evaluate(pipeline, pipeline.eval, student, progress)
+    return Outcome(pipeline.converted_folder, student, results)
 
 
-def _check_inputs(step: EvalStep | None, settings: ConversionConfig, recipe: Recipe | None) -> None:
-    """Refuses text, tasks, gates and older results that cannot be read, and rows that train nothing, before hours go into
-    what comes before them."""
-    from linearize.data.documents import open_dataset
+def _check_inputs(step: EvalStep | None, config: ConversionConfig, recipe: Recipe | None) -> None:
+    """Check everything that needs no conversion: datasets, tasks, gates, older results, and the length of rows.
+
+    Args:
+        recipe: None if there is nothing left to train.
+
+    Raises:
+        ConfigError: something cannot be read or measured, or the rows train nothing.
+    """
     from linearize.evaluation.request import check_request
 
-    data = []
+    datasets: list[str] = []
     if recipe is not None:
-        data += recipe.data
-        recipe.check_leaves_window(settings.mix, settings.window, settings.sinks)
+        datasets += recipe.data
+        recipe.check_leaves_window(config.mix, config.window, config.sinks)
     if step is not None:
         suite = step.chosen()
-        check_request(suite, settings.window, **step.demands())
-        data += suite.data
-    for name in data:
+        check_request(suite, config.window, **step.demands())
+        datasets += suite.data
+    for name in datasets:
         open_dataset(name)
 
 
-class _State:
-    """Which steps are done, with a fingerprint of what went into each and of what came out."""
+def _check_text(converted: Path, step: EvalStep) -> None:
+    """Check the evaluation text and the older results with the tokenizer and the positions of the conversion."""
+    from linearize.evaluation.request import check_text
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.steps: dict[str, str] = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            self.steps = {}
+    demands = step.demands()
+    del demands["summary_file"]
+    check_text(converted, step.chosen(), **demands)
 
-    def has(self, step: str, inputs: dict, out: Path) -> bool:
-        return (out / MANIFEST).is_file() and self.steps.get(step) == self._fingerprint(inputs, out)
 
-    def record(self, step: str, inputs: dict, out: Path) -> None:
-        self.steps[step] = self._fingerprint(inputs, out)
-        write_json(self.path, self.steps)
+class _FinishedSteps:
+    """The steps that are done, each with a fingerprint of its inputs and of its result, in OUT/pipeline.json."""
 
-    def _fingerprint(self, inputs: dict, out: Path) -> str:
+    def __init__(self, path: Path, progress: Callable[[str], None]) -> None:
+        """Read the file; one that is absent or damaged means that no step is done."""
+        self.path, self.progress = path, progress
+        self.fingerprints: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self.fingerprints = json.loads(path.read_bytes())
+
+    def has(self, step: str, inputs: dict[str, Any], out: Path) -> bool:
+        """Return True, and say so, if the step's result at `out` was made from these inputs."""
+        done = (out / MANIFEST).is_file() and self.fingerprints.get(step) == self._fingerprint(inputs, out)
+        if done:
+            self.progress(f"{step}: {out} is up to date")
+        return done
+
+    def add(self, step: str, inputs: dict[str, Any], out: Path) -> None:
+        """Record that the step wrote its result to `out`."""
+        self.fingerprints[step] = self._fingerprint(inputs, out)
+        write_json(self.path, self.fingerprints)
+
+    def _fingerprint(self, inputs: dict[str, Any], out: Path) -> str:
         return fingerprint_of({"inputs": inputs, "made": json.loads((out / MANIFEST).read_bytes())})
+
+
+def _convert(pipeline: Pipeline, config: ConversionConfig, done: _FinishedSteps) -> None:
+    out, revision = pipeline.converted_folder, pipeline.convert.revision
+    inputs = {
+        "model": pipeline.model,
+        "revision": revision,
+        "settings": config.model_dump(),
+        "local": local_fingerprint(pipeline.model),
+    }
+    if done.has("convert", inputs, out):
+        return
+    from linearize.workflows.convert import convert
+
+    convert(pipeline.model, config, out=out, revision=revision, overwrite=out.exists(), progress=done.progress)
+    done.add("convert", inputs, out)
+
+
+def _finetune(
+    pipeline: Pipeline,
+    recipe: Recipe,
+    done: _FinishedSteps,
+    restart: bool,
+    report: "Callable[[StepRecord], None] | None",
+) -> None:
+    assert pipeline.finetune is not None, "a recipe comes from a finetune step"
+    out = pipeline.finetuned_folder
+    inputs = {
+        "from": done.fingerprints["convert"],
+        "recipe": recipe.model_dump(),
+        "data": data_fingerprint(recipe.data),
+    }
+    if done.has("finetune", inputs, out):
+        return
+    from linearize.workflows.finetune import finetune
+
+    finetune(
+        pipeline.converted_folder, recipe, recipe_name=pipeline.finetune.recipe, out=out, overwrite=out.exists(),
+        restart=restart, progress=done.progress, report=report,
+    )  # fmt: skip
+    done.add("finetune", inputs, out)
+
+
+def _evaluate(pipeline: Pipeline, step: EvalStep, student: Path, progress: Callable[[str], None]) -> Results:
+    from linearize.workflows.evaluate import evaluate
+
+    out = pipeline.evaluation_folder
+    return evaluate(student, step.chosen(), **step.demands(), out=out, hold=step.hold, progress=progress)
