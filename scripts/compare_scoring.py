@@ -24,9 +24,10 @@ from results_file import write_results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from linearize.conversion.head_gates import gated_heads
 from linearize.conversion.keep_softmax import top_heads
 from linearize.conversion.probes import Probe, facts_probe, recall_probes, text_probe
-from linearize.conversion.scoring import _gated, combined, eliminate, head_scores
+from linearize.conversion.scoring import combined, eliminate, head_scores
 from linearize.data.recall_rows import recall_task
 from linearize.data.samples import SAMPLES
 from linearize.device import compute_dtype, keep_freed_memory, versions
@@ -196,7 +197,7 @@ def measure_choices(
 def measure(subject: Subject, choice: str, softmax_heads: Heads) -> dict[str, Any]:
     """Measure recall, perplexity and passkeys with `softmax_heads` at softmax and the others at window + sinks."""
     model = subject.model
-    with _gated(model, subject.window, SINKS) as attentions:
+    with gated_heads(model, subject.window, SINKS) as attentions:
         for attention, heads in zip(attentions, softmax_heads, strict=True):
             attention.head_gates = torch.tensor([float(h in heads) for h in range(attention.head_gates.numel())])
         row: dict[str, Any] = {"choice": choice, "heads": sum(map(len, softmax_heads))}

@@ -1,4 +1,4 @@
-"""What is known about a conversion before anything is written: config, plan, tensors, sizes."""
+"""Inspect a source checkpoint and plan its conversion, without writing anything."""
 
 import math
 from collections import Counter
@@ -9,27 +9,30 @@ from typing import Any
 from linearize.checkpoint.base import base_config, check_tensors, full_config, weights_of_config
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import BITS, FLOATING, Weights, has_weights, read_weights
-from linearize.conversion.head_choice import base_head_scores, with_kept_heads
-from linearize.conversion.keep_softmax import softmax_heads
+from linearize.conversion.head_choice import ScoreRequest, base_head_scores, resolve_auto
+from linearize.conversion.keep_softmax import HeadScores, softmax_heads
 from linearize.device import can_run_base
 from linearize.errors import ConfigError
 from linearize.families.registry import find_family
 from linearize.plan import LayerPlan, Plan
 from linearize.settings.config import ConversionConfig, layer_numbers
 
-# torch, transformers and a model without weights: 355 MiB where a 4 GiB model was linked without verification
-IMPORTED = 355 << 20
+# memory of torch, transformers and a model without weights; measured as 355 MiB while a 4 GiB model was converted with
+# linked weights and without verification
+IMPORTED_BYTES = 355 << 20
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known about a conversion before anything is written.
+    """The plan of a conversion and the sizes that follow from it.
 
     Attributes:
-        added: names, shapes of the parameters the conversion adds (float32).
-        cache_bytes: context length -> bytes of one sequence's cache, of the base and of the student.
-        scores: by layer and key/value head, where heads were chosen by them.
-        from_config: no weights lie beside config.json; `weights` is what they would be.
+        config: the base's config, with every default filled in.
+        ignored: names of the base's tensors that its family allows to ignore.
+        added: shapes by name of the parameters that the conversion adds, in float32.
+        cache_bytes: context length -> bytes of one sequence's cache, of the "base" and of the "student".
+        scores: [layers][key/value heads], if heads were chosen by scores; else empty.
+        from_config: there are no weights beside config.json, and `weights` describes those that there would be.
     """
 
     source: Source
@@ -45,36 +48,40 @@ class Inspection:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one sequence's recurrent states, all layers."""
+        """Bytes of one sequence's recurrent states in all layers, in float32."""
         from linearize.modeling.added import linear_branches
 
         branches = linear_branches(self.config, self.plan, device="meta")
-        return sum(4 * len(b.site.heads) * math.prod(b.state_shape()) for b in branches.values())
+        return sum(4 * len(branch.site.heads) * math.prod(branch.state_shape()) for branch in branches.values())
 
     @property
     def least_memory_bytes(self) -> int:
-        """What a conversion takes: torch and transformers, and the base where it is run, without its activations."""
-        return IMPORTED + (self.weights.nbytes if self.scores or self.calibrates else 0)
+        """Memory that a conversion takes at least: libraries, and the base's weights if it is run; no activations."""
+        return IMPORTED_BYTES + (self.weights.nbytes if self.scores or self.calibrates else 0)
 
     @property
     def calibrates(self) -> bool:
-        """Whether the base is to be run to fit what is added."""
+        """True if `convert` will run the base model to calibrate the added parameters."""
         when = self.settings.calibration.when
         return bool(self.added) and (when == "always" or (when == "auto" and can_run_base(self.weights.nbytes)))
 
     @property
     def key_value_heads(self) -> int:
+        """Key/value heads in each layer."""
         return self.config["num_key_value_heads"]
 
     @property
     def base_parameters(self) -> int:
+        """Count of the base's parameters."""
         return sum(math.prod(info.shape) for info in self.weights.tensors.values())
 
     @property
     def added_parameters(self) -> int:
+        """Count of the parameters that the conversion adds."""
         return sum(math.prod(shape) for shape in self.added.values())
 
     def coverage(self) -> dict[str, int]:
+        """Count layers and key/value heads, and those that the plan makes linear."""
         heads = len(self.plan.layers) * self.key_value_heads
         linear = sum(len(layer.linear_heads(self.key_value_heads)) for layer in self.plan.layers)
         return {
@@ -85,7 +92,7 @@ class Inspection:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as printed by `linearize plan --json`."""
+        """Return the document that `linearize plan --json` prints."""
         group = self.config["num_attention_heads"] // self.key_value_heads
         windows = find_family(self.plan.base_model_type).sliding_windows(self.config)
         layers = [
@@ -133,12 +140,15 @@ def inspect_source(
     *,
     converting: bool = False,
 ) -> Inspection:
-    """Steps 1 to 3 of a conversion: everything that can be checked without writing.
+    """Plan a conversion and check all that can be checked without writing.
 
     Args:
-        weights: what `read_weights` found, where it has been called already.
-        converting: whether `keep_softmax: auto` may run the base model.
-        progress: hears of the heads being scored, the one thing here that runs the base model.
+        weights: the result of `read_weights`, if it was called already.
+        progress: receives one line of text at a time, while heads are scored.
+        converting: `keep_softmax: auto` may run the base model. Forms that name a score run it in any case.
+
+    Raises:
+        LinearizeError: the model cannot be converted, or not with these settings.
     """
     from linearize.modeling.added import added_shapes
     from linearize.modeling.cache_size import cache_sizes
@@ -147,28 +157,28 @@ def inspect_source(
     config, family_name = full_config(source, raw), raw["model_type"]
     from_config = weights is None and not has_weights(source.folder)
     weights = weights or (weights_of_config(source, config) if from_config else read_weights(source.folder))
-    settings = with_kept_heads(source, config, settings, weights, progress, converting)
-    scores: list[list[float]] = []
+    settings = resolve_auto(source, config, settings, weights, progress, converting)
+    scores: HeadScores = []
 
-    def score(by: str) -> list[list[float]]:
-        layers = chosen_layers(family_name, config, settings)
-        scores.extend(base_head_scores(source, config, settings, by, layers, progress))
+    def score(by: str) -> HeadScores:
+        layers = converted_layers(family_name, config, settings)
+        scores.extend(base_head_scores(ScoreRequest(source, config, settings, by, layers, progress)))
         return scores
 
     plan = make_plan(family_name, config, settings, None if from_config else score)
     ignored = () if from_config else check_tensors(source, config, family_name, weights)
     added = added_shapes(config, plan)
     return Inspection(
-        source,
-        config,
-        settings,
-        plan,
-        weights,
-        ignored,
-        added,
-        cache_sizes(config, plan, _number_bytes(weights)),
-        tuple(map(tuple, scores)),
-        from_config,
+        source=source,
+        config=config,
+        settings=settings,
+        plan=plan,
+        weights=weights,
+        ignored=ignored,
+        added=added,
+        cache_bytes=cache_sizes(config, plan, _number_bytes(weights)),
+        scores=tuple(map(tuple, scores)),
+        from_config=from_config,
     )
 
 
@@ -176,38 +186,52 @@ def make_plan(
     family_name: str,
     config: dict[str, Any],
     settings: ConversionConfig,
-    score: Callable[[str], list[list[float]]] | None = None,
+    score: Callable[[str], HeadScores] | None = None,
 ) -> Plan:
-    """One LayerPlan for every layer of the model; `score` is called where heads are chosen by their scores."""
+    """Plan every layer of a model.
+
+    Args:
+        config: the base's config, with every default filled in.
+        score: computes the heads' scores, if `keep_softmax` asks for them; None: the base cannot be run.
+
+    Raises:
+        ConfigError: the settings name a layer or head that the model does not have.
+    """
     layers = config["num_hidden_layers"]
-    chosen = chosen_layers(family_name, config, settings)
-    kept = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"], score, chosen)
+    converted = converted_layers(family_name, config, settings)
+    heads_by_layer = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"], score, converted)
+    changes = _layer_changes(settings, layers)
+    every_head = tuple(range(config["num_key_value_heads"]))
+    sliding_windows = find_family(family_name).sliding_windows(config)
+    plans = []
+    for layer, heads in enumerate(heads_by_layer):
+        if layer not in converted:
+            plans.append(LayerPlan(every_head, native=True))
+            continue
+        layer_settings = settings.layer_settings(changes.get(layer, {}))
+        if sliding_windows[layer] is not None:
+            # the family's own window is that of the softmax heads, too
+            layer_settings |= {"softmax_window": None}
+        plans.append(LayerPlan(heads, **layer_settings))
+    return Plan(family_name, tuple(plans))
+
+
+def _layer_changes(settings: ConversionConfig, layers: int) -> dict[int, dict[str, Any]]:
+    """Return the settings of the layers that differ from the rest, by layer."""
     changes: dict[int, dict[str, Any]] = {}
     for spec, changed in settings.layers.items():
         for number in layer_numbers(spec):
             if number >= layers:
                 raise ConfigError(f"layers.{spec}: got layer {number}, the model has layers 0 to {layers - 1}")
             changes[number] = changed.model_dump(exclude_none=True)
-    every_head = tuple(range(config["num_key_value_heads"]))
-    windows = find_family(family_name).sliding_windows(config)
-    return Plan(
-        family_name,
-        tuple(
-            LayerPlan(heads, **_fitting(settings.layer_settings(changes.get(i, {})), windows[i]))
-            if i in chosen
-            else LayerPlan(every_head, native=True)
-            for i, heads in enumerate(kept)
-        ),
-    )
+    return changes
 
 
-def _fitting(settings: dict[str, Any], sliding_window: int | None) -> dict[str, Any]:
-    """A layer's settings; where the family gives it a sliding window, that is its softmax heads' too."""
-    return settings if sliding_window is None else settings | {"softmax_window": None}
+def converted_layers(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> tuple[int, ...]:
+    """Return the layers that are converted, ascending.
 
-
-def chosen_layers(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> tuple[int, ...]:
-    """The layers that are converted, ascending. One with a sliding window of its own costs constant memory already."""
+    By default these are the layers of full attention; one with a sliding window has a cache of constant size already.
+    """
     layers = config["num_hidden_layers"]
     if settings.convert_layers == "all":
         return tuple(range(layers))
@@ -221,7 +245,7 @@ def chosen_layers(family_name: str, config: dict[str, Any], settings: Conversion
 
 
 def _number_bytes(weights: Weights) -> int:
-    """Bytes of one cached number: of the type that most of the weights have."""
+    """Return the bytes of one cached number, which has the dtype of most of the weights."""
     sizes = Counter[str]()
     for info in weights.tensors.values():
         sizes[info.dtype if info.dtype in FLOATING else "BF16"] += info.nbytes

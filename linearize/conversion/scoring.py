@@ -1,59 +1,142 @@
-"""Which key/value heads have to keep softmax: scores for `--keep-softmax recall:SHARE`, `text:SHARE` and `both:SHARE`.
+"""Score heads by what the base loses without them, for `--keep-softmax recall:SHARE`, `text:SHARE` and `both:SHARE`.
 
-Every key/value head of the base model, with its query group, gets a gate g between its softmax attention (g = 1) and
-window + sinks (g = 0). Three probes say what that costs:
+Every key/value head of the base model, with its query group, has a gate g between its softmax attention (g = 1) and
+window + sinks (g = 0). Three probes (linearize/conversion/probes.py) measure the cost of closing gates:
 
     copies    rows of random tokens whose second copy must be read from the first, far outside the window: cross-entropy
     facts     text with a made-up fact, asked for far outside the window: cross-entropy of the answer
     text      long rows of text: divergence from the base beyond the window
 
-and three methods ask them:
+Three methods turn probes into scores:
 
-    swap      the rise of the loss when that head alone goes to g = 0; one forward a head, the definition
+    swap      the rise of the loss when that head alone goes to g = 0; one forward a head; the definition
     gradient  minus the derivative of the loss by g, averaged over two values of g for all heads; two backwards in all
-    lookup    the probability that the head puts on the token to copy, or in text on all that lies beyond the window; one
+    lookup    the probability that the head puts on the token to copy, or in text on all tokens beyond the window; one
               forward
 
-A high score means that the head has to keep softmax. `recall` is copies and facts, `both` that and text; where scores are
-added, each counts as its share of its total. Rows, facts and text are not those that `linearize eval` uses.
+A high score means that the head has to keep softmax. `recall` is copies and facts, `both` is these and text. Scores are
+added as shares of their totals. `linearize eval` uses other rows, facts and text.
 
-A score says what a head is worth while all others are there. Heads that stand in for one another then all score low, or all
-high, so a fourth method starts from the gradient's best and asks again whenever one has gone:
+A score tells the worth of a head while all others are there. Heads that can replace each other then all score low, or
+all high. A fourth method starts from the gradient's best and measures again after each head that goes:
 
-    elimination   of twice as many heads as are to be kept, the one that is missed least goes, one after another
+    elimination   among twice as many heads as keep softmax, the head that is missed least goes, one after another
 
-Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim.
+Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim, Q positions that are asked about.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from linearize.conversion.head_gates import GatedAttention, gated_heads
+from linearize.conversion.keep_softmax import HeadScores
 from linearize.conversion.probes import Probe, hidden_states
 from linearize.errors import ConfigError
-from linearize.families.registry import find_family
-from linearize.ops.window import Scores, window_attention
 
-IMPLEMENTATION = "linearize_scoring"
-METHODS = ("gradient", "swap", "lookup")
-# nats a token that the answers have to cost more without what lies beyond the window
-READS = 0.5
+# nats a token that the answers cost more without keys beyond the window, if the base reads them there
+ANSWERED = 0.5
+
+Progress = Callable[[str], None]
+# a layer and a key/value head
+Head = tuple[int, int]
 
 
 def answers(model: PreTrainedModel, probe: Probe, *, window: int, sinks: int) -> bool:
-    """Whether the base reads from beyond the window what the probe asks for: a loss lower by more than READS without gates."""
-    with torch.no_grad(), _gated(model, window, sinks) as attentions:
+    """Return True if the base reads the answers from beyond the window: closing all gates costs more than ANSWERED."""
+    with torch.no_grad(), gated_heads(model, window, sinks) as attentions:
         losses = []
         for value in (1.0, 0.0):
             for attention in attentions:
                 attention.head_gates.fill_(value)
-            losses.append(sum(probe.loss(model, number).item() for number in range(len(probe.ids))) / len(probe.ids))
-    return losses[1] - losses[0] > READS
+            losses.append(probe.mean_loss(model))
+    return losses[1] - losses[0] > ANSWERED
+
+
+@torch.enable_grad()
+def _gradient(model: PreTrainedModel, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
+    """Score by the slope of the loss: [layers, J]."""
+    total = _zeros(attentions)
+    with _frozen(model):
+        for value in probe.gates:
+            for row in range(len(probe.ids)):
+                gates = [torch.full_like(a.head_gates, value).requires_grad_() for a in attentions]
+                for attention, gate in zip(attentions, gates):
+                    attention.head_gates = gate
+                slopes = torch.autograd.grad(probe.loss(model, row), gates)
+                total -= torch.stack(slopes).cpu() / (len(probe.gates) * len(probe.ids))
+            progress(f"scoring heads by {probe.name}: gradient at gates of {value}")
+    for attention in attentions:
+        attention.head_gates = torch.ones_like(attention.head_gates).detach()
+    return total
+
+
+@contextlib.contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Take the gradient off all parameters, so that a backward pass computes those of the gates alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def _swap(model: PreTrainedModel, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
+    """Score by the rise of the loss when one gate is closed: [layers, J]."""
+    loss_of_base = probe.mean_loss(model)
+    scores = _zeros(attentions)
+    for layer, attention in enumerate(attentions):
+        for head in range(scores.shape[1]):
+            attention.head_gates[head] = 0.0
+            scores[layer, head] = probe.mean_loss(model) - loss_of_base
+            attention.head_gates[head] = 1.0
+        progress(f"scoring heads by {probe.name}: layer {layer + 1} of {len(attentions)}")
+    return scores
+
+
+@torch.no_grad()
+def _lookup(model: PreTrainedModel, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
+    """Score by the attention to the keys that the probe marks: [layers, J]."""
+    T = probe.ids.shape[1]
+    queries, far = probe.queries.to(model.device), probe.far.to(model.device)
+    scores = _zeros(attentions)
+
+    def observer(layer: int) -> Callable[[Tensor, Tensor, float], None]:
+        def observe(query: Tensor, key: Tensor, scaling: float) -> None:
+            q = query[:, :, queries].unflatten(1, (key.shape[1], -1))  # [B, J, H/J, Q, K]
+            logits = (q @ key.unsqueeze(2).transpose(-1, -2)).float() * scaling
+            visible = torch.arange(T, device=key.device)[None, :] <= queries[:, None]
+            probability = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+            # a group is as good as its best query head
+            of_group = (probability * far).sum(-1).mean(-1).amax(-1)
+            scores[layer] += of_group.sum(0).cpu() / len(probe.ids)
+
+        return observe
+
+    for layer, attention in enumerate(attentions):
+        attention.gating.observe = observer(layer)
+    for row in probe.ids:
+        hidden_states(model, row)
+    progress(f"scoring heads by {probe.name}: where they look")
+    return scores
+
+
+def _zeros(attentions: list[GatedAttention]) -> Tensor:
+    return torch.zeros(len(attentions), attentions[0].head_gates.numel())
+
+
+METHODS: dict[str, Callable[[PreTrainedModel, list[GatedAttention], Probe, Progress], Tensor]] = {
+    "gradient": _gradient,
+    "swap": _swap,
+    "lookup": _lookup,
+}
 
 
 def head_scores(
@@ -64,13 +147,18 @@ def head_scores(
     sinks: int,
     method: str = "gradient",
     layers: Sequence[int] | None = None,
-    progress: Callable[[str], None] = lambda text: None,
-) -> list[list[float]]:
-    """Scores [layers][key/value heads], the mean over probes, larger for heads that they need more.
+    progress: Progress = lambda text: None,
+) -> HeadScores:
+    """Score the heads of a base model.
 
     Args:
         model: the base model, as transformers loads it.
-        layers: those to score, all by default; the heads of the others get 0.
+        window, sinks: keys that a head sees without softmax attention.
+        method: one of METHODS.
+        layers: layers to score, all by default; heads of the others get 0.
+
+    Returns:
+        Scores [layers][key/value heads], the mean over probes, larger for heads that the probes need more.
 
     Raises:
         ConfigError: an unknown method.
@@ -78,198 +166,90 @@ def head_scores(
     if method not in METHODS:
         raise ConfigError(f"method: got '{method}', allowed are {', '.join(METHODS)}")
     layers = range(model.config.num_hidden_layers) if layers is None else layers
-    with _gated(model, window, sinks, layers) as attentions:
-        run = {"gradient": _gradient, "swap": _swap, "lookup": _lookup}[method]
-        scores = sum(run(model, attentions, probe, progress) for probe in probes) / len(probes)
-    found = dict(zip(layers, scores.tolist()))
-    return [found.get(i, [0.0] * scores.shape[1]) for i in range(model.config.num_hidden_layers)]
+    with gated_heads(model, window, sinks, layers) as attentions:
+        total = _zeros(attentions)
+        for probe in probes:
+            total += METHODS[method](model, attentions, probe, progress)
+    scores = dict(zip(layers, (total / len(probes)).tolist()))
+    unscored = [0.0] * total.shape[1]
+    return [scores.get(layer, list(unscored)) for layer in range(model.config.num_hidden_layers)]
 
 
 @torch.no_grad()
 def eliminate(
     model: PreTrainedModel,
     groups: Sequence[Sequence[Probe]],
-    scores: list[list[float]],
-    keep: int,
+    scores: HeadScores,
+    count: int,
     *,
     window: int,
     sinks: int,
     layers: Sequence[int],
-    progress: Callable[[str], None] = lambda text: None,
-) -> list[list[float]]:
-    """Backward elimination: from the 2 `keep` heads that score best, the one without which the loss is lowest goes, until
-    `keep` are left.
+    progress: Progress = lambda text: None,
+) -> HeadScores:
+    """Choose heads by backward elimination, some 1.5 count² forwards over all rows.
 
-    The loss is the mean over groups of what each loses, the base being 0 and no head at all 1; a group's is the mean of its
-    probes'. Some 1.5 keep² forwards over all rows.
+    Start with the 2 `count` heads that score best, and take out the head without which the loss is lowest, until
+    `count` heads are left. The loss is the mean over groups of the share that each loses: 0 for the base, 1 without any
+    head. A group's loss is the mean of its probes'.
 
     Args:
         scores: [layers][key/value heads], of another method.
-        layers: those whose heads can go.
+        layers: layers whose heads can go.
 
     Returns:
-        [layers][key/value heads]: the turn at which a head went, from 1; more for those kept; 0 for those never asked about.
+        For every head [layers][key/value heads] the turn at which it went, from 1; a larger number for the heads that
+        are left; 0 for heads that did not start.
     """
     heads = [(layer, head) for layer in layers for head in range(len(scores[layer]))]
-    left = sorted(heads, key=lambda at: -scores[at[0]][at[1]])[: 2 * keep]
+    remaining = sorted(heads, key=lambda head: -scores[head[0]][head[1]])[: 2 * count]
     turns = torch.zeros(len(scores), len(scores[0]))
-    with _gated(model, window, sinks, layers) as attentions:
+    with gated_heads(model, window, sinks, layers) as attentions:
+        by_layer = dict(zip(layers, attentions))
 
-        def losses(kept: Sequence[tuple[int, int]]) -> Tensor:
-            for layer, attention in zip(layers, attentions):
-                for head in range(attention.head_gates.numel()):
-                    attention.head_gates[head] = float((layer, head) in kept)
-            each = [
-                [probe.loss(model, row).item() for probe in group for row in range(len(probe.ids))] for group in groups
-            ]
-            return torch.tensor([sum(found) / len(found) for found in each])
+        def losses(softmax_heads: Sequence[Head]) -> Tensor:
+            _open_gates(by_layer, softmax_heads)
+            return torch.tensor([_group_loss(model, group) for group in groups])
 
-        best = losses(heads)
-        stakes = losses([]) - best
-        shares = torch.where(stakes > 0, 1 / stakes, 0.0)  # where nothing is lost without any head, nothing is at stake
-        for turn in range(1, len(left) - keep + 1):
-            without = {at: ((losses([x for x in left if x != at]) - best) * shares).mean().item() for at in left}
-            gone = min(left, key=without.get)
-            left.remove(gone)
-            turns[gone] = turn
+        of_base = losses(heads)
+        at_stake = losses([]) - of_base
+        # a group that loses nothing without any head has nothing at stake, and counts for nothing
+        shares = torch.where(at_stake > 0, 1 / at_stake, 0.0)
+        for turn in range(1, len(remaining) - count + 1):
+            lost_without = {
+                head: ((losses([other for other in remaining if other != head]) - of_base) * shares).mean().item()
+                for head in remaining
+            }
+            least = min(remaining, key=lost_without.__getitem__)
+            remaining.remove(least)
+            turns[least] = turn
             progress(
-                f"scoring heads by elimination: {gone[0]}:{gone[1]} goes, {len(left)} are left, which lose "
-                f"{without[gone]:.1%} of what there is to lose"
+                f"scoring heads by elimination: {least[0]}:{least[1]} goes, {len(remaining)} are left, which lose "
+                f"{lost_without[least]:.1%} of what there is to lose"
             )
     last = turns.max() + 1
-    for at in left:
-        turns[at] = last
+    for head in remaining:
+        turns[head] = last
     return turns.tolist()
 
 
-def combined(*scores: list[list[float]]) -> list[list[float]]:
-    """The sum of scores, each as its share of its total; what is below nothing counts as nothing."""
-    total = sum(x / x.sum().clamp(min=1e-12) for x in (torch.tensor(s).clamp(min=0) for s in scores))
+def _open_gates(attentions: dict[int, GatedAttention], heads: Sequence[Head]) -> None:
+    """Set the gates of `heads` to 1 and all others to 0; `attentions` are the gated modules by layer."""
+    for layer, attention in attentions.items():
+        for head in range(attention.head_gates.numel()):
+            attention.head_gates[head] = float((layer, head) in heads)
+
+
+def _group_loss(model: PreTrainedModel, group: Sequence[Probe]) -> float:
+    """Return the mean loss over the rows of all probes of a group."""
+    losses = [probe.loss(model, row).item() for probe in group for row in range(len(probe.ids))]
+    return sum(losses) / len(losses)
+
+
+def combined(*scores: HeadScores) -> HeadScores:
+    """Add scores, each as its share of its total. Negative scores count as 0."""
+    total = torch.zeros(len(scores[0]), len(scores[0][0]))
+    for of_method in scores:
+        positive = torch.tensor(of_method).clamp(min=0)
+        total += positive / positive.sum().clamp(min=1e-12)
     return total.tolist()
-
-
-@contextlib.contextmanager
-def _gated(model: PreTrainedModel, window: int, sinks: int, layers: Sequence[int] | None = None) -> Iterator[list]:
-    """Inside, the attention of the given layers (all by default) mixes softmax and window + sinks by its `head_gates`, [J]."""
-    family = find_family(model.config.model_type)
-    layers = range(model.config.num_hidden_layers) if layers is None else layers
-    attentions = [getattr(model.base_model.layers[i], family.attention_attribute) for i in layers]
-    heads = family.heads(model.config.to_dict())["num_key_value_heads"]
-    routed = copy.copy(model.config)
-    routed._attn_implementation_internal = IMPLEMENTATION
-    for attention in attentions:
-        attention.head_gates = torch.ones(heads, device=model.device)
-        attention.scoring = {"window": window, "sinks": sinks, "lookup": None}
-        attention.config = routed
-    try:
-        yield attentions
-    finally:
-        for attention in attentions:
-            attention.config = model.config
-            del attention.head_gates, attention.scoring
-
-
-def _attend(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    *,
-    scaling: float,
-    softcap=None,
-    s_aux=None,
-    sliding_window=None,
-    **kwargs,
-):
-    """q [B, H, T, K], k and v [B, J, T, K], after rotary; returns [B, T, H, K]."""
-    group = query.shape[1] // key.shape[1]
-    reach = min(sliding_window or query.shape[2], query.shape[2])
-    scores = Scores(scaling, softcap, s_aux)
-    if reach < query.shape[2] or softcap is not None or s_aux is not None:
-        rows = (x.transpose(1, 2) for x in (query, key, value))
-        full = window_attention(*rows, window=reach, **vars(scores))[0].transpose(1, 2)
-    else:
-        full = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
-    settings = module.scoring
-    if settings["lookup"] is not None:
-        settings["lookup"](query, key, scaling)
-    if bool((module.head_gates == 1).all()) and not module.head_gates.requires_grad:
-        return full.transpose(1, 2), None
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    T, sinks = q.shape[1], min(settings["sinks"], q.shape[1])
-    slots = torch.arange(T, device=q.device)
-    left = (slots[:, None] - slots[None, :sinks] >= settings["window"])[None]
-    near, _ = window_attention(
-        q, k, v, window=settings["window"], sink_keys=k[:, :sinks], sink_values=v[:, :sinks], sink_mask=left,
-        **vars(scores),
-    )  # fmt: skip
-    gates = module.head_gates.repeat_interleave(group).to(q.dtype)[:, None]
-    return gates * full.transpose(1, 2) + (1 - gates) * near, None
-
-
-AttentionInterface.register(IMPLEMENTATION, _attend)
-
-
-@torch.enable_grad()
-def _gradient(model, attentions, probe, progress) -> Tensor:
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    total = torch.zeros(len(attentions), attentions[0].head_gates.numel())
-    for value in probe.gates:
-        for number in range(len(probe.ids)):
-            gates = [torch.full_like(a.head_gates, value).requires_grad_() for a in attentions]
-            for attention, gate in zip(attentions, gates):
-                attention.head_gates = gate
-            found = torch.autograd.grad(probe.loss(model, number), gates)
-            total -= torch.stack(found).cpu() / (len(probe.gates) * len(probe.ids))
-        progress(f"scoring heads by {probe.name}: gradient at gates of {value}")
-    for attention in attentions:
-        attention.head_gates = torch.ones_like(attention.head_gates).detach()
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    return total
-
-
-@torch.no_grad()
-def _swap(model, attentions, probe, progress) -> Tensor:
-    def loss() -> float:
-        return sum(probe.loss(model, number).item() for number in range(len(probe.ids))) / len(probe.ids)
-
-    whole = loss()
-    scores = torch.zeros(len(attentions), attentions[0].head_gates.numel())
-    for layer, attention in enumerate(attentions):
-        for head in range(scores.shape[1]):
-            attention.head_gates[head] = 0.0
-            scores[layer, head] = loss() - whole
-            attention.head_gates[head] = 1.0
-        progress(f"scoring heads by {probe.name}: layer {layer + 1} of {len(attentions)}")
-    return scores
-
-
-@torch.no_grad()
-def _lookup(model, attentions, probe, progress) -> Tensor:
-    T = probe.ids.shape[1]
-    queries, far = probe.queries.to(model.device), probe.far.to(model.device)
-    scores = torch.zeros(len(attentions), attentions[0].head_gates.numel())
-
-    def listener(layer: int) -> Callable:
-        def listen(query: Tensor, key: Tensor, scaling: float) -> None:
-            J = key.shape[1]
-            q = query[:, :, queries].unflatten(1, (J, -1))
-            logits = (q @ key.unsqueeze(2).transpose(-1, -2)).float() * scaling
-            visible = torch.arange(T, device=key.device)[None, :] <= queries[:, None]
-            probability = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-            # of the best query head in the group
-            picked = (probability * far).sum(-1).mean(-1).amax(-1)
-            scores[layer] += picked.sum(0).cpu() / len(probe.ids)
-
-        return listen
-
-    for layer, attention in enumerate(attentions):
-        attention.scoring["lookup"] = listener(layer)
-    for row in probe.ids:
-        hidden_states(model, row)
-    progress(f"scoring heads by {probe.name}: where they look")
-    return scores

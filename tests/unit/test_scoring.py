@@ -9,7 +9,8 @@ from helpers import tiny_base, tiny_student
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from linearize.conversion import scoring
+from linearize.conversion import probes, scoring
+from linearize.conversion.head_gates import IMPLEMENTATION, gated_heads
 from linearize.data.recall_rows import recall_task
 from linearize.plan import LayerPlan, Plan
 
@@ -17,13 +18,13 @@ REACH = {"window": 12, "sinks": 2}
 DISTANCES = (20, 60)
 
 
-def probes(distances=DISTANCES) -> list:
-    return scoring.recall_probes(distances, 2, window=12, positions=512, vocabulary=300, start_token=0)
+def copies(distances=DISTANCES) -> list:
+    return probes.recall_probes(distances, 2, window=12, positions=512, vocabulary=300, start_token=0)
 
 
 def text(base):
     ids = torch.randint(2, 300, (2, 50), generator=torch.Generator().manual_seed(3))
-    return ids, scoring.text_probe(base, ids, **REACH)
+    return ids, probes.text_probe(base, ids, **REACH)
 
 
 def converted_but_one(base, layer: int, head: int):
@@ -33,7 +34,7 @@ def converted_but_one(base, layer: int, head: int):
 
 
 def plain_loss(model, distance: int) -> float:
-    task = recall_task(distance, 2, 300, 0, scoring.SEED)
+    task = recall_task(distance, 2, 300, 0, probes.SEED)
     with torch.no_grad():
         logits = model(task.ids).logits[:, -task.counted - 1 : -1]
     return F.cross_entropy(logits.flatten(0, 1), task.ids[:, -task.counted :].flatten()).item()
@@ -41,7 +42,7 @@ def plain_loss(model, distance: int) -> float:
 
 def test_a_swap_is_a_conversion_of_one_head():
     base = tiny_base()
-    scores = scoring.head_scores(base, probes(), method="swap", **REACH)
+    scores = scoring.head_scores(base, copies(), method="swap", **REACH)
     for layer, head in ((0, 1), (2, 2)):
         student = converted_but_one(base, layer, head)
         with student.recurrent_branch_off():
@@ -65,9 +66,9 @@ def test_a_swap_on_text_is_the_divergence_of_that_conversion():
 @pytest.mark.parametrize("kind", ["recall", "text"])
 def test_the_gradient_is_the_slope_of_the_loss(kind):
     base = tiny_base().double()
-    probe = dataclasses.replace(probes((60,))[0] if kind == "recall" else text(base)[1], gates=(0.8,))
+    probe = dataclasses.replace(copies((60,))[0] if kind == "recall" else text(base)[1], gates=(0.8,))
     scores, step = scoring.head_scores(base, [probe], method="gradient", **REACH), 3e-3
-    with scoring._gated(base, **REACH) as attentions, torch.no_grad():
+    with gated_heads(base, **REACH) as attentions, torch.no_grad():
         for attention in attentions:
             attention.head_gates.fill_(0.8)
         for layer, head in ((0, 0), (1, 2)):
@@ -82,8 +83,8 @@ def test_the_gradient_is_the_slope_of_the_loss(kind):
 
 def test_lookup_is_the_attention_to_the_token_to_copy():
     base = tiny_base()
-    scores = scoring.head_scores(base, probes((60,)), method="lookup", **REACH)
-    task = recall_task(60, 2, 300, 0, scoring.SEED)
+    scores = scoring.head_scores(base, copies((60,)), method="lookup", **REACH)
+    task = recall_task(60, 2, 300, 0, probes.SEED)
     base.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = base(task.ids, output_attentions=True).attentions
@@ -109,7 +110,7 @@ def test_lookup_in_text_is_the_attention_beyond_the_window():
 def test_elimination_lets_the_head_go_that_is_missed_least():
     base = tiny_base()
     rows = torch.randint(2, 300, (3, 1, 50), generator=torch.Generator().manual_seed(3))
-    near, *others = (scoring.text_probe(base, ids, **REACH) for ids in rows)
+    near, *others = (probes.text_probe(base, ids, **REACH) for ids in rows)
 
     def losses(kept) -> torch.Tensor:
         """Of a real conversion: divergence on the first row, and on the two others; the loss on copies."""
@@ -135,18 +136,18 @@ def test_elimination_lets_the_head_go_that_is_missed_least():
     assert went != [(0, 0), (2, 2), (2, 1)]
     said = []
     turns = scoring.eliminate(
-        base, [[near], others, probes((20,))], scores, 3, **REACH, layers=range(3), progress=said.append
+        base, [[near], others, copies((20,))], scores, 3, **REACH, layers=range(3), progress=said.append
     )
     wanted_turns = {**dict.fromkeys(every, 0), **dict.fromkeys(left, 4), **{at: n + 1 for n, at in enumerate(went)}}
     assert {(i, h): turns[i][h] for i, h in every} == wanted_turns
     assert [line.split()[4] for line in said] == [f"{layer}:{head}" for layer, head in went]
-    assert base.config._attn_implementation != scoring.IMPLEMENTATION
+    assert base.config._attn_implementation != IMPLEMENTATION
 
 
 def facts(tokenizer_folder, rows: int = 4):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     filler = [tokenizer.convert_tokens_to_ids("<|user|>")] * 300
-    return tokenizer, scoring.facts_probe(lambda words: tokenizer(words).input_ids, filler, 40, 100, rows)
+    return tokenizer, probes.facts_probe(lambda words: tokenizer(words).input_ids, filler, 40, 100, rows)
 
 
 def test_facts_are_asked_for_beyond_the_window(tokenizer_folder):
@@ -189,9 +190,9 @@ def test_scoring_leaves_the_model_as_it_was():
     with torch.no_grad():
         before = base(ids).logits
         for method in scoring.METHODS:
-            scoring.head_scores(base, [*probes(), text(base)[1]], method=method, **REACH)
+            scoring.head_scores(base, [*copies(), text(base)[1]], method=method, **REACH)
         assert torch.equal(base(ids).logits, before)
-    assert base.config._attn_implementation != scoring.IMPLEMENTATION
+    assert base.config._attn_implementation != IMPLEMENTATION
 
 
 def test_results_are_cached_on_disk_where_that_can_be_written(tmp_path, monkeypatch):
