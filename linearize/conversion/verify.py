@@ -1,17 +1,23 @@
-"""Checks a written checkpoint in a process of its own: `python -m linearize.conversion.verify FOLDER BASE`.
+"""Verify a written checkpoint in a process of its own: `python -m linearize.conversion.verify FOLDER BASE`.
 
-(a) every tensor is finite, (b) with every head set to softmax the logits equal the base model's, (c) cached decode
-equals the full forward, (d) so does a left-padded row, (e) and the family's readout of the hidden states. A window too
-long for (c) to (e) to leave it in reasonable time is shortened for them; no parameter depends on it. Large models are
-streamed from disk, a module at a time. Prints one JSON document; a "failure" in it says what differed.
+(a) Every tensor is finite.
+(b) With every head set to softmax, the logits equal those of the base model.
+(c) Decoding with a cache gives the logits of the full forward.
+(d) So does a row with padding on the left.
+(e) So does the family's readout of the hidden states.
+
+Checks (c) to (e) must leave every window. A window too long for that in reasonable time is shortened for them; no
+parameter depends on its length. Large models are streamed from disk, a module at a time. The program prints one JSON
+document; the key "failure" in it names a difference.
 """
 
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -25,26 +31,37 @@ from linearize.modeling.readout import readout_of
 from linearize.modeling.registration import register_checkpoint
 from linearize.plan import Plan
 
+if TYPE_CHECKING:
+    from linearize.modeling.attention import LinearizedAttention
+
+# bytes of weights above which a model is streamed from disk
 STREAM_ABOVE = 1 << 30
+# bytes of a tensor that are in memory while it is checked
 BLOCK_BYTES = 1 << 24
-# tokens that (c) to (e) take at most, and the windows they leave, so that 4 GiB take about a minute
-LONGEST, WINDOW, SOFTMAX_WINDOW = 600, 512, 560
+# tokens that (c) to (e) take at most, so that a model of 4 GiB takes about a minute
+LONGEST = 600
+# windows that so many tokens leave
+WINDOW, SOFTMAX_WINDOW = 512, 560
 TORCH_DTYPES = {code: getattr(torch, name) for code, name in DTYPE_NAMES.items()}
 
 
 class VerificationFailure(Exception):
-    """What differed."""
+    """A check that does not hold; the message names the difference."""
 
 
 def verify(folder: Path, base: Path) -> dict[str, Any]:
-    """Runs the checks. Raises VerificationFailure with the first that does not hold."""
+    """Run the checks and return their figures.
+
+    Raises:
+        VerificationFailure: the first check that does not hold.
+    """
     tensors = _check_finite(folder)
     register_checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     plan = _shortened(config.plan)
     linear = [layer for layer in plan.layers if layer.linear_heads(config.key_value_heads)]
     window = max((max(layer.window, layer.softmax_window or 0) for layer in linear), default=0)
-    # beyond the window, so that sinks and recurrent branch take part, and a decode that leaves it again
+    # beyond the window, so that sinks and recurrent branch take part, and with a decode that leaves the window again
     length = min(max(window + 24, 48), LONGEST, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix="linearize-verify-") as offload:
@@ -60,7 +77,7 @@ def verify(folder: Path, base: Path) -> dict[str, Any]:
 
 
 def _shortened(plan: Plan) -> Plan:
-    """The plan with windows that LONGEST tokens leave."""
+    """Return the plan with windows that LONGEST tokens leave."""
     layers = (
         replace(
             layer,
@@ -73,40 +90,49 @@ def _shortened(plan: Plan) -> Plan:
 
 
 def _check_finite(folder: Path) -> int:
-    """Reads every tensor in blocks through plain file reads, which leave nothing mapped in memory."""
+    """Check that every floating-point tensor is finite, and return the number of tensors."""
     weights = read_weights(folder)
     for name, info in weights.tensors.items():
-        if info.dtype in TORCH_DTYPES and not _finite(folder / info.file, info):
+        if info.dtype in TORCH_DTYPES and not _is_finite(folder / info.file, info):
             raise VerificationFailure(f"tensor '{name}' in {info.file} has values that are not finite")
     return len(weights.tensors)
 
 
-def _finite(path: Path, info: TensorInfo) -> bool:
+def _is_finite(path: Path, info: TensorInfo) -> bool:
+    """Read a tensor in blocks through plain file reads, which leave nothing mapped in memory; True if all is finite."""
     with open(path, "rb") as file:
         file.seek(info.offset)
-        left = info.nbytes
-        while left:
-            block = bytearray(file.read(min(left, BLOCK_BYTES)))
+        unread = info.nbytes
+        while unread:
+            block = bytearray(file.read(min(unread, BLOCK_BYTES)))
             if not torch.frombuffer(block, dtype=TORCH_DTYPES[info.dtype]).isfinite().all():
                 return False
-            left -= len(block)
+            unread -= len(block)
     return True
 
 
-def _load(folder: Path, offload: Path, *, dtype: torch.dtype | None = None, **kwargs) -> PreTrainedModel:
-    """In `dtype`, or the checkpoint's own where a processor is fast in it; a large model always in its own."""
-    dtype, placement = dtype or ("auto" if has_amx() else torch.float32), {}
-    if _large(folder):
-        dtype = "auto"
-        config = kwargs.get("config") or AutoConfig.from_pretrained(folder)
-        placement = {"device_map": _streamed(config), "offload_folder": str(offload)}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, **placement, **kwargs
-    )
+def _load(
+    folder: Path, offload: Path, *, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """Load a checkpoint with every key accounted for.
+
+    Args:
+        offload: folder for the weights of a large model, which is streamed and always in the checkpoint's own dtype.
+        dtype: dtype of a smaller model; None: the checkpoint's own if this processor is fast in it, else float32.
+        config: a config in place of the checkpoint's.
+
+    Raises:
+        VerificationFailure: keys are missing, unexpected or mismatched.
+    """
+    config = config or AutoConfig.from_pretrained(folder)
+    options: dict[str, Any] = {"dtype": dtype or ("auto" if has_amx() else torch.float32)}
+    if _is_large(folder):
+        options = {"dtype": "auto", "device_map": _streamed(config), "offload_folder": str(offload)}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
     softmax_only = not any(attention.linear_heads for _, attention in _attentions(model))
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = [str(name) for name in info[kind] if "rotary_emb" not in str(name)]
-        if softmax_only:  # a plan without linear heads has no place for what a conversion added
+        if softmax_only:  # a plan without linear heads has no place for the added parameters
             names = [name for name in names if ADDED not in name]
         if names:
             raise VerificationFailure(f"{kind.replace('_', ' ')} on loading {folder.name}, first {sorted(names)[0]}")
@@ -114,23 +140,28 @@ def _load(folder: Path, offload: Path, *, dtype: torch.dtype | None = None, **kw
 
 
 def _streamed(config: PretrainedConfig) -> dict[str, str]:
-    """Every module's place: on disk until it is needed, but for what a conversion adds, which is small and read in parts."""
+    """Return the device map of a streamed model: modules stay on disk until they are needed.
+
+    The added parameters are in memory: they are small, and the layers read single ones of them.
+    """
     with torch.device("meta"):
         names = AutoModelForCausalLM.from_config(config).state_dict()
     modules = {name.partition(ADDED)[0] + ".mixer" if ADDED in name else name.rpartition(".")[0] for name in names}
     return {module: "cpu" if module.endswith(".mixer") else "disk" for module in sorted(modules)}
 
 
-def _attentions(model: PreTrainedModel):
+def _attentions(model: PreTrainedModel) -> "Iterable[tuple[str, LinearizedAttention]]":
+    """Return the attention modules of a student; a base model has none."""
     return model.linear_attentions() if hasattr(model, "linear_attentions") else ()
 
 
-def _large(folder: Path) -> bool:
+def _is_large(folder: Path) -> bool:
     return read_weights(folder).nbytes > STREAM_ABOVE
 
 
 @torch.no_grad()
 def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Path) -> float:
+    """Check (b): compare the student in softmax mode with its base, and return the difference, which must be 0."""
     reference = _load(base, offload / "base")(ids, use_cache=False).logits
     config = AutoConfig.from_pretrained(folder)
     config.linearize = config.plan.keep_all_softmax(config.key_value_heads).to_dict()
@@ -145,31 +176,37 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Pa
 
 @torch.no_grad()
 def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
-    """Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps
-    through the cache, and of the same tokens behind padding."""
+    """Checks (c) to (e): compute the same logits in other ways.
+
+    Returns:
+        Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps
+        through the cache, and of the same tokens behind padding.
+    """
     config = AutoConfig.from_pretrained(folder)
     config.linearize = plan.to_dict()
     student = _load(folder, offload / "student", dtype=torch.float32, config=config)
     full = student(ids, use_cache=False).logits
-    found = {
+    others = {
         "cached decode": logits_in_pieces(student, ids, [ids.shape[1] - 8, 5, 1, 1, 1]),
         "a left-padded row": logits_behind_padding(student, ids),
     }
-    if not _large(folder):  # a streamed model's output embeddings are not there to be read
+    if not _is_large(folder):  # the output embeddings of a streamed model are not in memory
         hidden = student.base_model(ids, use_cache=False).last_hidden_state
-        found["the readout that losses and scores use"] = readout_of(student)(hidden)
+        others["the readout that losses and scores use"] = readout_of(student)(hidden)
     differences = []
-    for what, logits in found.items():
+    for way, logits in others.items():
         differences.append(difference(logits, full))
+        # written so that NaN fails, too
         if not differences[-1] <= TOLERANCES[full.dtype]:
             raise VerificationFailure(
-                f"{what} differs from the full forward by {differences[-1]:g} of the largest logit "
+                f"{way} differs from the full forward by {differences[-1]:g} of the largest logit "
                 f"(allowed {TOLERANCES[full.dtype]:g})"
             )
     return differences[0], differences[1]
 
 
 def main() -> None:
+    """Verify the folder that the command line names, and print the outcome."""
     logging.set_verbosity_error()
     keep_freed_memory()
     folder, base = (Path(argument) for argument in sys.argv[1:3])

@@ -1,15 +1,17 @@
-"""The conversion: a base checkpoint in, a linearized checkpoint out, every head accounted for.
+"""Convert a base checkpoint into a linearized checkpoint, with every head accounted for.
 
-1. Resolve the settings, the source and its family; refuse what cannot be converted.
-2. Make the plan, layer by layer and head by head.
-3. Check the base's tensors, from the safetensors headers, against what the family expects.
-4. Where the base can be run, fit the added parameters to it (linearize/conversion/calibrate.py).
-5. Write beside the target: base weights linked or copied, new parameters in a file of their own, index, config,
-   tokenizer and licence files, the portable modelling file, the model card.
-6. Verify in a fresh process.
-7. Rename into place.
+1. Open the source and refuse a model that cannot be converted.
+2. Begin a hidden folder beside the target. The base's weights are linked or copied into it in the background.
+3. Plan every layer and head, and check the base's tensors against its family (linearize/conversion/inspection.py).
+4. Calibrate the added parameters, if the base can be run (linearize/conversion/calibrate.py).
+5. Build the student without weights and count its linear heads; they must be those of the plan.
+6. Write config, added parameters, weight index, tokenizer and licence files, portable modelling file, model card and
+   manifest.
+7. Verify the folder in a fresh process (linearize/conversion/verify.py).
+8. Rename the folder to the target.
 
-Only steps 2 (heads chosen by score) and 4 read weights (and a GGUF file must be dequantised), so memory does not grow with the model.
+Memory does not grow with the model, with three exceptions: step 3 if heads are chosen by score, step 4, and a GGUF
+file, which is dequantised.
 """
 
 import json
@@ -26,18 +28,24 @@ from linearize.checkpoint.manifest import MANIFEST_VERSION, Manifest
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.open import open_source
 from linearize.checkpoint.outputs import default_output
+from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import Student
-from linearize.checkpoint.weights import INDEX, SINGLE, read_weights
+from linearize.checkpoint.weights import INDEX, SINGLE, Weights, read_weights
 from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json, write_text
 from linearize.conversion.inspection import Inspection, inspect_source
 from linearize.device import versions
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
+from linearize.plan import PREFIX
+from linearize.report.card import conversion_card
 from linearize.settings.config import ConversionConfig
 from linearize.settings.loading import load_config
 
 if TYPE_CHECKING:
     from linearize.conversion.calibrate import Calibration
+
+# receives one line of text at a time
+Progress = Callable[[str], None]
 
 
 def convert(
@@ -52,21 +60,19 @@ def convert(
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
     text_model: bool = False,
-    progress: Callable[[str], None] = print,
+    progress: Progress = print,
 ) -> Student:
     """Convert a pretrained model into a linear-time one, and write it as a checkpoint that transformers loads.
 
     Args:
         model: hub id, folder of safetensors, or .gguf file of the base model.
-        config: name of a packaged config (`linearize list configs`), a YAML file, or a `ConversionConfig`; None takes
-            the defaults.
+        config: name of a packaged config (`linearize list configs`), YAML file, or `ConversionConfig`; None: defaults.
         out: folder to write; by default linearized/NAME-converted under the current folder.
         revision: branch, tag or commit of a hub model.
-        link: placement of the base's weight files: "hard" insists on hard links, "copy" makes bytes of its own, "auto" takes
-            the cheapest way the file system has.
+        link: "hard" links the base's weight files, "copy" copies them, "auto" takes the cheapest way that works.
         verify: check the result in a fresh process before it appears at `out`.
-        overwrite: replace a checkpoint that stands at `out`.
-        trust_remote_code: accept, without a message, a model that brings code of its own. The code is never run.
+        overwrite: replace a checkpoint at `out`.
+        trust_remote_code: accept a model with code of its own without a message. The code is never run.
         merge_adapter: `model` is a PEFT adapter; merge it into its base model first.
         text_model: convert the text model inside a model for images or sound.
         progress: receives one line of text at a time.
@@ -85,55 +91,63 @@ def convert(
         'converted'
     """
     settings = config if isinstance(config, ConversionConfig) else load_config(None if config is None else str(config))
-    model, out = str(model), None if out is None else Path(out)
-    if out is not None:
-        check_target(out, overwrite=overwrite)
+    target = None if out is None else Path(out)
+    if target is not None:
+        check_target(target, overwrite=overwrite)
     with open_source(
-        model, revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter, text_model=text_model
+        str(model), revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter, text_model=text_model
     ) as source:
-        if source.kind == "gguf":
-            progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
-        if source.read_config().get("auto_map") and not trust_remote_code:
-            progress(f"{source.name} brings modelling code of its own, which is not run (--trust-remote-code)")
-        base_config(source)
-        weights = read_weights(source.folder)
-        out = out or default_output(source.name, "converted")
-        check_target(out, overwrite=overwrite)
+        weights = _check_source(source, settings, trust_remote_code, progress)
+        target = target or default_output(source.name, "converted")
+        check_target(target, overwrite=overwrite)
         if link == "copy":
-            check_space(out.parent, weights.nbytes)
+            check_space(target.parent, weights.nbytes)
         with (
-            atomic_folder(out, overwrite=overwrite) as folder,
-            # the bytes flow while torch and transformers are being imported
-            placing({weights.folder / name: folder / name for name in weights.files}, link) as placed,
+            atomic_folder(target, overwrite=overwrite) as folder,
+            # in the background, while torch and transformers are imported
+            placing({weights.folder / name: folder / name for name in weights.files}, link) as wait_for_weights,
         ):
             inspection = inspect_source(source, settings, weights, progress, converting=True)
-            if experimental := find_family(inspection.plan.base_model_type).experimental:
-                progress(f"{source.name}: {inspection.plan.base_model_type} is experimental: {experimental}")
-            coverage = inspection.coverage()
-            if coverage["heads_planned"] == 0 and settings.keep_softmax != "all":
-                raise CoverageError(
-                    "nothing to convert: the plan leaves every head as it is"
-                    + (
-                        "; every layer has a sliding window of its own, --layers all converts them"
-                        if all(layer.native for layer in inspection.plan.layers)
-                        else ""
-                    )
-                )
-            progress(
-                f"{source.name}: {coverage['layers_planned']} of {coverage['layers']} layers, "
-                f"{coverage['heads_planned']} of {coverage['heads']} key/value heads become linear"
-            )
-            manifest = write_checkpoint(folder, inspection, placed, _calibration(inspection, progress))
+            _check_plan(inspection, progress)
+            calibration = _calibrate(inspection, progress)
+            manifest = _write_checkpoint(folder, inspection, calibration, wait_for_weights)
             if verify:
-                progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
-                verification = run_verification(folder, source.folder)
-                manifest = Manifest.from_document({**manifest.to_dict(), "verification": verification})
-            write_json(folder / MANIFEST, manifest.to_dict())
-    return Student(out.resolve(), manifest)
+                manifest = _verify(folder, source, manifest, progress)
+    return Student(target.resolve(), manifest)
 
 
-def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Calibration | None":
-    """Step 4; None where the settings or the machine say no."""
+def _check_source(source: Source, settings: ConversionConfig, trust_remote_code: bool, progress: Progress) -> Weights:
+    """Step 1: refuse a model that cannot be converted, and return the base's tensors."""
+    if source.kind == "gguf":
+        progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
+    if source.read_config().get("auto_map") and not trust_remote_code:
+        progress(f"{source.name} brings modelling code of its own, which is not run (--trust-remote-code)")
+    base_config(source)
+    return read_weights(source.folder)
+
+
+def _check_plan(inspection: Inspection, progress: Progress) -> None:
+    """Step 3: refuse a plan without linear heads, unless `keep_softmax` asks for that, and report the others."""
+    name, coverage, plan = inspection.source.name, inspection.coverage(), inspection.plan
+    if experimental := find_family(plan.base_model_type).experimental:
+        progress(f"{name}: {plan.base_model_type} is experimental: {experimental}")
+    if coverage["heads_planned"] == 0 and inspection.settings.keep_softmax != "all":
+        advice = ""
+        if all(layer.native for layer in plan.layers):
+            advice = "; every layer has a sliding window of its own, --layers all converts them"
+        raise CoverageError(f"nothing to convert: the plan leaves every head as it is{advice}")
+    progress(
+        f"{name}: {coverage['layers_planned']} of {coverage['layers']} layers, "
+        f"{coverage['heads_planned']} of {coverage['heads']} key/value heads become linear"
+    )
+
+
+def _calibrate(inspection: Inspection, progress: Progress) -> "Calibration | None":
+    """Step 4: calibrate the added parameters; None if the settings, the machine or the text do not allow it.
+
+    Raises:
+        ConfigError: the settings insist on a calibration that the text does not allow.
+    """
     settings = inspection.settings.calibration
     if not inspection.calibrates:
         if inspection.added and settings.when == "auto":
@@ -145,47 +159,88 @@ def _calibration(inspection: Inspection, progress: Callable[[str], None]) -> "Ca
     from linearize.data.text_rows import text_rows
 
     rows = text_rows(inspection.source, inspection.plan.longest_window(), settings.text, settings.rows)
-    if rows is None and settings.when == "auto":
+    if rows is not None:
+        return calibrate(inspection.source, inspection.plan, rows, settings.text, progress)
+    if settings.when == "auto":
         progress(
             "not calibrated: there is no tokenizer, or rows of text in the model's positions do not leave the window"
         )
         return None
-    if rows is None:
-        raise ConfigError(
-            "calibration: rows of text in the model's positions do not leave the window; use a smaller --window"
+    raise ConfigError(
+        "calibration: rows of text in the model's positions do not leave the window; use a smaller --window"
+    )
+
+
+def _converted_coverage(inspection: Inspection) -> dict[str, int]:
+    """Step 5: build the student without weights and count what became linear.
+
+    Raises:
+        CoverageError: the heads or the tensors are not those of the plan.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from linearize.modeling.factory import linearized_classes
+
+    classes = linearized_classes(find_family(inspection.plan.base_model_type))
+    config = {**inspection.config, "linearize": inspection.plan.to_dict()}
+    config.pop("model_type")
+    with torch.device("meta"):
+        student = classes.causal_lm(classes.config.from_dict(config))
+    linear_heads = [len(attention.linear_heads) for _, attention in student.linear_attentions()]
+    converted = {
+        "layers_converted": sum(1 for heads in linear_heads if heads),
+        "heads_converted": sum(linear_heads),
+    }
+    planned = inspection.coverage()
+    if (planned["layers_planned"], planned["heads_planned"]) != tuple(converted.values()):
+        raise CoverageError(
+            f"planned {planned['layers_planned']} layers and {planned['heads_planned']} heads, converted "
+            f"{converted['layers_converted']} and {converted['heads_converted']}"
         )
-    return calibrate(inspection.source, inspection.plan, rows, settings.text, progress)
+    names = set(revert_weight_conversion(student, student.state_dict()))
+    base_names, _ = expected_tensors(inspection.config, inspection.plan.base_model_type)
+    expected = set(base_names) | set(inspection.added)
+    if names != expected:
+        raise CoverageError(f"the student's tensors differ from base and additions, first '{min(names ^ expected)}'")
+    return {**planned, **converted}
 
 
-def write_checkpoint(
-    folder: Path, inspection: Inspection, placed: Callable[[], str], calibration: "Calibration | None" = None
+def _write_checkpoint(
+    folder: Path,
+    inspection: Inspection,
+    calibration: "Calibration | None",
+    wait_for_weights: Callable[[], str],
 ) -> Manifest:
-    """Step 5, the base's shards being on their way. Returns the content of linearize.json."""
-    from linearize.modeling.export import write_portable
-    from linearize.report.card import conversion_card
+    """Steps 5 and 6: write everything but the base's weights, and return the manifest.
 
-    converted = _assert_coverage(inspection)
+    Args:
+        wait_for_weights: waits until the base's weights are in the folder, and returns how they got there.
+    """
+    from linearize.modeling.export import write_portable
+
+    coverage = _converted_coverage(inspection)
     copy_assets(inspection.source.folder, folder)
-    config = student_config(inspection)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", _student_config(inspection))
     write_portable(folder, inspection.plan)
-    how = placed()
-    shard_names = _complete_weights(folder, inspection, calibration)
+    placed = wait_for_weights()
+    weight_files = _complete_weights(folder, inspection, calibration)
+    plan = inspection.plan.to_dict()
     document = {
         "format_version": MANIFEST_VERSION,
         "kind": "converted",
         "base": inspection.source.describe(),
         "settings": inspection.settings.model_dump(),
-        "plan": inspection.plan.to_dict(),
-        "plan_fingerprint": fingerprint_of(inspection.plan.to_dict()),
-        "coverage": {**inspection.coverage(), **converted},
+        "plan": plan,
+        "plan_fingerprint": fingerprint_of(plan),
+        "coverage": coverage,
         "ignored_tensors": list(inspection.ignored),
         "parameters_added": inspection.added_parameters,
         "calibration": None if calibration is None else calibration.to_dict(),
         "state_bytes": inspection.state_bytes,
         "vocabulary": inspection.config["vocab_size"],
         "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
-        "weights": {"placed": how, "files": shard_names, "bytes": inspection.weights.nbytes},
+        "weights": {"placed": placed, "files": weight_files, "bytes": inspection.weights.nbytes},
         "sha256": {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()},
         "versions": versions(),
     }
@@ -195,14 +250,14 @@ def write_checkpoint(
     return manifest
 
 
-def student_config(inspection: Inspection) -> dict[str, Any]:
-    """The base's config.json, word for word, with the linearized architecture and the plan on top."""
+def _student_config(inspection: Inspection) -> dict[str, Any]:
+    """Return the student's config.json: the base's, with the linearized architecture and the plan on top."""
     from linearize.modeling.export import auto_map, class_names
 
     config = inspection.source.read_config()
     family = inspection.plan.base_model_type
     config.pop("auto_map", None)
-    config["model_type"] = f"linearized_{family}"
+    config["model_type"] = f"{PREFIX}{family}"
     config["architectures"] = [class_names(family)["causal_lm"]]
     config["auto_map"] = auto_map(family)
     config["linearize"] = inspection.plan.to_dict()
@@ -210,29 +265,31 @@ def student_config(inspection: Inspection) -> dict[str, Any]:
 
 
 def _complete_weights(folder: Path, inspection: Inspection, calibration: "Calibration | None") -> list[str]:
-    """Writes the added parameters and the index beside the base's shards; returns all weight files."""
+    """Write the added parameters and the index beside the base's weight files; return the names of all weight files."""
     weights = inspection.weights
-    names = dict.fromkeys(weights.files)
+    renamed = {name: name for name in weights.files}
     if weights.files == (SINGLE,) and inspection.added:
         # readers take a lone model.safetensors for the whole model, so beside a second file it needs a shard's name
-        names = {SINGLE: "model-00001-of-00002.safetensors"}
-        (folder / SINGLE).rename(folder / names[SINGLE])
-    weight_map = {name: names[info.file] or info.file for name, info in weights.tensors.items()}
-    files = [new or old for old, new in names.items()]
+        renamed[SINGLE] = "model-00001-of-00002.safetensors"
+        (folder / SINGLE).rename(folder / renamed[SINGLE])
+    weight_map = {name: renamed[info.file] for name, info in weights.tensors.items()}
+    files = list(renamed.values())
     if inspection.added:
         added_file = "model-00002-of-00002.safetensors" if len(files) == 1 else "model-mixer.safetensors"
         _write_added(folder / added_file, inspection, calibration)
-        weight_map.update(dict.fromkeys(inspection.added, added_file))
+        weight_map |= dict.fromkeys(inspection.added, added_file)
         files.append(added_file)
     if files != [SINGLE]:
-        total = sum(info.nbytes for info in weights.tensors.values()) + 4 * inspection.added_parameters
-        parameters = inspection.base_parameters + inspection.added_parameters
-        metadata = {"total_parameters": parameters, "total_size": total}
+        metadata = {
+            "total_parameters": inspection.base_parameters + inspection.added_parameters,
+            "total_size": sum(info.nbytes for info in weights.tensors.values()) + 4 * inspection.added_parameters,
+        }
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     return files
 
 
 def _write_added(path: Path, inspection: Inspection, calibration: "Calibration | None") -> None:
+    """Write the added parameters: as calibrated, or at their first values."""
     from safetensors.torch import save_file
 
     from linearize.modeling.added import added_tensors
@@ -244,46 +301,27 @@ def _write_added(path: Path, inspection: Inspection, calibration: "Calibration |
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _assert_coverage(inspection: Inspection) -> dict[str, int]:
-    """Builds the student without weights and counts what became linear; it must be exactly what was planned."""
-    import torch
-    from transformers.core_model_loading import revert_weight_conversion
-
-    from linearize.modeling.factory import linearized_classes
-
-    classes = linearized_classes(find_family(inspection.plan.base_model_type))
-    config = {**inspection.config, "linearize": inspection.plan.to_dict()}
-    config.pop("model_type")
-    with torch.device("meta"):
-        student = classes.causal_lm(classes.config.from_dict(config))
-    attentions = [module for _, module in student.linear_attentions()]
-    converted = {
-        "layers_converted": sum(1 for module in attentions if module.linear_heads),
-        "heads_converted": sum(len(module.linear_heads) for module in attentions),
-    }
-    planned = inspection.coverage()
-    if (planned["layers_planned"], planned["heads_planned"]) != tuple(converted.values()):
-        raise CoverageError(
-            f"planned {planned['layers_planned']} layers and {planned['heads_planned']} heads, converted "
-            f"{converted['layers_converted']} and {converted['heads_converted']}"
-        )
-    names = set(revert_weight_conversion(student, student.state_dict()))
-    base_names, _ = expected_tensors(inspection.config, inspection.plan.base_model_type)
-    if names != set(base_names) | set(inspection.added):
-        odd = sorted(names ^ (set(base_names) | set(inspection.added)))
-        raise CoverageError(f"the student's tensors differ from base and additions, first '{odd[0]}'")
-    return converted
+def _verify(folder: Path, source: Source, manifest: Manifest, progress: Progress) -> Manifest:
+    """Step 7: verify the written folder, and add the outcome to its manifest."""
+    progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
+    document = {**manifest.to_dict(), "verification": run_verification(folder, source.folder)}
+    write_json(folder / MANIFEST, document)
+    return Manifest.from_document(document)
 
 
 def run_verification(folder: Path, base: Path) -> dict[str, Any]:
-    """Step 6: `python -m linearize.conversion.verify` on the written folder; its JSON, or an error that says what differs."""
+    """Run `python -m linearize.conversion.verify` on a written folder and return its JSON.
+
+    Raises:
+        CheckpointError: the verification failed, or could not run.
+    """
     command = [sys.executable, "-m", "linearize.conversion.verify", str(folder), str(base)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        result = json.loads(run.stdout)
+        outcome = json.loads(run.stdout)
     except ValueError:
         tail = " | ".join(run.stderr.strip().splitlines()[-3:])
         raise CheckpointError(f"verification could not run (exit code {run.returncode}): {tail}") from None
-    if "failure" in result:
-        raise CheckpointError(f"verification failed: {result['failure']}")
-    return result
+    if "failure" in outcome:
+        raise CheckpointError(f"verification failed: {outcome['failure']}")
+    return outcome
