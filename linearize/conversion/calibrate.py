@@ -1,20 +1,22 @@
-"""Calibration: the first values of the added parameters, from the base model's own statistics. No gradients.
+"""Calibrate the added parameters: give them first values from the base model's own statistics, without gradients.
 
-1. Run the base model over rows of text and of random tokens copied from far back, every linear head observed beside the
+1. Run the base model over rows of text and of random tokens copied from far back. Observe every linear head beside the
    softmax attention that it replaces.
-2. In all rows but one of each kind, let the structure find its parameters (`Mixer.fit`).
-3. On those two, find for each query head the share of the recurrent branch that brings it nearest to softmax, none where
-   none helps, and give it half of that: a head starts no worse than window + sinks.
-4. Run the whole model over the row of text with all, a half, a quarter and a sixteenth of these shares, and take what is
-   nearest to the base: heads that each come nearer to softmax can together come further from it.
+2. Let each recurrent structure find its parameters in all rows but two (`Mixer.fit`).
+3. On these two, one of text and one of copies, find for each query head the share of the recurrent branch that brings
+   it nearest to softmax, or none if none helps. Give the head half of that share: it starts no worse than window + sinks.
+4. Run the whole model over the held-out row of text with all, a half, a quarter and a sixteenth of these shares, and
+   take what is nearest to the base. Heads that each come nearer to softmax can together move away from it.
 
-One layer's activations are held at a time. Rows lie at different positions, so that what follows rotary is seen all over
-the model's positions.
+One layer's activations are in memory at a time. Rows start at different positions, so that whatever reads keys after
+rotary meets positions from the model's whole range.
+
+Shapes: B rows, T tokens, H query heads, K head dim.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,29 +37,34 @@ from linearize.ops.dispatch import without_kernels
 from linearize.plan import Plan
 from linearize.training.losses import chunked_kl
 
-# rows that nothing but the mix is fitted on: one of text, one of copying
-HELD = 2
+# rows that only the mix is fitted on: one of text, then one of copies
+HELD_OUT = 2
+# far from any seed that an evaluation is likely to use
 SEED = 777_002
-# every head's past at half of what serves it best alone: together they blur what is copied from far back (SmolLM2-135M: recall
-# at 1,024 tokens .89 of the base's undamped, .95 damped; perplexity at 2,048 no worse)
+# every head gets half of the share that serves it best alone: undamped shares together blur copies from far back
+# (SmolLM2-135M: recall at 1,024 tokens .89 of the base's undamped, .95 damped; perplexity at 2,048 no worse)
 DAMPING = math.log(2)
-# what is tried of the shares fitted head by head, in all heads at once
+# parts of the shares that are tried in all heads at once
 PARTS = (1.0, 0.5, 0.25, 0.0625)
+# tokens whose logits over the vocabulary are in memory at once
 KL_CHUNK = 256
-# settings that say what `LinearHeads.fit_mix` would find
+# settings that fix what `LinearHeads.fit_mix` would find
 FITTED_OPTIONS = {"log_mass", "branch_scale", "window_weight", "recurrent_weight"}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted.
+    """The outcome of a calibration.
 
     Attributes:
         tensors: the added parameters by their names in the checkpoint.
         errors: layer -> mean square error beyond the window relative to the base's attention, of window + sinks and as
             fitted.
-        part: of the shares fitted head by head that the branches got, None where nothing was fitted.
-        divergence: KL from the base beyond the window on one row of text, in nats a token: of window + sinks and as fitted.
+        rows, tokens: number of rows, and tokens in each.
+        text: name of the dataset.
+        part: part of the fitted shares that the branches got; None if no share was fitted.
+        divergence: KL from the base beyond the window on one row of text, in nats a token, of window + sinks and as
+            fitted; None if no share was fitted.
     """
 
     tensors: dict[str, Tensor]
@@ -69,7 +76,7 @@ class Calibration:
     divergence: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What linearize.json says."""
+        """Return the record for linearize.json."""
         return {
             "text": self.text,
             "rows": self.rows,
@@ -83,96 +90,144 @@ class Calibration:
 @without_kernels()
 @torch.no_grad()
 def calibrate(
-    source: Source, plan: Plan, ids: Tensor, name: str, progress: Callable[[str], None] = lambda text: None
+    source: Source, plan: Plan, ids: Tensor, text: str, progress: Callable[[str], None] = lambda message: None
 ) -> Calibration:
-    """Fits the parameters that a conversion adds.
+    """Fit the parameters that a conversion adds.
 
     Args:
-        ids: token ids [rows, T], at least two rows, longer than every window. name: where they come from.
+        ids: token ids [rows, T] of text, at least two rows, longer than every window.
+        text: name of the dataset that the ids come from.
+
+    Raises:
+        CheckpointError: the base computes values that are not finite.
     """
     device = pick_device()
     model = load_unconverted(source, plan, dtype=compute_dtype("auto")).to(device)
-    copies = _copied_rows(2, ids.shape[1], model.config)
-    ids = torch.cat([ids[:-1], copies[:1], ids[-1:], copies[1:]]).to(device)
-    rows, length = ids.shape
-    spread = (model.config.max_position_embeddings - length) // max(1, rows - 1)
-    positions = torch.arange(length)[None] + spread * torch.arange(rows)[:, None]
-    errors: dict[int, tuple[float, float]] = {}
-
-    def fit(seen: Observation) -> None:
-        branch = seen.branch
-        if not isinstance(branch, LinearHeads):
-            return  # window and sinks alone
-        if not all(x.isfinite().all() for x in (seen.q, seen.k, seen.target)):
-            raise CheckpointError(
-                f"{source.name}: layer {seen.layer} computes values that are not finite; its weights, or those before it, are "
-                "damaged"
-            )
-        branch.structure.fit(
-            *(x[:-HELD, branch.sinks :].flatten(0, 1) for x in (seen.q, seen.q_rotary, seen.k)), seen.scores.scale
-        )
-        inputs = branch.recurrent_inputs(seen.k, seen.hidden_states).map(lambda x: x[-HELD:])
-        context = context_of(seen.k_rotary[-HELD:], seen.v[-HELD:], inputs, sinks=branch.sinks)
-        if FITTED_OPTIONS & plan.layers[seen.layer].mix_options.keys():
-            return  # somebody decided
-        held = (x[-HELD:] for x in (seen.q, seen.q_rotary))
-        before, after = branch.fit_mix(*held, context, seen.target[-HELD:], seen.scores, damping=DAMPING)
-        errors[seen.layer] = (before.mean().item(), after.mean().item())
-        progress(
-            f"calibrating layer {seen.layer + 1} of {len(plan.layers)}: error {errors[seen.layer][0]:.4f} with window + sinks, "
-            f"{errors[seen.layer][1]:.4f} fitted"
-        )
-
-    with model.observed(fit):
-        model.base_model(input_ids=ids, position_ids=positions.to(device), use_cache=False)
+    rows = _with_copies(ids, model.config).to(device)
+    fitter = _LayerFitter(source.name, plan, progress)
+    with model.observed(fitter.fit):
+        model.base_model(input_ids=rows, position_ids=_spread_positions(rows, model.config), use_cache=False)
+    attentions = [attention for _, attention in model.linear_attentions()]
+    scalable = [
+        attention.mixer for attention in attentions if attention.layer_idx in fitter.errors and attention.mixer.scalable
+    ]
     part = divergence = None
-    fitted = [mixer for layer, mixer in _branches(model) if layer in errors and mixer.scalable]
-    if fitted:
-        part, *divergence = _choose_part(model, fitted, ids[-HELD][None], max(mixer.window for mixer in fitted))
+    if scalable:
+        start = max(heads.window for heads in scalable)
+        part, window_alone, fitted = choose_part(model, scalable, rows[-HELD_OUT][None], start)
+        divergence = (window_alone, fitted)
         progress(
-            f"calibrated: {part:g} of the shares fitted; KL from the base {divergence[1]:.4f} on text, {divergence[0]:.4f} with "
-            "window + sinks"
+            f"calibrated: {part:g} of the shares fitted; KL from the base {fitted:.4f} on text, {window_alone:.4f} "
+            "with window + sinks"
         )
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if ADDED in name}
-    return Calibration(tensors, errors, rows, length, name, part, divergence)
+    return Calibration(tensors, fitter.errors, len(rows), rows.shape[1], text, part, divergence)
 
 
-def _branches(model: PreTrainedModel) -> list[tuple[int, LinearHeads]]:
-    attentions = [attention for _, attention in model.linear_attentions()]
-    return [(a.layer_idx, a.mixer) for a in attentions if isinstance(a.mixer, LinearHeads)]
+@dataclass
+class _LayerFitter:
+    """Fit one layer after another while the base model runs over the rows.
+
+    Attributes:
+        errors: filled by `fit`; see `Calibration.errors`.
+    """
+
+    source_name: str
+    plan: Plan
+    progress: Callable[[str], None]
+    errors: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def fit(self, observation: Observation) -> None:
+        """Fit structure and mix of one layer (steps 2 and 3)."""
+        layer, heads = observation.layer, observation.branch
+        if not isinstance(heads, LinearHeads):
+            return  # window and sinks alone have nothing to fit
+        self._require_finite(observation)
+        fitting_rows = (
+            x[:-HELD_OUT, heads.sinks :].flatten(0, 1) for x in (observation.q, observation.q_rotary, observation.k)
+        )
+        heads.structure.fit(*fitting_rows, observation.scores.scale)
+        if FITTED_OPTIONS & self.plan.layers[layer].mix_options.keys():
+            return  # the user's settings fix the mix
+        inputs = heads.recurrent_inputs(observation.k, observation.hidden_states).map(lambda x: x[-HELD_OUT:])
+        context = context_of(observation.k_rotary[-HELD_OUT:], observation.v[-HELD_OUT:], inputs, sinks=heads.sinks)
+        window_alone, fitted = heads.fit_mix(
+            observation.q[-HELD_OUT:],
+            observation.q_rotary[-HELD_OUT:],
+            context,
+            observation.target[-HELD_OUT:],
+            observation.scores,
+            damping=DAMPING,
+        )
+        self.errors[layer] = (window_alone.mean().item(), fitted.mean().item())
+        self.progress(
+            f"calibrating layer {layer + 1} of {len(self.plan.layers)}: error {self.errors[layer][0]:.4f} with window + "
+            f"sinks, {self.errors[layer][1]:.4f} fitted"
+        )
+
+    def _require_finite(self, observation: Observation) -> None:
+        if not all(x.isfinite().all() for x in (observation.q, observation.k, observation.target)):
+            raise CheckpointError(
+                f"{self.source_name}: layer {observation.layer} computes values that are not finite; its weights, or "
+                "those before it, are damaged"
+            )
 
 
-def _choose_part(
+def choose_part(
     model: PreTrainedModel, branches: list[LinearHeads], ids: Tensor, start: int
 ) -> tuple[float, float, float]:
-    """Leaves the branches with the part of their shares that brings the model nearest to its base on a row of text [1, T],
-    from token `start` on; returns it, and the divergence of window + sinks and of what was chosen."""
+    """Scale the branches' shares by the one of PARTS that brings the whole model nearest to its base (step 4).
 
-    def hidden() -> Tensor:
+    Args:
+        branches: linear heads whose mix can be scaled by one factor.
+        ids: a row of text [1, T].
+        start: first token that counts.
+
+    Returns:
+        The part, and the divergence from the base of window + sinks and of that part, in nats a token.
+    """
+    head = readout_of(model)
+    counted = ids.shape[1] - start
+    weights = torch.full((counted,), 1 / counted, device=ids.device)
+
+    def hidden_states() -> Tensor:
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, start:]
 
-    def divergence() -> float:
-        return chunked_kl(hidden(), wanted, head, head, weights, KL_CHUNK).item()
-
-    head = readout_of(model)
-    weights = torch.full((ids.shape[1] - start,), 1 / (ids.shape[1] - start), device=ids.device)
     with model.softmax_attention():
-        wanted = hidden()
+        base_hidden = hidden_states()
+
+    def divergence() -> float:
+        return chunked_kl(hidden_states(), base_hidden, head, head, weights, KL_CHUNK).item()
+
     with model.recurrent_branch_off():
-        alone = divergence()
-    found, now = {}, 1.0
+        window_alone = divergence()
+    divergences: dict[float, float] = {}
+    present = 1.0
     for part in PARTS:
         for branch in branches:
-            branch.scale(part / now)
-        found[part], now = divergence(), part
-    best = min(found, key=found.get)
+            branch.scale(part / present)
+        divergences[part], present = divergence(), part
+    best = min(divergences, key=divergences.__getitem__)
     for branch in branches:
-        branch.scale(best / now)
-    return best, alone, found[best]
+        branch.scale(best / present)
+    return best, window_alone, divergences[best]
 
 
-def _copied_rows(rows: int, length: int, config: PretrainedConfig) -> Tensor:
-    """Rows of random tokens [rows, length] that end with a copy of what they start with, as in evaluation/recall.py."""
+def _with_copies(ids: Tensor, config: PretrainedConfig) -> Tensor:
+    """Add two rows of random tokens that end with a copy of their start; the last two rows are held out.
+
+    Returns:
+        Rows [rows + 2, T] in the order: text, copies, held-out text, held-out copies.
+    """
+    length = ids.shape[1]
     span = min(SPAN, length // 2)
-    task = recall_task(length - span, rows, config.vocab_size, None, SEED)
-    return task.ids[:, :length]
+    copies = recall_task(length - span, 2, config.vocab_size, None, SEED).ids[:, :length]
+    return torch.cat([ids[:-1], copies[:1], ids[-1:], copies[1:]])
+
+
+def _spread_positions(rows: Tensor, config: PretrainedConfig) -> Tensor:
+    """Return position ids [rows, T] that spread the rows over all positions of the model."""
+    count, length = rows.shape
+    distance = (config.max_position_embeddings - length) // max(1, count - 1)
+    positions = torch.arange(length)[None] + distance * torch.arange(count)[:, None]
+    return positions.to(rows.device)

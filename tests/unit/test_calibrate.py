@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import student_of, tiny_base
 
-from linearize.conversion.calibrate import PARTS, _choose_part
+from linearize.conversion.calibrate import PARTS, choose_part
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.cache import context_of
 from linearize.ops.window import Scores
@@ -106,7 +106,7 @@ def test_the_whole_model_has_the_last_word(mixer, options):
         branch.load_state_dict(state)
     with student.recurrent_branch_off():
         window = divergence()
-    part, alone, chosen = _choose_part(student, branches, ids, 8)
+    part, alone, chosen = choose_part(student, branches, ids, 8)
     assert part == min(found, key=found.get) and chosen == pytest.approx(found[part], rel=1e-3)
     assert alone == pytest.approx(window, rel=1e-3) and divergence() == pytest.approx(chosen, rel=1e-3)
 

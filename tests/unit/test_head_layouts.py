@@ -2,7 +2,6 @@
 
 import pytest
 
-from linearize.conversion import scoring
 from linearize.conversion.keep_softmax import scored_share, softmax_heads, spread_evenly, top_heads
 from linearize.errors import ConfigError
 from linearize.evaluation.weights import spread_softmax_heads
@@ -63,8 +62,8 @@ def test_top_heads():
         with pytest.raises(ConfigError, match=f"{spec.partition(':')[0]}:SHARE"):
             softmax_heads(spec, 2, 3, lambda by: scores)
     with pytest.raises(ConfigError, match="no recall can be scored"):
-        scoring.recall_probes((20, 60), 2, window=100, positions=512, vocabulary=300, start_token=0)
+        recall_probes((20, 60), 2, window=100, positions=512, vocabulary=300, start_token=0)
 
 
 def test_combined_scores_are_shares_of_their_totals():
-    assert scoring.combined([[3.0, 1.0], [-5.0, 0.0]], [[0.0, 0.0], [0.0, 0.02]]) == [[0.75, 0.25], [0.0, 1.0]]
+    assert combined([[3.0, 1.0], [-5.0, 0.0]], [[0.0, 0.0], [0.0, 0.02]]) == [[0.75, 0.25], [0.0, 1.0]]
