@@ -121,6 +121,7 @@ class FinetuneRecord(Section):
 
 
 def _read_plan(document: Any) -> Plan:
+    """Read the plan, with errors as pydantic expects them."""
     try:
         return Plan.from_dict(document)
     except (KeyError, TypeError) as error:
@@ -128,7 +129,7 @@ def _read_plan(document: Any) -> Plan:
 
 
 class Manifest(Section):
-    """The content of linearize.json, checked once when it is read or made.
+    """The content of linearize.json, checked once, when it is read or written.
 
     Attributes:
         kind: "converted"; "finetuned", with the trained weights merged in; or "adapter", a LoRA adapter alone.
@@ -159,6 +160,7 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _has_training_record(self) -> Self:
+        """Require the record of the training that made a finetuned checkpoint or an adapter."""
         if self.kind != "converted" and self.finetune is None:
             raise ValueError(f"'finetune' is missing, though 'kind' is {self.kind}")
         return self

@@ -87,6 +87,7 @@ def open_source(
 
 @contextlib.contextmanager
 def _temporary_folder(purpose: str) -> Iterator[Path]:
+    """Yield a folder that is removed afterwards; its name tells its purpose to whoever sees it on the disk."""
     with tempfile.TemporaryDirectory(prefix=f"linearize-{purpose}-") as folder:
         yield Path(folder)
 

@@ -80,6 +80,7 @@ class Student:
         return Path(self._training().parent)
 
     def _training(self) -> FinetuneRecord:
+        """Return the record of the training, which `Manifest` requires of all kinds but "converted"."""
         assert self.manifest.finetune is not None, "only a trained checkpoint has a parent"
         return self.manifest.finetune
 

@@ -234,6 +234,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

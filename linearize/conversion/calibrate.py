@@ -4,7 +4,8 @@
    softmax attention that it replaces.
 2. Let each recurrent structure find its parameters in all rows but two (`Mixer.fit`).
 3. On these two, one of text and one of copies, find for each query head the share of the recurrent branch that brings
-   it nearest to softmax, or none if none helps. Give the head half of that share: it starts no worse than window + sinks.
+   it nearest to softmax, or none if none helps. Give the head half of that share. It starts no worse than window +
+   sinks.
 4. Run the whole model over the held-out row of text with all, a half, a quarter and a sixteenth of these shares, and
    take what is nearest to the base. Heads that each come nearer to softmax can together move away from it.
 
@@ -161,11 +162,12 @@ class _LayerFitter:
         )
         self.errors[layer] = (window_alone.mean().item(), fitted.mean().item())
         self.progress(
-            f"calibrating layer {layer + 1} of {len(self.plan.layers)}: error {self.errors[layer][0]:.4f} with window + "
-            f"sinks, {self.errors[layer][1]:.4f} fitted"
+            f"calibrating layer {layer + 1} of {len(self.plan.layers)}: error {self.errors[layer][0]:.4f} with window "
+            f"+ sinks, {self.errors[layer][1]:.4f} fitted"
         )
 
     def _require_finite(self, observation: Observation) -> None:
+        """Refuse a base whose values are not finite, naming the layer."""
         if not all(x.isfinite().all() for x in (observation.q, observation.k, observation.target)):
             raise CheckpointError(
                 f"{self.source_name}: layer {observation.layer} computes values that are not finite; its weights, or "

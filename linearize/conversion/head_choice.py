@@ -122,6 +122,7 @@ def _cache_key(request: ScoreRequest) -> dict[str, Any]:
 
 
 def _compute_scores(request: ScoreRequest) -> HeadScores:
+    """Load the base and run it over the probes."""
     from linearize.conversion.scoring import combined, eliminate, head_scores
     from linearize.device import compute_dtype, pick_device
     from linearize.modeling.loading import load_base

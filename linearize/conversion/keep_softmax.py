@@ -133,6 +133,7 @@ def top_heads(scores: HeadScores, share: float) -> HeadsByLayer:
 
 
 def _number(text: str, spec: str) -> int:
+    """Read a whole number of the form `spec`, which the error names."""
     if not text.strip().isdecimal():
         raise ConfigError(f"keep_softmax: got '{spec}', allowed are {ALLOWED}")
     return int(text)

@@ -110,6 +110,8 @@ class _Fact:
 
 
 def _draw_fact(encode: Callable[[str], list[int]], generator: torch.Generator) -> _Fact:
+    """Make up a fact; the generator decides thing, owner and number, in this order."""
+
     def pick(options: Sequence[Any]) -> Any:
         return options[int(torch.randint(len(options), (1,), generator=generator))]
 

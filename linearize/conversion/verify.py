@@ -156,6 +156,7 @@ def _attentions(model: PreTrainedModel) -> "Iterable[tuple[str, LinearizedAttent
 
 
 def _is_large(folder: Path) -> bool:
+    """Return True if a checkpoint's model is to be streamed from disk."""
     return read_weights(folder).nbytes > STREAM_ABOVE
 
 
