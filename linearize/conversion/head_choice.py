@@ -6,25 +6,23 @@ takes the heads that score best.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from linearize.checkpoint.fingerprint import tokenizer_fingerprint
 from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
-from linearize.checkpoint.weights import Weights
 from linearize.conversion.keep_softmax import HeadScores, scored_share, share_count
-from linearize.device import can_run_base
+from linearize.conversion.probes import TEXT_BEFORE_FACTS, Probe, facts_probe, recall_probes, text_probe
+from linearize.conversion.scoring import answers, combined, eliminate, head_scores
+from linearize.data.documents import data_fingerprint
+from linearize.data.text_rows import text_rows
+from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
+from linearize.modeling.loading import load_base
 from linearize.settings.config import ConversionConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from linearize.conversion.probes import Probe
-
-# the form of `keep_softmax` that stands for AUTO_FORM if the base can be run, and for "none" otherwise
-AUTO, AUTO_FORM = "auto", "recall:12.5%"
 
 
 @dataclass(frozen=True)
@@ -62,40 +60,8 @@ class ScoreRequest:
         return replace(self, settings=self.settings.model_copy(update={"scoring": scoring}))
 
 
-def resolve_auto(
-    source: Source,
-    config: dict[str, Any],
-    settings: ConversionConfig,
-    weights: Weights,
-    progress: Callable[[str], None],
-    converting: bool,
-) -> ConversionConfig:
-    """Return the settings with `keep_softmax: auto` replaced: by recall if the base can be run, else by none.
-
-    Args:
-        converting: False for a plan, which does not run the base for `auto`; it only tells that `convert` would.
-    """
-    if settings.keep_softmax != AUTO:
-        return settings
-    from linearize.conversion.probes import fitting_distances
-
-    usable = fitting_distances(tuple(settings.scoring.distances), settings.window, config["max_position_embeddings"])
-    form = AUTO_FORM if usable and can_run_base(weights.nbytes) else "none"
-    if form != "none" and not converting:
-        progress(
-            f"{source.name}: convert keeps softmax in {form} of the heads (--keep-softmax {form} shows which); here: "
-            "none"
-        )
-        form = "none"
-    elif form == "none":
-        progress(f"{source.name}: no head keeps softmax, since the base cannot be scored here (--keep-softmax chooses)")
-    return settings.model_copy(update={"keep_softmax": form})
-
-
 def base_head_scores(request: ScoreRequest) -> HeadScores:
     """Run the base and return its heads' scores. They are cached on disk for the next conversion of this base."""
-    from linearize.conversion.scoring import combined
-
     if not request.layers:  # no choice to make; a plan that converts nothing is refused later, where heads are counted
         return [[0.0] * request.config["num_key_value_heads"]] * request.config["num_hidden_layers"]
     if request.by == "both" and request.settings.scoring.method != "elimination":
@@ -105,9 +71,6 @@ def base_head_scores(request: ScoreRequest) -> HeadScores:
 
 def _cache_key(request: ScoreRequest) -> dict[str, Any]:
     """Return everything that decides the scores."""
-    from linearize.data.documents import data_fingerprint
-    from linearize.device import compute_dtype
-
     scoring = request.settings.scoring
     key = {
         "base": request.source.fingerprint(),
@@ -123,10 +86,6 @@ def _cache_key(request: ScoreRequest) -> dict[str, Any]:
 
 def _compute_scores(request: ScoreRequest) -> HeadScores:
     """Load the base and run it over the probes."""
-    from linearize.conversion.scoring import combined, eliminate, head_scores
-    from linearize.device import compute_dtype, pick_device
-    from linearize.modeling.loading import load_base
-
     method, progress, layers = request.settings.scoring.method, request.progress, request.layers
     # elimination starts from the gradient's scores
     first = base_head_scores(request.with_method("gradient")) if method == "elimination" else []
@@ -134,9 +93,7 @@ def _compute_scores(request: ScoreRequest) -> HeadScores:
     model = load_base(request.source, dtype=compute_dtype("auto")).to(pick_device())
     groups = _probe_groups(request, model)
     if method == "elimination":
-        return eliminate(
-            model, groups, first, request.count, layers=layers, progress=progress, **request.reach
-        )  # fmt: skip
+        return eliminate(model, groups, first, request.count, layers=layers, progress=progress, **request.reach)
     scores = [
         head_scores(model, probes, method=method, layers=layers, progress=progress, **request.reach)
         for probes in groups
@@ -144,7 +101,7 @@ def _compute_scores(request: ScoreRequest) -> HeadScores:
     return combined(*scores) if len(scores) > 1 else scores[0]
 
 
-def _probe_groups(request: ScoreRequest, model: "PreTrainedModel") -> "list[list[Probe]]":
+def _probe_groups(request: ScoreRequest, model: PreTrainedModel) -> list[list[Probe]]:
     """Build the probes: for recall copies, and facts if the base answers them; for text long text; for both all three.
 
     Returns:
@@ -153,10 +110,6 @@ def _probe_groups(request: ScoreRequest, model: "PreTrainedModel") -> "list[list
     Raises:
         ConfigError: there is no text to score, or no distance fits the model.
     """
-    from linearize.conversion.probes import recall_probes, text_probe
-    from linearize.conversion.scoring import answers
-    from linearize.data.text_rows import text_rows
-
     source, config, settings = request.source, request.config, request.settings
     scoring, groups = settings.scoring, []
     if request.by != "text":
@@ -184,15 +137,12 @@ def _probe_groups(request: ScoreRequest, model: "PreTrainedModel") -> "list[list
     return groups
 
 
-def _facts(request: ScoreRequest) -> "Probe | None":
+def _facts(request: ScoreRequest) -> Probe | None:
     """Build the probe of facts at the longest distance that fits.
 
     Returns:
         None without a tokenizer, or if the text or the model's positions are too short.
     """
-    from linearize.conversion.probes import TEXT_BEFORE_FACTS, facts_probe
-    from linearize.data.text_rows import text_rows
-
     scoring, window = request.settings.scoring, request.settings.window
     room = 2 * TEXT_BEFORE_FACTS
     positions = request.config["max_position_embeddings"]

@@ -9,8 +9,7 @@ from typing import Any
 from linearize.checkpoint.base import base_config, check_tensors, full_config, weights_of_config
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import BITS, FLOATING, Weights, has_weights, read_weights
-from linearize.conversion.head_choice import ScoreRequest, base_head_scores, resolve_auto
-from linearize.conversion.keep_softmax import HeadScores, softmax_heads
+from linearize.conversion.keep_softmax import HeadScores, resolve_auto, softmax_heads
 from linearize.device import can_run_base
 from linearize.errors import ConfigError
 from linearize.families.registry import find_family
@@ -161,6 +160,8 @@ def inspect_source(
     scores: HeadScores = []
 
     def score(by: str) -> HeadScores:
+        from linearize.conversion.head_choice import ScoreRequest, base_head_scores
+
         layers = converted_layers(family_name, config, settings)
         scores.extend(base_head_scores(ScoreRequest(source, config, settings, by, layers, progress)))
         return scores

@@ -3,6 +3,8 @@
 import pytest
 
 from linearize.conversion.keep_softmax import scored_share, softmax_heads, spread_evenly, top_heads
+from linearize.conversion.probes import recall_probes
+from linearize.conversion.scoring import combined
 from linearize.errors import ConfigError
 from linearize.evaluation.weights import spread_softmax_heads
 from linearize.plan import LayerPlan, Plan

@@ -128,6 +128,15 @@ def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_pat
     assert verify.verify(out, base)["softmax_everywhere_max_difference"] == 0.0
 
 
+def test_a_config_may_be_a_file_or_a_name(base_folder, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("{window: 12, sinks: 2, keep_softmax: none, calibration: {when: never}}")
+    student = convert(base_folder(), file, out=tmp_path / "out", verify=False, progress=quiet)
+    assert student.manifest.settings.window == 12 and student == Student.read(tmp_path / "out")
+    with pytest.raises(ConfigError, match="--config: got 'no-such-config'"):
+        convert(base_folder(), "no-such-config", out=tmp_path / "other")
+
+
 @pytest.mark.parametrize(("link", "same_file"), [("auto", True), ("hard", True), ("copy", False)])
 def test_link_modes(base_folder, tmp_path, link, same_file):
     base, out = base_folder(), tmp_path / "out"
