@@ -34,21 +34,8 @@ class Source:
     merged_into: str = ""
 
     def read_config(self) -> dict[str, Any]:
-        """Read config.json.
-
-        Raises:
-            CheckpointError: it is missing or damaged.
-        """
-        path = self.folder / "config.json"
-        if not path.is_file():
-            raise CheckpointError(f"{self.folder}: no config.json")
-        try:
-            config = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: got a {type(config).__name__}, allowed is an object")
-        return config
+        """Read the model's config.json; see the function `read_config`."""
+        return read_config(self.folder)
 
     def describe(self) -> dict[str, Any]:
         """Return the record for linearize.json, with a fingerprint that later shows if the base has changed."""
@@ -71,6 +58,24 @@ class Source:
         if self.kind == "adapter":
             return sha256([self.merged_into.encode(), path_fingerprint(Path(self.reference)).encode()])
         return path_fingerprint(Path(self.reference) if self.kind == "gguf" else self.folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json in a folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: got a {type(config).__name__}, allowed is an object")
+    return config
 
 
 def local_fingerprint(model: str) -> str | None:

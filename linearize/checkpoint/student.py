@@ -1,7 +1,6 @@
 """Describe a written checkpoint as an object: its folder, manifest, weights, tokenizer and base model."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.checkpoint.manifest import FinetuneRecord, Manifest
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.open import open_source
-from linearize.checkpoint.source import Source, local_fingerprint
+from linearize.checkpoint.source import Source, local_fingerprint, read_config
 from linearize.errors import CheckpointError, ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -104,8 +103,8 @@ class Student:
         return Student.read(parent)
 
     def read_config(self) -> dict[str, Any]:
-        """Read the model's config.json, a parent's where the folder holds an adapter only."""
-        return json.loads((self.weights_folder / "config.json").read_bytes())
+        """Read the model's config.json, which for an adapter is its parent's."""
+        return read_config(self.weights_folder)
 
     @contextlib.contextmanager
     def open_base(self, override: str | None = None, *, option: str = "--base") -> Iterator[Source]:

@@ -1,1 +1,1 @@
-"""What a conversion needs before it writes: inspection, the choice of softmax heads, calibration, verification."""
+"""Prepare and check a conversion: plan, softmax heads, calibration, the files of the student, verification."""

@@ -1,1 +1,1 @@
-"""The commands as functions, each a numbered list that reads top to bottom: convert, finetune, evaluate, run, bench, doctor."""
+"""Run each command as a function that reads as a numbered list: convert, finetune, evaluate, pipeline, bench, doctor."""
