@@ -144,10 +144,9 @@ class _LayerFitter:
         if not isinstance(heads, LinearHeads):
             return  # window and sinks alone have nothing to fit
         self._require_finite(observation)
-        fitting_rows = (
-            x[:-HELD_OUT, heads.sinks :].flatten(0, 1) for x in (observation.q, observation.q_rotary, observation.k)
-        )
-        heads.structure.fit(*fitting_rows, observation.scores.scale)
+        tensors = (observation.q, observation.q_rotary, observation.k)
+        q, q_rotary, k = (x[:-HELD_OUT, heads.sinks :].flatten(0, 1) for x in tensors)
+        heads.structure.fit(q, q_rotary, k, observation.scores.scale)
         if FITTED_OPTIONS & self.plan.layers[layer].mix_options.keys():
             return  # the user's settings fix the mix
         inputs = heads.recurrent_inputs(observation.k, observation.hidden_states).map(lambda x: x[-HELD_OUT:])
