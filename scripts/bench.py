@@ -193,7 +193,8 @@ def render(record: dict[str, Any]) -> str:
     training = record["training"]
     lines += [
         "",
-        f"training at {training['length']} tokens (all layers): base {training['base_tokens_per_second']:.0f} tokens/s, "
+        f"training at {training['length']} tokens (all layers): "
+        f"base {training['base_tokens_per_second']:.0f} tokens/s, "
         f"student {training['student_tokens_per_second']:.0f} tokens/s, ratio {training['ratio']:.2f}",
     ]
     return "\n".join(lines)

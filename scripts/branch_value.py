@@ -1,10 +1,11 @@
-"""Measure what the recurrent branch is worth: students beside their base, beside themselves without it, and one another.
+"""Measure what the recurrent branch is worth, on students beside their base and beside themselves without it.
 
     python scripts/branch_value.py STUDENT... --text valid.txt --book book.txt [--tokens 131072] [--results FILE]
 
-Prints perplexity ratios to the base and divergence from it, in nats a token, in windows of 2,048 tokens of the text and
-8,192 of the book. For every student but the first: also its perplexity as a ratio to the first's, and its divergence less
-the first's. Standard errors are of paired differences over stretches of 256 tokens. Every STUDENT has the same base.
+Prints perplexity ratios to the base and divergence from it, in nats a token, in windows of 2,048 tokens of the text
+and 8,192 of the book. For every student but the first, also prints its perplexity as a ratio to the first's, and the
+difference of their divergences. Standard errors are of paired differences over stretches of 256 tokens. Every STUDENT
+has the same base.
 """
 
 import argparse

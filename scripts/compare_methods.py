@@ -1,11 +1,12 @@
 """Compare methods of linearization on the same base, text, budget and measurements, by the tool's own commands.
 
     python scripts/compare_methods.py run MODEL --work FOLDER [--tokens 300K] [--only ours,liger] [--seeds 0,1,2]
-    python scripts/compare_methods.py render      writes the table of scripts/results/methods.md from methods.json beside it
+    python scripts/compare_methods.py render
 
-Every row is one `convert`, `finetune` and `eval`; stopped and started again, `run` resumes. `--tokens 0` leaves the training
-out; such rows stand beside the trained ones. A row with `beside` gets the window that makes its cache as large as that of the
-conversion named there, at 32K tokens unless the row names another context.
+`run` measures rows: each is one `convert`, `finetune` and `eval`. Stopped and started again, it resumes. `--tokens 0`
+leaves the training out; such rows stand beside the trained ones. A row with `beside` gets the window that makes its
+cache as large as that of the conversion named there, at 32K tokens unless the row names another context. `render`
+writes the table of scripts/results/methods.md from methods.json beside it.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Method:
 
     Attributes:
         convert, finetune: flags of the two commands.
-        beside: flags of the conversion whose cache, at `context` tokens, this one's is to equal; () keeps its own window.
+        beside: flags of the conversion whose cache, at `context` tokens, this one's is to equal; () for none.
     """
 
     label: str
@@ -55,6 +56,8 @@ class Method:
 OURS = ("--config", CONFIG)
 PURE = (*OURS, "--keep-softmax", "none")
 CONSTANT = ("--softmax-window", "2048")
+LIGER, LIGER_RECIPE = ("--config", "liger"), ("--recipe", "liger")
+LOLCATS, LOLCATS_RECIPE = ("--config", "lolcats"), ("--recipe", "lolcats")
 # the heads of our config, for methods with a config of their own
 TWELVE = ("--keep-softmax", load_config(CONFIG).keep_softmax)
 # heads chosen by random copies alone, as before facts were asked for too
@@ -70,7 +73,9 @@ METHODS = {
     "ours": Method("ours, 12 of 90 heads", OURS),
     "heads": Method("the same heads and a longer window, no recurrent branch", (*OURS, *NO_BRANCH), beside=OURS),
     "ours-copies": Method("ours, heads chosen by copies alone", (*OURS, *COPIES)),
-    "heads-copies": Method("those heads and a longer window, no recurrent branch", (*OURS, *COPIES, *NO_BRANCH), beside=(*OURS, *COPIES)),
+    "heads-copies": Method(
+        "those heads and a longer window, no recurrent branch", (*OURS, *COPIES, *NO_BRANCH), beside=(*OURS, *COPIES)
+    ),
     "ours-2048": Method("ours, its 12 heads see 2,048 tokens: no cache grows", (*OURS, *CONSTANT)),
     "wide-2048": Method("window + sinks alone, those bytes", (*PURE, *NO_BRANCH), beside=(*OURS, *CONSTANT)),
     "wide": Method("window + sinks alone, the bytes of ours at 8K", (*PURE, *NO_BRANCH), beside=OURS, context=8192),
@@ -80,11 +85,11 @@ METHODS = {
     "ours-6-elimination": Method("ours, 6 of 90 heads, by elimination", (*OURS, *SIX)),
     "ours-6-copies": Method("ours, 5 of 90 heads, by copies alone", (*OURS, "--keep-softmax", "recall:6%", *NO_FACTS)),
     "ours-25": Method("ours, 25% of heads", (*OURS, "--keep-softmax", "recall:25%")),
-    "liger": Method("Liger", ("--config", "liger"), ("--recipe", "liger")),
-    "liger-heads": Method("Liger's layer, as many heads and bytes", ("--config", "liger", *COPIES), ("--recipe", "liger"), OURS),
-    "lolcats": Method("LoLCATs", ("--config", "lolcats"), ("--recipe", "lolcats")),
-    "lolcats-heads": Method("LoLCATs' layer, as many heads and bytes", ("--config", "lolcats", *COPIES), ("--recipe", "lolcats"), OURS),
-    "lolcats-ours": Method("LoLCATs' layer, our heads, as many bytes", ("--config", "lolcats", *TWELVE), ("--recipe", "lolcats"), OURS),
+    "liger": Method("Liger", LIGER, LIGER_RECIPE),
+    "liger-heads": Method("Liger's layer, as many heads and bytes", (*LIGER, *COPIES), LIGER_RECIPE, OURS),
+    "lolcats": Method("LoLCATs", LOLCATS, LOLCATS_RECIPE),
+    "lolcats-heads": Method("LoLCATs' layer, as many heads and bytes", (*LOLCATS, *COPIES), LOLCATS_RECIPE, OURS),
+    "lolcats-ours": Method("LoLCATs' layer, our heads, as many bytes", (*LOLCATS, *TWELVE), LOLCATS_RECIPE, OURS),
     "supra": Method("SUPRA", ("--config", "supra"), ("--recipe", "supra")),
     "ours-uncalibrated": Method("ours, not calibrated", (*OURS, "--no-calibrate")),
     "ours-transfer": Method("ours, attention transfer first", OURS, (*LORA, "--set", TRANSFER_FIRST)),
@@ -162,7 +167,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> None:
 
 
 def make_student(method: Method, seed: int, folder: Path, arguments: argparse.Namespace) -> Path:
-    """Convert and, with a budget, finetune; return the checkpoint. Steps that an earlier run finished are not repeated."""
+    """Convert and, with a budget, finetune; return the checkpoint. Steps that an earlier run finished are left."""
     converted, tuned = folder / "converted", folder / "tuned"
     if not (converted / "linearize.json").is_file():
         flags: list[Any] = [*method.convert]

@@ -1,10 +1,11 @@
 """Prove that a conversion and its logits are the same in a git revision and in the working tree, bit for bit.
 
     python scripts/compare_revisions.py REVISION MODEL
-    python scripts/compare_revisions.py v0.1.0 model.gguf --config smollm2-135m     other flags go to `linearize convert`
+    python scripts/compare_revisions.py v0.1.0 model.gguf --config smollm2-135m
 
 1. Export REVISION to a temporary folder.
-2. Convert MODEL with the code of either tree, in processes and with result caches of their own.
+2. Convert MODEL with the code of either tree, in processes and with result caches of their own. Flags that this script
+   does not know go to `linearize convert`.
 3. Compare the files of the two conversions, those of NOT_COMPARED and the fields of IGNORED_KEYS apart.
 4. Load each conversion with its own code, in float32 on one thread, and compare the logits of a full forward and of
    cached decoding.

@@ -1,12 +1,12 @@
-"""Compare cheap head scores with the exact one: rank correlation, and the quality that each choice of heads has untrained.
+"""Compare cheap head scores with the exact one: their rank correlation, and the quality of each choice of heads.
 
     python scripts/compare_scoring.py MODEL_FOLDER [--text FILE] [--swap-distances 1024]
     python scripts/compare_scoring.py MODEL_FOLDER --methods gradient --asking facts --window 512 --heads 12 \\
         --results facts.json
 
-For every method and number of heads: copy recall, perplexity and the answer to a passkey, with the chosen heads at softmax
-and all others at window + sinks, on rows and text that the scoring did not use. Writes a file of scripts/results and prints
-a Markdown table.
+For every method and number of heads: copy recall, perplexity and the answer to a passkey, without any training. The
+chosen heads are at softmax and all others at window + sinks; rows and text are not those of the scoring. Writes a
+file of scripts/results and prints a Markdown table.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def asking_probe(subject: Subject, asking: str) -> Probe:
 def measure_choices(
     subject: Subject, scores: Scores, numbers: list[int], with_elimination: bool
 ) -> list[dict[str, Any]]:
-    """Measure no softmax heads, the best of every method for each number of heads, every fourth layer, and all heads."""
+    """Measure no heads, the best of every method for each number of heads, every fourth layer, and all heads."""
     layers, heads = subject.layers, subject.heads
     every_head = tuple(range(heads))
     choices = [measure(subject, "none", ((),) * layers)]

@@ -1,6 +1,7 @@
 #!/bin/bash
-# The whole job on a real model: set up, convert SmolLM2-135M-Instruct, recover it on a small budget, evaluate it.
-# Everything lands in the current folder: .venv, models/ and linearized/.
+# Run the whole job on a real model: set up, convert SmolLM2-135M-Instruct, finetune on a small budget, evaluate.
+#   bash scripts/demo.sh
+# Everything is written to the current folder: .venv, models/ and linearized/. DEMO_TOKENS sets the training budget.
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 started=$SECONDS

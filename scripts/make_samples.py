@@ -2,8 +2,8 @@
 
     python scripts/make_samples.py ../shared/data/train
 
-Only CC0 and public-domain sources go in. Training and evaluation text come from different works: the hash of a work (the
-source field) assigns it to one of them.
+Only CC0 and public-domain sources go in. Training and evaluation text come from different works: the hash of a work
+assigns it to one of them.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python scripts/make_tasks.py FOLDER OUT
     linearize eval MODEL --tasks NAME,... --tasks-dir OUT
 
-FOLDER holds NAME.jsonl files. Rows with query, choices and gold become multiple choice; rows with context and continuation
-measure the continuation's likelihood (greedy match).
+FOLDER holds NAME.jsonl files. Rows with query, choices and gold become multiple choice; rows with context and
+continuation measure the continuation's likelihood (greedy match).
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python scripts/mass_units.py MODEL
 
-For each mixer: the logarithm of the past's summed weights, averaged over heads and positions, on 1,024 tokens of the sample
-text outside a window of 256. Prints its mean, least and largest value over the layers.
+For each mixer: the logarithm of the past's summed weights, averaged over heads and positions, on 1,024 tokens of the
+sample text outside a window of 256. Prints its mean, least and largest value over the layers.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 #!/bin/bash
-# Makes a virtual environment with linearize in it: setup.sh VENV [EXTRA]
-# Without a CUDA device a CPU build of torch goes in first, so that nothing pulls gigabytes of CUDA packages.
-# TORCH_INDEX names another index for that build, where the default one serves CUDA builds only.
+# Make a virtual environment with linearize in it.
+#   bash scripts/setup.sh VENV [EXTRA]
+# Without a CUDA device, first install a CPU build of torch, so that nothing downloads gigabytes of CUDA packages.
+# TORCH_INDEX names another index for that build, where the default index has CUDA builds only. PYTHON names the python.
 set -euo pipefail
 venv=$1 extra=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -3,11 +3,12 @@
     python scripts/structures.py run MODEL --work FOLDER [--only gla,kda]
     python scripts/structures.py render --work FOLDER
 
-`run` measures, one at a time, the mixers that neither FOLDER nor scripts/results/structures.json has; stopped and started
-again, it resumes. `render` adds the rows of FOLDER to that file, and writes the table of scripts/results/structures.md.
+`run` measures, one at a time, the mixers that neither FOLDER nor scripts/results/structures.json has. Stopped and
+started again, it resumes. `render` adds the rows of FOLDER to that file, and writes the table of
+scripts/results/structures.md.
 
-All share window 256 and 4 sinks on every head, the mix `outside` (hedgehog, vq: `joint`), the `lora` recipe, and the text.
-Gates that have a normaliser get 64, so that they remember past the window.
+All share window 256 and 4 sinks on every head, the mix `outside` (hedgehog, vq: `joint`), the `lora` recipe, and the
+text. Gates that have a normaliser get 64, so that they remember past the window.
 """
 
 import argparse
@@ -131,9 +132,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     base = rows[0]["metrics"]
     for label, model in (("base", "base"), ("window + sinks", "window")):
-        lines.append(
-            f"| *{label}* | {base[short][model]:.2f} | | {base[long][model]:.2f} | | | {base[recall][model]:.2f} | | | |"
-        )
+        start_short, start_long, start_recall = (base[metric][model] for metric in (short, long, recall))
+        lines.append(f"| *{label}* | {start_short:.2f} | | {start_long:.2f} | | | {start_recall:.2f} | | | |")
     for row in rows:
         m, rate = row["metrics"], row["training"]["tokens_per_second"]
         lines.append(

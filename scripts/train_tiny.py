@@ -3,8 +3,8 @@
     python scripts/train_tiny.py qwen3 tiny-qwen3
     python scripts/train_tiny.py gpt_neox tiny-neox --minutes 6
 
-It serves families that have no checkpoint at hand: not a good model, but far from random, so that recovery after conversion
-means something. It stops when the minutes are over, and prints the held-out loss beside a unigram model's.
+It serves families that have no checkpoint at hand: not a good model, but far from random, so that recovery after
+conversion means something. It stops when the minutes are over, and prints the held-out loss beside a unigram model's.
 """
 
 import argparse
@@ -56,8 +56,9 @@ def main() -> None:
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     print(
-        f"{arguments.out}: {arguments.family}, {model.num_parameters():,} parameters, {steps} steps of {BATCH * LENGTH} "
-        f"tokens; held-out loss {loss:.3f} nats a token, a unigram model's {unigram:.3f}"
+        f"{arguments.out}: {arguments.family}, {model.num_parameters():,} parameters, "
+        f"{steps} steps of {BATCH * LENGTH} tokens; "
+        f"held-out loss {loss:.3f} nats a token, a unigram model's {unigram:.3f}"
     )
 
 
