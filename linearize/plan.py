@@ -1,4 +1,4 @@
-"""The plan of a conversion: what every layer becomes, head by head. Plain data, no torch.
+"""The plan of a conversion: the attention of every layer, head by head. Plain data, no torch.
 
 Placement is per key/value head: a key/value head and the query heads that read it (its group) either keep softmax
 attention or become linear together.
@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 FORMAT_VERSION = 1
-# of the model type that a base becomes
+# a base of model type `llama` becomes one of model type `linearized_llama`
 PREFIX = "linearized_"
-# the mixer of layers whose linear heads have window and sinks alone
+# the name, as mixer and as mix, for linear heads with window and sinks alone
 NO_BRANCH = "none"
-# the ways to mix window and recurrent branch, and the settings each has (modeling/branch.py)
+# the ways to mix window and recurrent branch (modeling/mix.py), each with its settings and their defaults
 MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
     "outside": {"log_mass": -6.0, "branch_scale": 0.0},
     "joint": {"log_mass": 0.0},
@@ -23,20 +23,21 @@ MIX_OPTIONS: dict[str, dict[str, float | bool]] = {
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One attention layer.
+    """The plan of one attention layer.
 
     Attributes:
-        softmax_heads: key/value heads that keep softmax attention, ascending.
-        softmax_window: keys these see, the query's own included, beside the sinks; None: all.
-        mixer: name of the gated structure of the other heads (`linearize list mixers`), or "none".
-        window: keys the other heads see through softmax, the query's own included.
-        sinks: first tokens of a document that stay visible after they left the window.
-        mix: how window and recurrent branch become one output: "sum", "outside" or "joint" (modeling/branch.py), or "none".
-        gate: where gate logits come from: "key", the key projection alone, or "learned", corrected by a projection of
-            the hidden states that starts at zero.
-        mixer_options, mix_options: settings of the two; what is absent has its default.
-        native: the layer stays as the base family has it, its own sliding window included; nothing here but
-            `softmax_heads`, all of them, says anything of it.
+        softmax_heads: key/value heads that keep softmax attention, ascending. The other heads are linear.
+        mixer: name of the linear heads' mixer (`linearize list mixers`), or "none".
+        window: keys that a query of the linear heads sees through softmax, its own included.
+        sinks: number of first tokens of a document that stay visible after they have left the window.
+        mix: the way to make one output of window and recurrent branch: "sum", "outside", "joint" (modeling/mix.py)
+            or "none".
+        gate: the source of gate logits: "key" takes the key projection alone; "learned" adds a projection of the
+            hidden states that starts at zero.
+        mixer_options, mix_options: settings of the two; a setting that is absent has its default.
+        native: true if the layer stays as the base family has it, its own sliding window included. Only
+            `softmax_heads`, which then lists every head, describes such a layer.
+        softmax_window: keys that a query of the softmax heads sees beside the sinks, its own included; None for all.
     """
 
     softmax_heads: tuple[int, ...]
@@ -52,31 +53,37 @@ class LayerPlan:
 
     @property
     def has_branch(self) -> bool:
-        """Whether heads that are not softmax have more than window and sinks."""
+        """True if the linear heads have a recurrent branch beside window and sinks."""
         return not self.native and self.mixer != NO_BRANCH
 
     def linear_heads(self, key_value_heads: int) -> tuple[int, ...]:
-        """The key/value heads that become linear, ascending."""
+        """Return the key/value heads that become linear, ascending."""
         return tuple(head for head in range(key_value_heads) if head not in self.softmax_heads)
 
     def with_softmax_heads(self, heads: tuple[int, ...]) -> "LayerPlan":
+        """Return the same plan with these softmax heads."""
         return replace(self, softmax_heads=tuple(sorted(heads)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every layer of a model of `base_model_type`."""
+    """The plan of every layer of a model of type `base_model_type`."""
 
     base_model_type: str
     layers: tuple[LayerPlan, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json carries under `linearize`."""
+        """Return the plan as config.json stores it under `linearize`."""
         layers = [{**asdict(layer), "softmax_heads": list(layer.softmax_heads)} for layer in self.layers]
         return {"format_version": FORMAT_VERSION, "base_model_type": self.base_model_type, "layers": layers}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
+        """Read a plan as `to_dict` wrote it.
+
+        Raises:
+            ValueError: another version of linearize wrote it in another format.
+        """
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(
                 f"this linearized checkpoint has format_version {data['format_version']}, this version of linearize "
@@ -88,15 +95,15 @@ class Plan:
         return cls(base_model_type=data["base_model_type"], layers=layers)
 
     def longest_window(self) -> int:
-        """Of the layers that are converted, the longest window of linear heads."""
+        """Return the longest window of the layers that are converted, in tokens; 0 if none is."""
         return max((layer.window for layer in self.layers if not layer.native), default=0)
 
     def linear_layers(self, key_value_heads: int) -> tuple[int, ...]:
-        """Indices of the layers that have at least one linear head."""
+        """Return the indices of the layers that have at least one linear head."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.linear_heads(key_value_heads))
 
     def keep_all_softmax(self, key_value_heads: int) -> "Plan":
-        """The same plan with every head set to softmax, for holding the converted path against the base."""
-        every = tuple(range(key_value_heads))
-        layers = (replace(layer.with_softmax_heads(every), softmax_window=None) for layer in self.layers)
+        """Return the same plan with every head set to softmax, to compare the converted path with the base model."""
+        every_head = tuple(range(key_value_heads))
+        layers = (replace(layer.with_softmax_heads(every_head), softmax_window=None) for layer in self.layers)
         return replace(self, layers=tuple(layers))

@@ -140,7 +140,7 @@ class _LayerFitter:
 
     def fit(self, observation: Observation) -> None:
         """Fit structure and mix of one layer (steps 2 and 3)."""
-        layer, heads = observation.layer, observation.branch
+        layer, heads = observation.layer, observation.heads
         if not isinstance(heads, LinearHeads):
             return  # window and sinks alone have nothing to fit
         self._require_finite(observation)

@@ -48,9 +48,9 @@ class Inspection:
     @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's recurrent states in all layers, in float32."""
-        from linearize.modeling.added import linear_branches
+        from linearize.modeling.added import linear_heads_by_layer
 
-        branches = linear_branches(self.config, self.plan, device="meta")
+        branches = linear_heads_by_layer(self.config, self.plan, device="meta")
         return sum(4 * len(branch.site.heads) * math.prod(branch.state_shape()) for branch in branches.values())
 
     @property

@@ -356,9 +356,14 @@ class LinearizedLayer(CacheLayerMixin):
 
     TENSORS = ("keys", "values")
 
-    def __init__(self, linear: WindowCache | None, kept: WindowCache | None, sliding_window: int | None = None):
+    def __init__(
+        self,
+        linear_cache: WindowCache | None,
+        softmax_window_cache: WindowCache | None,
+        sliding_window: int | None = None,
+    ):
         super().__init__()
-        self.linear, self.kept = linear, kept
+        self.linear_cache, self.softmax_window_cache = linear_cache, softmax_window_cache
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
         self._clear()
 
@@ -372,7 +377,7 @@ class LinearizedLayer(CacheLayerMixin):
 
     def _holders(self) -> list["LinearizedLayer | WindowCache"]:
         """What has tensors."""
-        return [holder for holder in (self, self.linear, self.kept) if holder is not None]
+        return [holder for holder in (self, self.linear_cache, self.softmax_window_cache) if holder is not None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -417,7 +422,10 @@ class LinearizedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of every tensor held."""
         tensors = self.rooms or [self.keys, self.values]
-        tensors = [*tensors, *(x for cache in (self.linear, self.kept) if cache for x in cache.tensors())]
+        tensors = [
+            *tensors,
+            *(x for cache in (self.linear_cache, self.softmax_window_cache) if cache for x in cache.tensors()),
+        ]
         return sum(x.nbytes for x in tensors if x is not None)
 
     def get_seq_length(self) -> int:

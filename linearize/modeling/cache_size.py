@@ -1,47 +1,64 @@
-"""What one sequence's cache takes, by length, reckoned from a plan: the base's beside the student's."""
+"""Compute from a plan how many bytes one sequence's cache takes by length: the base model's beside the student's.
+
+Shapes: J key/value heads, K head dim.
+"""
 
 import math
 from typing import Any
 
 from linearize.families.registry import find_family
-from linearize.modeling.added import linear_branches
+from linearize.modeling.added import linear_heads_by_layer
 from linearize.modeling.branch import WindowHeads
-from linearize.plan import Plan
+from linearize.plan import LayerPlan, Plan
 
+# lengths that plans, reports and model cards show, in tokens: 4K, 32K, 128K
 CONTEXTS = (4096, 32768, 131072)
 
 
 def cache_sizes(config: dict[str, Any], plan: Plan, width: int) -> dict[int, dict[str, int]]:
-    """Bytes that one sequence's cache takes at each context length, at `width` bytes a cached number."""
+    """Return the bytes of one sequence's cache at each context length, given `width` bytes per cached number."""
     J, K = config["num_key_value_heads"], config["head_dim"]
-    branches = linear_branches(config, plan, device="meta")
-    windows = find_family(plan.base_model_type).sliding_windows(config)
+    heads_by_layer = linear_heads_by_layer(config, plan, device="meta")
+    sliding_windows = find_family(plan.base_model_type).sliding_windows(config)
     sizes = {}
     for length in CONTEXTS:
         base = student = 0
         for i, layer in enumerate(plan.layers):
             linear = len(layer.linear_heads(J))
-            softmax_head = 2 * K * width * (length if windows[i] is None else min(length, windows[i] - 1))
+            window = sliding_windows[i]
+            softmax_head = 2 * K * width * (length if window is None else min(length, window - 1))
             base += J * softmax_head
-            if layer.softmax_window is None:
-                student += (J - linear) * softmax_head
-            elif linear < J:
-                slots = min(layer.softmax_window, length) + layer.sinks
-                student += (J - linear) * 2 * K * width * slots + bookkeeping(layer.softmax_window, layer.sinks, length)
+            student += _softmax_heads_bytes(layer, J - linear, softmax_head, 2 * K * width, length)
             if linear:
-                student += linear * _linear_head_bytes(branches[i], K, width, length)
+                student += linear * _linear_head_bytes(heads_by_layer[i], K, width, length)
                 student += bookkeeping(layer.window, layer.sinks, length)
         sizes[length] = {"base": base, "student": student}
     return sizes
 
 
-def _linear_head_bytes(branch: WindowHeads, head_dim: int, width: int, length: int) -> int:
-    """Window keys and values, what the recurrent branch waits for, sinks, state."""
-    slots = min(branch.window, length)
-    waiting = branch.recurrent_input_bytes(width) * slots
-    return 2 * (slots + branch.sinks) * head_dim * width + waiting + 4 * math.prod(branch.state_shape())
+def _softmax_heads_bytes(layer: LayerPlan, heads: int, full_head: int, token: int, length: int) -> int:
+    """Return the bytes of a layer's softmax heads.
+
+    Args:
+        heads: number of softmax heads.
+        full_head: bytes of one head that sees every token its base sees.
+        token: bytes of one head's key and value of one token.
+    """
+    if layer.softmax_window is None:
+        return heads * full_head
+    if not heads:
+        return 0
+    slots = min(layer.softmax_window, length) + layer.sinks
+    return heads * token * slots + bookkeeping(layer.softmax_window, layer.sinks, length)
+
+
+def _linear_head_bytes(heads: WindowHeads, head_dim: int, width: int, length: int) -> int:
+    """Return the bytes of one linear head: keys and values of window and sinks, recurrent inputs, state."""
+    slots = min(heads.window, length)
+    recurrent_inputs = heads.recurrent_input_bytes(width) * slots
+    return 2 * (slots + heads.sinks) * head_dim * width + recurrent_inputs + 4 * math.prod(heads.state_shape())
 
 
 def bookkeeping(window: int, sinks: int, length: int) -> int:
-    """Ordinals of a window's slots, the sinks' slots and the token count, 8 bytes each."""
+    """Return the bytes of a window's ordinals, the sinks' slots and the token count, 8 bytes each."""
     return 8 * (min(window, length) + sinks + 1)

@@ -1,4 +1,4 @@
-"""The config classes of linearized models: the family's own config, with the plan in `linearize`."""
+"""Build the config classes of linearized models: the family's own config, with the plan in `linearize`."""
 
 import importlib
 from collections.abc import Callable
@@ -9,11 +9,16 @@ from linearize.plan import PREFIX, Plan
 
 
 class LinearizedConfig:
-    """Mixed into the family's config class."""
+    """A mixin that goes before the family's config class.
+
+    Attributes:
+        linearize: the plan, as `Plan.to_dict` writes it.
+        on_creation: called with the base model type when a config is made. The package registers the model classes then
+            (modeling/registration.py, step 4).
+    """
 
     linearize: dict | None = None
     family: ClassVar[Family]
-    # called with the base model type when a config is made; the package registers the model classes then
     on_creation: ClassVar[Callable[[str], None] | None] = None
 
     def __post_init__(self, **kwargs):
@@ -23,15 +28,17 @@ class LinearizedConfig:
 
     @property
     def plan(self) -> Plan:
+        """The plan that the model was converted by."""
         return Plan.from_dict(self.linearize)
 
     @property
     def key_value_heads(self) -> int:
+        """Key/value heads per layer."""
         return self.family.heads(self.to_dict())["num_key_value_heads"]
 
 
 def config_class(family: Family) -> type:
-    """Builds and registers the config class of one family; needs none of its modelling code."""
+    """Build the config class of one family and register it with AutoConfig. The family's model code is not imported."""
     # here, since importing it may lead to this very function (modeling/registration.py, step 2)
     from transformers import AutoConfig
 

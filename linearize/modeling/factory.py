@@ -194,7 +194,7 @@ def linearize_layers(model: PreTrainedModel, plan: Plan) -> None:
         site = Site.of(config, layer_plan.linear_heads(heads), i, len(plan.layers))
         attention.setup(layer_plan, site, routed, family, rotates=family.rotates(config, i))
         if family.layers_drop_keywords:
-            layer.register_forward_pre_hook(functools.partial(_hand_on, attention), with_kwargs=True)
+            layer.register_forward_pre_hook(functools.partial(_pass_keywords, attention), with_kwargs=True)
 
 
 @functools.cache
@@ -243,9 +243,9 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _hand_on(attention: LinearizedAttention, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _pass_keywords(attention: LinearizedAttention, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Gives a layer's attention the keywords that the layer itself would drop."""
-    attention.handed_on = {name: kwargs[name] for name in ("padding_mask", "segments") if name in kwargs}
+    attention.layer_keywords = {name: kwargs[name] for name in ("padding_mask", "segments") if name in kwargs}
     return args, kwargs
 
 

@@ -42,7 +42,7 @@ def test_the_mix_is_fitted_head_by_head(mixer, mix):
     errors = []
 
     def fit(o):
-        branch = o.branch
+        branch = o.heads
         branch.structure.fit(*(x.flatten(0, 1) for x in (o.q, o.q_rotary, o.k)), o.scores.scale)
         context = context_of(o.k_rotary, o.v, branch.recurrent_inputs(o.k, o.hidden_states), sinks=2)
         errors.append(branch.fit_mix(o.q, o.q_rotary, context, o.target, o.scores))
@@ -66,7 +66,7 @@ def test_clusters_of_keys_stand_for_the_keys_in_them():
     o = []
     with student.observed(o.append):
         student(torch.randint(2, 300, (1, 120)))
-    branch = o[0].branch
+    branch = o[0].heads
     keys = 3 * torch.randn(4, 3, 8)
     k = keys[torch.randint(4, (120,))][None]
     q = torch.randn(1, 120, 6, 8)

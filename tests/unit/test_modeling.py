@@ -184,7 +184,7 @@ def test_softmax_heads_take_tokens_in_place_where_that_is_allowed(monkeypatch):
             layer = cache.layers[0]
             rooms.append(layer.rooms and layer.rooms[0].data_ptr())
             held = layer.rooms or (layer.keys, layer.values)
-            assert layer.nbytes() == sum(x.nbytes for x in held) + _nbytes(layer.linear)
+            assert layer.nbytes() == sum(x.nbytes for x in held) + _nbytes(layer.linear_cache)
         torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-5)
         if then == torch.enable_grad:
             assert not any(rooms), first
