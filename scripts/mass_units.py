@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from linearize.data.samples import SAMPLES
 from linearize.mixers.linear import FEATURE_MAPS
 from linearize.mixers.registry import MIXERS
-from linearize.modeling.branch import LinearHeads
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.modeling.loading import load_student
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert

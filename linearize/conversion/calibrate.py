@@ -30,8 +30,9 @@ from linearize.data.recall_rows import SPAN, recall_task
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import CheckpointError
 from linearize.modeling.attention import Observation
-from linearize.modeling.branch import LinearHeads
-from linearize.modeling.cache import context_of
+from linearize.modeling.context import context_of
+from linearize.modeling.fit_mix import fit_mix
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.modeling.loading import load_unconverted
 from linearize.modeling.readout import readout_of
 from linearize.ops.dispatch import without_kernels
@@ -49,7 +50,7 @@ DAMPING = math.log(2)
 PARTS = (1.0, 0.5, 0.25, 0.0625)
 # tokens whose logits over the vocabulary are in memory at once
 KL_CHUNK = 256
-# settings that fix what `LinearHeads.fit_mix` would find
+# settings that fix what `fit_mix` would find
 FITTED_OPTIONS = {"log_mass", "branch_scale", "window_weight", "recurrent_weight"}
 
 
@@ -151,7 +152,8 @@ class _LayerFitter:
             return  # the user's settings fix the mix
         inputs = heads.recurrent_inputs(observation.k, observation.hidden_states).map(lambda x: x[-HELD_OUT:])
         context = context_of(observation.k_rotary[-HELD_OUT:], observation.v[-HELD_OUT:], inputs, sinks=heads.sinks)
-        window_alone, fitted = heads.fit_mix(
+        window_alone, fitted = fit_mix(
+            heads,
             observation.q[-HELD_OUT:],
             observation.q_rotary[-HELD_OUT:],
             context,

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from linearize.evaluation.lab import Lab
-from linearize.modeling.branch import LinearHeads
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.report.results import STUDENT, Findings
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from linearize.checkpoint.names import ADDED
 from linearize.families.registry import find_family
 from linearize.mixers.mixer import Site
-from linearize.modeling.branch import WindowHeads, build_linear_heads
+from linearize.modeling.linear_heads import build_linear_heads
+from linearize.modeling.window_heads import WindowHeads
 from linearize.plan import Plan
 
 
@@ -20,7 +21,7 @@ def added_shapes(config: dict[str, Any], plan: Plan) -> dict[str, tuple[int, ...
 def added_tensors(config: dict[str, Any], plan: Plan, device: str) -> dict[str, Tensor]:
     """Return every parameter that the conversion adds to the checkpoint, at its first value, by name."""
     family = find_family(plan.base_model_type)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, heads in linear_heads_by_layer(config, plan, device).items():
         attention = f"{family.decoder_attribute}.layers.{i}.{family.attention_attribute}"
         tensors |= {f"{attention}{ADDED}{name}": value for name, value in heads.state_dict().items()}

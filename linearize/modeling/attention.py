@@ -33,8 +33,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.families.family import Family
 from linearize.mixers.mixer import Site
-from linearize.modeling.branch import WindowHeads, build_linear_heads, build_softmax_window_heads
-from linearize.modeling.cache import WindowCache, adopt_layer, context_of
+from linearize.modeling.cache import adopt_layer
+from linearize.modeling.context import context_of
+from linearize.modeling.linear_heads import build_linear_heads
+from linearize.modeling.window_cache import WindowCache
+from linearize.modeling.window_heads import WindowHeads, build_softmax_window_heads
 from linearize.ops.window import Scores
 from linearize.plan import LayerPlan
 

@@ -1,14 +1,10 @@
-"""What a linearized layer remembers, and what its queries can see.
+"""The cache of a linearized model inside transformers' DynamicCache: one layer for its softmax and its linear heads.
 
-A slot is a position in the padded row, counted from the first token the cache ever saw; an ordinal is a token's
-number within its document, -1 for padding. Left-padded rows share slots but not ordinals.
-
-Shapes: B batch, S slots, J linear key/value heads, K head dim, N sink keys.
+Shapes: B batch, T new tokens, S tokens in reach, K head dim.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -16,345 +12,39 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from linearize.mixers.mixer import RecurrentInputs
+from linearize.modeling.window_cache import WindowCache, can_write
 
-# what models call their cache, as argument and in their output
+# the name of a model's cache, as argument and in its output
 CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-# softmax heads' slots for tokens to come: at least so many, and one in so many of those that are there
+# free slots that softmax heads' buffers are given: at least SPARE, and one for every SPARE_SHARE slots in use, so that
+# appending a token costs little on average while memory grows by about 3%
 SPARE, SPARE_SHARE = 64, 32
 
 
-class Slots(NamedTuple):
-    """What a recurrent branch reads of some slots: [B, n, J, ·], ordinals, mask and segments [B, n] as in `Context`."""
-
-    keys: Tensor
-    values: Tensor
-    recurrent_inputs: RecurrentInputs
-    ordinals: Tensor | None = None
-    key_mask: Tensor | None = None
-    segments: Tensor | None = None
-
-
-@dataclass
-class Context:
-    """The keys and values in reach of the current queries, which are its last T slots.
-
-    Attributes:
-        keys, values: [B, S, J, K], keys after rotary.
-        recurrent_inputs: the other inputs of the recurrent branch, of all S slots or of the newest alone.
-        ordinals: [B or 1, S] int64.
-        key_mask: [B, S] bool, None without padding. segments: [B, S] document numbers, None for one document.
-        sink_keys, sink_values: [B, N, J, K] or None. sink_slots: [B or 1, N] absolute slots, -1 where there is none.
-        sink_segments: [B, N] or None.
-        first_slot: absolute slot of keys[:, 0].
-    """
-
-    keys: Tensor
-    values: Tensor
-    recurrent_inputs: RecurrentInputs
-    ordinals: Tensor
-    key_mask: Tensor | None
-    segments: Tensor | None
-    sink_keys: Tensor | None
-    sink_values: Tensor | None
-    sink_slots: Tensor | None
-    sink_segments: Tensor | None
-    first_slot: int
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def end(self) -> int:
-        """The absolute slot behind the last."""
-        return self.first_slot + self.length
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether there is neither padding nor a second document, so that slots are ordinals."""
-        return self.key_mask is None and self.segments is None
-
-    def slots(self, start: int, end: int) -> Slots:
-        """Slots [start, end)."""
-
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, start:end]
-
-        def cut_inputs(x: Tensor) -> Tensor:
-            missing = self.length - x.shape[1]  # a branch that does not wait has the newest slots alone
-            return x[:, max(0, start - missing) : max(0, end - missing)]
-
-        return Slots(
-            cut(self.keys),
-            cut(self.values),
-            self.recurrent_inputs.map(cut_inputs),
-            cut(self.ordinals),
-            cut(self.key_mask),
-            cut(self.segments),
-        )
-
-    def part(self, start: int, end: int) -> "Context":
-        """The context cut to slots [start, end)."""
-        return replace(self, **self.slots(start, end)._asdict(), first_slot=self.first_slot + start)
-
-    def behind(self, count: int, delay: int) -> Slots:
-        """The `count` slots that end `delay` before the last."""
-        end = self.length - delay
-        return self.slots(end - count, end)
-
-    def sees_all_sinks(self, queries: int, window: int) -> bool:
-        """Whether all sinks have left the window of every query, where that can be said without a look at tensors."""
-        return self.is_plain and self.end - queries - window >= self.sink_keys.shape[1] - 1
-
-    def sink_mask(self, queries: int, window: int) -> Tensor:
-        """[B or 1, T, N] bool: the sinks of the query's own document that have left its window."""
-        slots = torch.arange(self.end - queries, self.end, device=self.keys.device)
-        mask = (slots[None, :, None] - self.sink_slots[:, None, :] >= window) & (self.sink_slots >= 0)[:, None]
-        if self.segments is not None:
-            mask = mask & (self.segments[:, -queries:, None] == self.sink_segments[:, None, :])
-        return mask
-
-
-@dataclass
-class Step:
-    """What one query sees when all sinks have left its full window and no row is padded.
-
-    Attributes:
-        keys, values: [B, N + window, J, K], the sinks and the window, the query's own among them, in no order.
-        arriving, leaving: the query's own slot, and the one that its window has just lost.
-        length: slots in reach, that one included. end: the absolute slot behind the query's.
-    """
-
-    keys: Tensor
-    values: Tensor
-    arriving: Slots
-    leaving: Slots
-    length: int
-    end: int
-    is_plain = True
-
-    def behind(self, count: int, delay: int) -> Slots:
-        """As in `Context`."""
-        return self.leaving if delay else self.arriving
-
-
-def ordinals_of(padding_mask: Tensor | None, segments: Tensor | None, length: int, device) -> Tensor:
-    """Ordinals of `length` tokens that start a cache or a row: [B or 1, length]."""
-    if segments is not None:
-        slots = torch.arange(length, device=device).expand(segments.shape)
-        change = torch.ones_like(segments, dtype=torch.bool)
-        change[:, 1:] = segments[:, 1:] != segments[:, :-1]
-        return slots - torch.where(change, slots, 0).cummax(dim=-1).values
-    if padding_mask is None:
-        return torch.arange(length, device=device)[None]
-    return torch.where(padding_mask, padding_mask.cumsum(-1) - 1, -1)
-
-
-def context_of(
-    keys: Tensor,
-    values: Tensor,
-    recurrent_inputs: RecurrentInputs,
-    *,
-    sinks: int,
-    padding_mask: Tensor | None = None,
-    segments: Tensor | None = None,
-) -> Context:
-    """The context of whole rows without a cache: every token's keys and values, sinks picked out of them."""
-    ordinals = ordinals_of(padding_mask, segments, keys.shape[1], keys.device)
-    sink_keys = sink_values = sink_slots = sink_segments = None
-    if sinks:
-        plain = padding_mask is None and segments is None
-        sink_slots = ordinals[:, :sinks] if plain else _sink_slots(ordinals, sinks)
-        index = sink_slots.clamp(min=0).expand(keys.shape[0], -1)
-        sink_keys, sink_values = _take(keys, index), _take(values, index)
-        sink_segments = None if segments is None else segments.gather(1, index)
-    return Context(
-        keys,
-        values,
-        recurrent_inputs,
-        ordinals,
-        padding_mask,
-        segments,
-        sink_keys,
-        sink_values,
-        sink_slots,
-        sink_segments,
-        first_slot=0,
-    )
-
-
-def _sink_slots(ordinals: Tensor, sinks: int) -> Tensor:
-    """Slots of the tokens with ordinal < sinks, ascending, padded with -1: [B or 1, N]."""
-    is_sink = (ordinals >= 0) & (ordinals < sinks)
-    count = int(is_sink.sum(-1).max())
-    slots = torch.arange(ordinals.shape[1], device=ordinals.device).expand_as(ordinals)
-    order = torch.where(is_sink, slots, ordinals.shape[1]).sort(-1).values[:, :count]
-    return torch.where(order < ordinals.shape[1], order, -1)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[b, index[b]]: [B, S, J, K], [B, N] -> [B, N, J, K]."""
-    return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
-
-
-def _can_write(held: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
-    """Whether what a cache holds can take new tokens in place: no gradient passes, and both are of one kind."""
-    if torch.is_grad_enabled() or any(x.requires_grad for x in held):
-        return False
-    if any(x.dtype != y.dtype or x.shape[0] != y.shape[0] for x, y in zip(held, new)):
-        return False
-    return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in held)
-
-
-class WindowCache:
-    """What some heads of one layer keep: the sinks, the last `window` slots and the float32 recurrent state. Its memory
-    does not grow with the sequence.
-
-    Sinks and window lie behind one another, so that a query reads them in one piece. Once the window is full, single
-    tokens overwrite what leaves it, and nothing is moved: `steps` says how many have since the window was last in order.
-    """
-
-    TENSORS = ("keys", "values", "ordinals", "sink_slots", "seen", "recurrent_state")
-
-    def __init__(self, window: int, sinks: int, store_recurrent_inputs: bool):
-        self.window, self.sinks, self.store_recurrent_inputs = window, sinks, store_recurrent_inputs
-        self.clear()
-
-    def clear(self) -> None:
-        for name in self.TENSORS:
-            setattr(self, name, None)
-        self.recurrent_inputs = RecurrentInputs()
-        self.length = self.steps = 0
-        self.padded = self.sinks_filled = False
-
-    def tensors(self) -> list[Tensor]:
-        """Return every tensor that the cache stores."""
-        stored = [*(getattr(self, name) for name in self.TENSORS), *self.recurrent_inputs]
-        return [x for x in stored if x is not None]
-
-    def extend(
-        self, keys: Tensor, values: Tensor, recurrent_inputs: RecurrentInputs, padding_mask: Tensor | None
-    ) -> Context | Step:
-        """Takes new tokens, [B, T, J, K], and returns what their queries can see.
-
-        Keeps the last `window` slots: a token leaves the window cache when it enters the recurrent state.
-        """
-        if padding_mask is None and keys.shape[1] == 1 and self._can_step(keys, values, recurrent_inputs):
-            return self._step(keys, values, recurrent_inputs)
-        B, T = keys.shape[:2]
-        if self.seen is None:
-            self.seen = torch.zeros(B, dtype=torch.long, device=keys.device)
-            self.keys, self.values = (
-                keys.new_zeros(B, self.sinks, *keys.shape[2:]),
-                values.new_zeros(B, self.sinks, *values.shape[2:]),
-            )
-        self._put_in_order()
-        if padding_mask is None:
-            ordinals = self.seen[:, None] + torch.arange(T, device=keys.device)
-        else:
-            ordinals = torch.where(padding_mask, self.seen[:, None] + padding_mask.cumsum(-1) - 1, -1)
-            self.padded = True
-        sink_keys, sink_values = self._take_sinks(keys, values, ordinals)
-        self.seen = self.seen + (T if padding_mask is None else padding_mask.sum(-1))
-
-        def joined(past: Tensor | None, new: Tensor) -> Tensor:
-            return new if past is None else torch.cat([past, new], dim=1)
-
-        keys, values = joined(self.keys[:, self.sinks :], keys), joined(self.values[:, self.sinks :], values)
-        recurrent_inputs = self.recurrent_inputs.joined(recurrent_inputs)
-        ordinals = joined(self.ordinals, ordinals)
-        self.length += T
-        context = Context(
-            keys,
-            values,
-            recurrent_inputs,
-            ordinals,
-            key_mask=ordinals >= 0 if self.padded else None,
-            segments=None,
-            sink_keys=sink_keys if self.sinks else None,
-            sink_values=sink_values if self.sinks else None,
-            sink_slots=self.sink_slots,
-            sink_segments=None,
-            first_slot=self.length - keys.shape[1],
-        )
-        # copies, so that a prefill's full-length tensors are freed
-        self.keys = torch.cat([sink_keys, keys[:, -self.window :]], dim=1)
-        self.values = torch.cat([sink_values, values[:, -self.window :]], dim=1)
-        if self.store_recurrent_inputs:
-            self.recurrent_inputs = recurrent_inputs.map(lambda x: x[:, -self.window :].clone())
-        self.ordinals = ordinals[:, -self.window :].clone()
-        return context
-
-    def _can_step(self, keys: Tensor, values: Tensor, recurrent_inputs: RecurrentInputs) -> bool:
-        """Whether the window is full and has lost all sinks, and its tensors can take what a new token has."""
-        if self.padded or self.length < self.window + self.sinks:
-            return False
-        stored = [(x, y) for x, y in zip(self.recurrent_inputs, recurrent_inputs) if x is not None]
-        return _can_write(*zip((self.keys, keys), (self.values, values), *stored))
-
-    def _step(self, keys: Tensor, values: Tensor, recurrent_inputs: RecurrentInputs) -> Step:
-        place = self.steps % self.window
-
-        def overwrite(stored: Tensor, new: Tensor) -> Tensor:
-            """Put a new slot in the oldest one's place, and return the oldest."""
-            slot = stored[:, -self.window :][:, place : place + 1]  # sinks come before the window
-            oldest = slot.clone()
-            slot.copy_(new)
-            return oldest
-
-        inputs = zip(self.recurrent_inputs, recurrent_inputs)
-        leaving = Slots(
-            overwrite(self.keys, keys),
-            overwrite(self.values, values),
-            RecurrentInputs(*(None if stored is None else overwrite(stored, new) for stored, new in inputs)),
-        )
-        self.steps += 1
-        self.length += 1
-        arriving = Slots(keys, values, recurrent_inputs)
-        return Step(self.keys, self.values, arriving, leaving, self.window + 1, self.length)
-
-    def _put_in_order(self) -> None:
-        """The window by age again, after single steps."""
-        if not self.steps:
-            return
-        oldest = self.steps % self.window
-        for name in ("keys", "values"):
-            sinks, window = getattr(self, name).split([self.sinks, self.window], dim=1)
-            setattr(self, name, torch.cat([sinks, window.roll(-oldest, dims=1)], dim=1))
-        self.recurrent_inputs = self.recurrent_inputs.map(lambda x: x.roll(-oldest, dims=1))
-        self.ordinals, self.seen = self.ordinals + self.steps, self.seen + self.steps
-        self.steps = 0
-
-    def _take_sinks(self, keys: Tensor, values: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
-        """The sinks' keys and values, [B, N, J, K], with those among the new tokens."""
-        sink_keys, sink_values = self.keys[:, : self.sinks], self.values[:, : self.sinks]
-        if not self.sinks or self.sinks_filled:
-            return sink_keys, sink_values
-        if self.sink_slots is None:
-            self.sink_slots = torch.full((keys.shape[0], self.sinks), -1, dtype=torch.long, device=keys.device)
-        match = ordinals[:, None, :] == torch.arange(self.sinks, device=keys.device)[None, :, None]
-        found, index = match.any(-1), match.int().argmax(-1)
-        self.sink_slots = torch.where(found, index + self.length, self.sink_slots)
-        self.sinks_filled = bool((self.sink_slots >= 0).all())
-        found = found[..., None, None]
-        return torch.where(found, _take(keys, index), sink_keys), torch.where(found, _take(values, index), sink_values)
-
-
 class LinearizedLayer(CacheLayerMixin):
-    """Cache of one layer: `linear`, what its linear heads keep; of its softmax heads all keys and values, or `kept`
-    where they have a window too, and then no memory grows with the sequence.
+    """The cache of one layer.
 
-    `keys` and `values` are the softmax heads', in the layout of transformers, [B, heads, S, K]; None without any. In a
-    layer that has a sliding window of its own they are what DynamicSlidingWindowLayer keeps, so that masks fit both;
-    elsewhere they lie in `rooms`, [B, heads, capacity, K], so that a token more does not copy all that came before it.
+    Softmax heads have all their keys and values here, or a cache of their own if they have a window. In a layer with a
+    sliding window of the base's, `keys` and `values` are those that transformers' DynamicSlidingWindowLayer stores, so
+    that its masks fit both. Elsewhere they are the front of larger buffers: a new token does not copy all before it.
+
+    Attributes:
+        linear_cache: the cache of the linear heads, None without any.
+        softmax_window_cache: the cache of softmax heads that have a window. With it no memory grows with the sequence.
+        keys, values: [B, heads, S, K] of softmax heads without a window; None without any.
+        buffers: [B, heads, capacity, K], the tensors that `keys` and `values` are views of; None if they are not.
+        sliding_window: the base's own sliding window, None if the layer has none.
+        length: tokens since the start, padding included.
     """
 
     is_croppable = False
     is_compileable = False
     supports_early_init = False
 
-    TENSORS = ("keys", "values")
+    keys: Tensor | None
+    values: Tensor | None
+    buffers: list[Tensor] | None
+    length: int
 
     def __init__(
         self,
@@ -368,113 +58,125 @@ class LinearizedLayer(CacheLayerMixin):
         self._clear()
 
     def _clear(self) -> None:
-        for holder in self._holders():
-            if holder is not self:
-                holder.clear()
-        self.keys = self.values = self.rooms = None
+        for cache in self._window_caches():
+            cache.clear()
+        self.keys = self.values = self.buffers = None
         self.length = 0
         self.is_initialized = False
 
-    def _holders(self) -> list["LinearizedLayer | WindowCache"]:
-        """What has tensors."""
-        return [holder for holder in (self, self.linear_cache, self.softmax_window_cache) if holder is not None]
+    def _window_caches(self) -> list[WindowCache]:
+        return [cache for cache in (self.linear_cache, self.softmax_window_cache) if cache is not None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note the dtype and device of the layer's tensors."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse the keys and values of softmax mode."""
         raise ValueError("this cache was filled in linear mode and cannot serve softmax attention; use a new cache")
 
     def advance(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Counts the layer's new tokens, [B, heads, T, K]; its heads' caches take them one by one."""
+        """Count the layer's new tokens, [B, heads, T, K]. The caches of its heads are extended one by one."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[-2]
 
     def extend_softmax(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values of the softmax heads, [B, heads, T, K], and returns all that are in reach."""
-        new, held = (key_states, value_states), (self.keys, self.values)
-        if self.keys is None:
-            keys, values = new
-        elif self.sliding_window is None and _can_write(self.rooms or held, new):
-            keys, values = self._append(held, new)
+        """Append keys and values of the softmax heads, [B, heads, T, K], and return all that are in reach."""
+        if self.keys is None or self.values is None:
+            keys, values = key_states, value_states
+        elif self.sliding_window is None and can_write(
+            self.buffers or (self.keys, self.values), (key_states, value_states)
+        ):
+            keys, values = self._append((self.keys, self.values), (key_states, value_states))
         else:
-            keys, values = (torch.cat(pair, dim=-2) for pair in zip(held, new))
-            self.rooms = None
+            keys = torch.cat([self.keys, key_states], dim=-2)
+            values = torch.cat([self.values, value_states], dim=-2)
+            self.buffers = None
         start = 0 if self.sliding_window is None else max(0, keys.shape[-2] - self.sliding_window + 1)
         self.keys, self.values = keys[:, :, start:], values[:, :, start:]
         return keys, values
 
-    def _append(self, held: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> list[Tensor]:
-        """What is held with the new behind it; where there is no room for it, all moves to larger rooms."""
-        old = held[0].shape[-2]
+    def _append(self, stored: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Return stored tensors with new slots behind them. If they do not fit the buffers, all move to larger ones."""
+        old = stored[0].shape[-2]
         end = old + new[0].shape[-2]
-        if self.rooms is None or self.rooms[0].shape[-2] < end:
+        if self.buffers is None or self.buffers[0].shape[-2] < end:
             capacity = end + max(SPARE, end // SPARE_SHARE)
-            self.rooms = [x.new_empty(*x.shape[:2], capacity, x.shape[-1]) for x in held]
-            for room, x in zip(self.rooms, held):
-                room[:, :, :old] = x
-        for room, x in zip(self.rooms, new):
-            room[:, :, old:end] = x
-        return [room[:, :, :end] for room in self.rooms]
+            self.buffers = [x.new_empty(*x.shape[:2], capacity, x.shape[-1]) for x in stored]
+            for buffer, x in zip(self.buffers, stored):
+                buffer[:, :, :old] = x
+        for buffer, x in zip(self.buffers, new):
+            buffer[:, :, old:end] = x
+        return [buffer[:, :, :end] for buffer in self.buffers]
 
     def nbytes(self) -> int:
-        """Bytes of every tensor held."""
-        tensors = self.rooms or [self.keys, self.values]
-        tensors = [
-            *tensors,
-            *(x for cache in (self.linear_cache, self.softmax_window_cache) if cache for x in cache.tensors()),
-        ]
-        return sum(x.nbytes for x in tensors if x is not None)
+        """Return the bytes of every tensor of the layer."""
+        tensors = self.buffers or [x for x in (self.keys, self.values) if x is not None]
+        return sum(x.nbytes for x in [*tensors, *(x for cache in self._window_caches() for x in cache.tensors())])
 
     def get_seq_length(self) -> int:
+        """Return the number of tokens since the start."""
         return self.length
 
     def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys of the softmax heads' mask, and the slot of the first."""
         offset = 0 if self.sliding_window is None else max(0, self.length - self.sliding_window + 1)
         return self.length - offset + query_length, offset
 
-    def _apply(self, function) -> None:
-        for holder in self._holders():
-            for name in holder.TENSORS:
-                tensor = getattr(holder, name)
-                if tensor is not None:
-                    setattr(holder, name, function(tensor))
-            if isinstance(holder, WindowCache):
-                holder.recurrent_inputs = holder.recurrent_inputs.map(function)
-        self.rooms = None
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor x by function(x)."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = function(self.keys), function(self.values)
+        for cache in self._window_caches():
+            cache.apply(function)
+        self.buffers = None
 
     def offload(self) -> None:
+        """Move all tensors to the CPU."""
         self._apply(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        """Move all tensors back to their device."""
         if self.is_initialized:
             self._apply(lambda x: x.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
+        """Forget everything."""
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx`, for beam search."""
         self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
         self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the rows `indices`."""
         self._apply(lambda x: x[indices, ...])
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to remove tokens."""
         if tokens_to_remove:
             raise ValueError("a linearized cache cannot be cropped: its recurrent state does not run backwards")
 
 
 def adopt_layer(cache: Cache, layer_idx: int, new_caches: Callable[[], list[WindowCache | None]]) -> LinearizedLayer:
-    """The linearized layer at `layer_idx`, put in place of the empty layer transformers made there with what
-    `new_caches` makes for its linear and its softmax heads."""
+    """Return the linearized layer at `layer_idx`, put in place of the empty layer that transformers made there.
+
+    Args:
+        new_caches: makes the caches of the linear heads and of softmax heads with a window, in this order.
+
+    Raises:
+        ValueError: the cache is of another kind, or another model filled the layer.
+    """
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"linearized models need a DynamicCache (the default of generate); got {type(cache).__name__}. Static, "

@@ -8,7 +8,7 @@ from typing import Any
 
 from linearize.families.registry import find_family
 from linearize.modeling.added import linear_heads_by_layer
-from linearize.modeling.branch import WindowHeads
+from linearize.modeling.window_heads import WindowHeads
 from linearize.plan import LayerPlan, Plan
 
 # lengths that plans, reports and model cards show, in tokens: 4K, 32K, 128K

@@ -17,8 +17,8 @@ from linearize.plan import Plan
 PORTABLE_FILE = "modeling_linearized.py"
 # what follows the structures, in dependency order
 MODELING = (
-    "ops/window.py", "plan.py", "families/family.py", "modeling/configuration.py", "modeling/cache.py",
-    "modeling/branch.py", "modeling/attention.py",
+    "ops/window.py", "plan.py", "families/family.py", "modeling/configuration.py", "modeling/context.py",
+    "modeling/window_cache.py", "modeling/cache.py", "modeling/linear_heads.py", "modeling/attention.py",
 )  # fmt: skip
 # replaced by tables of what is at hand
 REPLACED = ("mixers/registry.py", "families/registry.py")

@@ -29,8 +29,8 @@ from linearize.families.family import FULL, SLIDING, Family
 from linearize.families.registry import FAMILIES, find_family
 from linearize.mixers.mixer import Site
 from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention, Observation
-from linearize.modeling.branch import LinearHeads
 from linearize.modeling.configuration import config_class
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.plan import Plan
 
 # writes the portable file and returns its auto_map; set by modeling/registration.py, which a portable file does without

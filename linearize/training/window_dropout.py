@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from linearize.modeling.branch import LinearHeads
+from linearize.modeling.linear_heads import LinearHeads
 
 # a shortened window is this many times shorter
 SHORTENED = 4

@@ -6,7 +6,8 @@ from helpers import student_of, tiny_base
 
 from linearize.conversion.calibrate import PARTS, choose_part
 from linearize.mixers.registry import MIXERS
-from linearize.modeling.cache import context_of
+from linearize.modeling.context import context_of
+from linearize.modeling.fit_mix import fit_mix
 from linearize.ops.window import Scores
 
 
@@ -45,7 +46,7 @@ def test_the_mix_is_fitted_head_by_head(mixer, mix):
         branch = o.heads
         branch.structure.fit(*(x.flatten(0, 1) for x in (o.q, o.q_rotary, o.k)), o.scores.scale)
         context = context_of(o.k_rotary, o.v, branch.recurrent_inputs(o.k, o.hidden_states), sinks=2)
-        errors.append(branch.fit_mix(o.q, o.q_rotary, context, o.target, o.scores))
+        errors.append(fit_mix(branch, o.q, o.q_rotary, context, o.target, o.scores))
         start = 0 if mix == "sum" else branch.window
         difference = (o.run() - o.target)[:, start:].square().sum((0, 1, 3))
         torch.testing.assert_close(

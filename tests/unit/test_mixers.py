@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from linearize.errors import ConfigError
 from linearize.mixers.mixer import RecurrentInputs, Site
 from linearize.mixers.registry import MIXERS, build_mixer
-from linearize.modeling.branch import LinearHeads
-from linearize.modeling.cache import context_of
+from linearize.modeling.context import context_of
 from linearize.modeling.export import portable_source
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.ops.window import Scores
 from linearize.plan import LayerPlan, Plan
 

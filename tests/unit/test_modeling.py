@@ -149,7 +149,7 @@ def test_single_tokens_are_written_in_place_where_that_is_allowed():
     for first, then in itertools.product(modes, modes):
         with first():
             output = student(ids[:, :20], use_cache=True)
-        held = output.past_key_values.layers[0].linear
+        held = output.past_key_values.layers[0].linear_cache
         before, pieces = held.keys, [output.logits]
         with then():
             for piece in ids[:, 20:].split(1, dim=1):
@@ -182,8 +182,8 @@ def test_softmax_heads_take_tokens_in_place_where_that_is_allowed(monkeypatch):
             with then():
                 pieces.append(student(piece, past_key_values=cache, use_cache=True).logits.detach())
             layer = cache.layers[0]
-            rooms.append(layer.rooms and layer.rooms[0].data_ptr())
-            held = layer.rooms or (layer.keys, layer.values)
+            rooms.append(layer.buffers and layer.buffers[0].data_ptr())
+            held = layer.buffers or (layer.keys, layer.values)
             assert layer.nbytes() == sum(x.nbytes for x in held) + _nbytes(layer.linear_cache)
         torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=1e-4, atol=1e-5)
         if then == torch.enable_grad:
@@ -194,8 +194,7 @@ def test_softmax_heads_take_tokens_in_place_where_that_is_allowed(monkeypatch):
 
 
 def _nbytes(cache) -> int:
-    held = (getattr(cache, name) for name in cache.TENSORS)
-    return sum(x.nbytes for x in held if x is not None)
+    return sum(x.nbytes for x in cache.tensors())
 
 
 @pytest.mark.parametrize(
@@ -216,7 +215,7 @@ def test_what_has_left_the_window_has_left_the_graph(trained, plan):
         with torch.no_grad():
             for piece in ids[:, 8:16].split(1, dim=1):
                 student(piece, past_key_values=cache, use_cache=True)
-        held = cache.layers[0].linear
+        held = cache.layers[0].linear_cache
         held.recurrent_state = None if held.recurrent_state is None else held.recurrent_state.detach()
         loss = student(ids[:, 16:17], past_key_values=cache, use_cache=True).logits.square().sum()
         parameters = [p for p in student.parameters() if p.requires_grad]
@@ -410,7 +409,7 @@ def test_planned_cache_bytes_are_the_real_ones(plan):
 @pytest.mark.parametrize("segment", [7, 13, 16, 39])
 def test_long_prefills_in_parts_equal_the_whole(pair, monkeypatch, segment):
     """Plain, padded, packed (a document may start where a part does) and after a cached prefix."""
-    from linearize.modeling import branch
+    from linearize.modeling import window_heads
 
     _, student = pair
     ids, mask, positions = left_padded()
@@ -426,7 +425,7 @@ def test_long_prefills_in_parts_equal_the_whole(pair, monkeypatch, segment):
         ]
 
     whole = outputs()
-    monkeypatch.setattr(branch, "SEGMENT", segment)
+    monkeypatch.setattr(window_heads, "PREFILL_PART", segment)
     for a, b in zip(outputs(), whole):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

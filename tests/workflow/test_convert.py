@@ -24,8 +24,8 @@ from linearize.checkpoint.weights import read_weights
 from linearize.checkpoint.writing import alone_in
 from linearize.conversion import verify
 from linearize.errors import CheckpointError, ConfigError
-from linearize.modeling import cache
 from linearize.modeling.loading import load_student
+from linearize.modeling.window_cache import WindowCache
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
 
@@ -108,14 +108,14 @@ def test_verification_fails_when_decode_differs(base_folder, tmp_path, monkeypat
     added = out / "model-00002-of-00002.safetensors"
     tensors = {name: torch.full_like(value, 2.0) for name, value in load_file(added).items()}
     save_file(tensors, added, metadata={"format": "pt"})
-    extend = cache.WindowCache.extend
+    extend = WindowCache.extend
 
     def extend_and_forget(self, *arguments):
         context = extend(self, *arguments)
         self.recurrent_state = None
         return context
 
-    monkeypatch.setattr(cache.WindowCache, "extend", extend_and_forget)
+    monkeypatch.setattr(WindowCache, "extend", extend_and_forget)
     with pytest.raises(verify.VerificationFailure, match="cached decode differs"):
         verify.verify(out, base)
 

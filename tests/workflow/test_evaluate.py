@@ -264,7 +264,7 @@ def test_logits_that_are_not_finite_fail(converted, suite):
 
 
 def test_logits_that_are_not_finite_at_length_only(converted, monkeypatch):
-    from linearize.modeling.branch import LinearHeads
+    from linearize.modeling.linear_heads import LinearHeads
 
     plain = LinearHeads.forward
 

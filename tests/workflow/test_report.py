@@ -92,16 +92,16 @@ def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):
 
 
 def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch, cli):
-    from linearize.modeling import cache
+    from linearize.modeling.window_cache import WindowCache
 
-    plain = cache.WindowCache.extend
+    plain = WindowCache.extend
 
     def forgetful(self, keys, values, recurrent_inputs, padding_mask):
         if self.values is not None:
             self.values = self.values * 0
         return plain(self, keys, values, recurrent_inputs, padding_mask)
 
-    monkeypatch.setattr(cache.WindowCache, "extend", forgetful)
+    monkeypatch.setattr(WindowCache, "extend", forgetful)
     code, out, _ = cli("eval", converted, "--only", "parity", "--json")
     document = json.loads(out)
     assert code == 3 and document["verdict"].startswith("FAILED: parity: cached = uncached")

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from linearize.data.packing import Batch, packed_rows
 from linearize.errors import ConfigError, Interrupted
-from linearize.modeling.branch import LinearHeads
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.modeling.loading import load_student
 from linearize.settings.loading import load_config, load_recipe, packaged
 from linearize.settings.recipe import Lora, Recipe
