@@ -65,7 +65,7 @@ class Coverage(Section):
 
     @property
     def heads_per_layer(self) -> int:
-        """Key/value heads in one layer."""
+        """Return the number of key/value heads in one layer."""
         return self.heads // self.layers
 
 

@@ -56,17 +56,17 @@ class Student:
 
     @property
     def kind(self) -> str:
-        """Kind of the checkpoint: "converted", "finetuned" or "adapter"."""
+        """Return the kind of the checkpoint: "converted", "finetuned" or "adapter"."""
         return self.manifest.kind
 
     @property
     def is_adapter_only(self) -> bool:
-        """True if the folder holds a LoRA adapter and no model; its parent has the rest."""
+        """Return True if the folder holds a LoRA adapter and no model; its parent has the rest."""
         return self.kind == "adapter"
 
     @property
     def weights_folder(self) -> Path:
-        """Folder of config.json and weights: the checkpoint's own, or that of an adapter's parent.
+        """Return the folder of config.json and weights: the checkpoint's own, or that of an adapter's parent.
 
         Raises:
             ConfigError: the parent is gone, or has changed.
@@ -75,7 +75,7 @@ class Student:
 
     @property
     def parent_folder(self) -> Path:
-        """Folder of the checkpoint that was trained, as recorded; it may be gone."""
+        """Return the folder of the checkpoint that was trained, as recorded; it may be gone."""
         return Path(self._training().parent)
 
     def _training(self) -> FinetuneRecord:

@@ -51,7 +51,7 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of the files, or of the tensors if there are no files."""
+        """Return the size in bytes of the files, or of the tensors if there are no files."""
         if not self.files:
             return sum(info.nbytes for info in self.tensors.values())
         return sum((self.folder / name).stat().st_size for name in self.files)

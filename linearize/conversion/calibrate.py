@@ -3,11 +3,11 @@
 1. Run the base model over rows of text and of random tokens copied from far back. Observe every linear head beside the
    softmax attention that it replaces.
 2. Let each recurrent structure find its parameters in all rows but two (`Mixer.fit`).
-3. On these two, one of text and one of copies, find for each query head the share of the recurrent branch that brings
-   it nearest to softmax, or none if none helps. Give the head half of that share. It starts no worse than window +
-   sinks.
-4. Run the whole model over the held-out row of text with all, a half, a quarter and a sixteenth of these shares, and
-   take what is nearest to the base. Heads that each come nearer to softmax can together move away from it.
+3. Fit the mix on these two rows, one of text and one of copies: for each query head find the share of the recurrent
+   branch that brings it nearest to softmax, and give it half of that share. If no share helps, the head gets none, so
+   that it starts no worse than window + sinks.
+4. Run the whole model over the held-out row of text with all, a half, a quarter and a sixteenth of these shares. Take
+   the part that is nearest to the base. Heads that each come nearer to softmax can together move away from it.
 
 One layer's activations are in memory at a time. Rows start at different positions, so that whatever reads keys after
 rotary meets positions from the model's whole range.

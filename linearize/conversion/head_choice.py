@@ -45,12 +45,12 @@ class ScoreRequest:
 
     @property
     def reach(self) -> dict[str, int]:
-        """Window and sinks that a linear head sees, as the scoring functions take them."""
+        """Return window and sinks of a linear head, as the scoring functions take them."""
         return {"window": self.settings.window, "sinks": self.settings.sinks}
 
     @property
     def count(self) -> int:
-        """Number of heads that keep softmax in the end."""
+        """Return the number of heads that keep softmax in the end."""
         share = scored_share(self.settings.keep_softmax)[1]
         return share_count(share, len(self.layers) * self.config["num_key_value_heads"])
 

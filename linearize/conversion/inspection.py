@@ -47,36 +47,36 @@ class Inspection:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one sequence's recurrent states in all layers, in float32."""
+        """Return the bytes of one sequence's recurrent states in all layers, in float32."""
         from linearize.modeling.added import linear_heads_by_layer
 
-        branches = linear_heads_by_layer(self.config, self.plan, device="meta")
-        return sum(4 * len(branch.site.heads) * math.prod(branch.state_shape()) for branch in branches.values())
+        by_layer = linear_heads_by_layer(self.config, self.plan, device="meta")
+        return sum(4 * len(heads.site.heads) * math.prod(heads.state_shape()) for heads in by_layer.values())
 
     @property
     def least_memory_bytes(self) -> int:
-        """Memory that a conversion takes at least: libraries, and the base's weights if it is run; no activations."""
+        """Return the least memory that a conversion takes: libraries, and the base's weights if it is run."""
         return IMPORTED_BYTES + (self.weights.nbytes if self.scores or self.calibrates else 0)
 
     @property
     def calibrates(self) -> bool:
-        """True if `convert` will run the base model to calibrate the added parameters."""
+        """Return True if `convert` will run the base model to calibrate the added parameters."""
         when = self.settings.calibration.when
         return bool(self.added) and (when == "always" or (when == "auto" and can_run_base(self.weights.nbytes)))
 
     @property
     def key_value_heads(self) -> int:
-        """Key/value heads in each layer."""
+        """Return the number of key/value heads in each layer."""
         return self.config["num_key_value_heads"]
 
     @property
     def base_parameters(self) -> int:
-        """Count of the base's parameters."""
+        """Return the number of the base's parameters."""
         return sum(math.prod(info.shape) for info in self.weights.tensors.values())
 
     @property
     def added_parameters(self) -> int:
-        """Count of the parameters that the conversion adds."""
+        """Return the number of parameters that the conversion adds."""
         return sum(math.prod(shape) for shape in self.added.values())
 
     def coverage(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Score heads by what the base loses without them, for `--keep-softmax recall:SHARE`, `text:SHARE` and `both:SHARE`.
 
-Every key/value head of the base model, with its query group, has a gate g between its softmax attention (g = 1) and
-window + sinks (g = 0). Three probes (linearize/conversion/probes.py) measure the cost of closing gates:
+Every key/value head of the base model, with its query group, has a gate g (linearize/conversion/head_gates.py): its
+softmax attention at g = 1, window + sinks at g = 0. Three probes (probes.py) measure the cost of closing gates:
 
     copies    rows of random tokens whose second copy must be read from the first, far outside the window: cross-entropy
     facts     text with a made-up fact, asked for far outside the window: cross-entropy of the answer

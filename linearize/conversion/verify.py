@@ -162,7 +162,7 @@ def _is_large(folder: Path) -> bool:
 
 @torch.no_grad()
 def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Path) -> float:
-    """Check (b): compare the student in softmax mode with its base, and return the difference, which must be 0."""
+    """Compare the student in softmax mode with its base, check (b), and return the difference, which must be 0."""
     reference = _load(base, offload / "base")(ids, use_cache=False).logits
     config = AutoConfig.from_pretrained(folder)
     config.linearize = config.plan.keep_all_softmax(config.key_value_heads).to_dict()
@@ -177,7 +177,7 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Pa
 
 @torch.no_grad()
 def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
-    """Checks (c) to (e): compute the same logits in other ways.
+    """Compute the same logits in other ways: checks (c) to (e).
 
     Returns:
         Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps

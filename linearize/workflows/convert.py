@@ -113,7 +113,7 @@ def convert(
 
 
 def _check_source(source: Source, settings: ConversionConfig, trust_remote_code: bool, progress: Progress) -> Weights:
-    """Step 1: refuse a model that cannot be converted, and return the base's tensors."""
+    """Refuse a model that cannot be converted, and return the base's tensors (step 1)."""
     if source.kind == "gguf":
         progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
     if source.read_config().get("auto_map") and not trust_remote_code:
@@ -123,7 +123,7 @@ def _check_source(source: Source, settings: ConversionConfig, trust_remote_code:
 
 
 def _check_plan(inspection: Inspection, progress: Progress) -> None:
-    """Step 3: refuse a plan without linear heads, unless `keep_softmax` asks for that, and report the others."""
+    """Refuse a plan without linear heads, unless `keep_softmax` asks for one, and report any other (step 3)."""
     name, coverage, plan = inspection.source.name, inspection.coverage(), inspection.plan
     if experimental := find_family(plan.base_model_type).experimental:
         progress(f"{name}: {plan.base_model_type} is experimental: {experimental}")
@@ -139,7 +139,7 @@ def _check_plan(inspection: Inspection, progress: Progress) -> None:
 
 
 def _calibrate(inspection: Inspection, progress: Progress) -> "Calibration | None":
-    """Step 4: calibrate the added parameters; None if the settings, the machine or the text do not allow it.
+    """Calibrate the added parameters (step 4); None if the settings, the machine or the text do not allow it.
 
     Raises:
         ConfigError: the settings insist on a calibration that the text does not allow.
@@ -168,7 +168,7 @@ def _calibrate(inspection: Inspection, progress: Progress) -> "Calibration | Non
 
 
 def _verify(folder: Path, source: Source, manifest: Manifest, progress: Progress) -> Manifest:
-    """Step 7: verify the written folder, and add the outcome to its manifest."""
+    """Verify the written folder, and add the outcome to its manifest (step 7)."""
     progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
     document = {**manifest.to_dict(), "verification": run_verification(folder, source.folder)}
     write_json(folder / MANIFEST, document)
