@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from linearize.cli.options import OUTPUT, Json, Overwrite, model_or_newest
 from linearize.cli.output import emit, emit_json, note, progress_line
 
 if TYPE_CHECKING:
+    from linearize.checkpoint.student import Student
     from linearize.training.loop import StepRecord
 
 TRAINING, DATA = "Training", "Data"
@@ -142,20 +143,20 @@ def finetune(
     if json_:
         emit_json(trained.to_dict())
     else:
-        _print_outcome(trained.to_dict())
+        _print_outcome(trained)
 
 
-def _print_outcome(manifest: dict[str, Any]) -> None:
-    run = manifest["finetune"]
-    resumed = (
-        "" if run["tokens_in_these_seconds"] == run["tokens"] else f", {run['tokens_in_these_seconds']:,} of them now"
-    )
-    stage = f" of {run['stages'][-1]['name']}" if len(run["stages"]) > 1 else ""
+def _print_outcome(student: "Student") -> None:
+    run = student.manifest.finetune
+    assert run is not None
+    now = run.tokens_in_these_seconds
+    resumed = "" if now is None or now == run.tokens else f", {now:,} of them now"
+    stage = f" of {run.stages[-1]['name']}" if len(run.stages) > 1 else ""
     emit(
-        f"trained {run['tokens']:,} tokens{resumed} in {run['seconds']:.0f} s; "
-        f"loss {run['first_loss']:.4f} at the first step{stage}, {run['last_loss']:.4f} over the last ten"
+        f"trained {run.tokens:,} tokens{resumed} in {run.seconds:.0f} s; "
+        f"loss {run.first_loss:.4f} at the first step{stage}, {run.last_loss:.4f} over the last ten"
     )
-    emit(manifest["output"])
+    emit(str(student.folder.resolve()))
 
 
 class StepPrinter:
