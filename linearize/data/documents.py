@@ -61,6 +61,7 @@ def _local_path(name: str) -> Path:
 
 
 def _local_fingerprint(path: Path) -> Any:
+    """Hash a file, or the files of a folder; None for a path that does not exist."""
     if path.is_dir():
         return [[file.name, sha256(file)] for file in _parquet_files(path)]
     return sha256(path) if path.is_file() else None
@@ -100,11 +101,12 @@ def _read_errors(name: str) -> Iterator[None]:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix that says what a file holds, that of the compression left out."""
+    """Return the suffix of a file's format, without that of the compression."""
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def _open_file(name: str, path: Path) -> "IterableDataset":
+    """Open a file as one stream. A text file is one document, unless it is too long to be in memory at once."""
     suffix = _suffix(path)
     if suffix not in FORMATS:
         raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
@@ -127,6 +129,7 @@ def _pieces(path: str) -> Iterator[dict[str, str]]:
 
 
 def _open_folder(name: str, folder: Path) -> "IterableDataset":
+    """Open the .parquet files of a folder, in the order of their names, as one stream."""
     files = _parquet_files(folder)
     if not files:
         raise ConfigError(f"--data: the folder {name} holds no .parquet files")
@@ -134,11 +137,13 @@ def _open_folder(name: str, folder: Path) -> "IterableDataset":
 
 
 def _stream(file_format: str, files: list[Path], **options: Any) -> "IterableDataset":
+    """Open files of one format. Their names are escaped, since the library takes them for patterns."""
     names = [glob.escape(str(file)) for file in files]
     return _import_datasets().load_dataset(file_format, data_files=names, split="train", streaming=True, **options)
 
 
 def _open_from_hub(name: str) -> "IterableDataset":
+    """Open a dataset of the hub, once the hub has answered: the library itself would wait long for it."""
     if _suffix(Path(name)) in FORMATS or name.count("/") != 1:
         raise ConfigError(
             f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"

@@ -1,1 +1,1 @@
-"""What a user may say: the schemas of configs and recipes, and how they are loaded."""
+"""The settings that a user can give: the schemas of configs and recipes, and their loading from files and flags."""

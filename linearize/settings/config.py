@@ -166,7 +166,7 @@ class ConversionConfig(Strict):
 
 
 def _default_mixer(mix: Any) -> str:
-    """Return the mixer for a mix that was given without one."""
+    """Return the mixer for a mix that stands alone."""
     if mix == NO_BRANCH:
         return NO_BRANCH
     if mix is None or mix == _default_mix("vq"):

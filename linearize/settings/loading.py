@@ -69,6 +69,7 @@ def _load(
     sets: Sequence[str] | None,
     given_in: str,
 ) -> Schema:
+    """Read the file, lay flags and sets over it, and validate the result. Arguments as in `load_config`."""
     data: dict[str, Any] = {}
     origin = given_in
     if name is not None:
@@ -85,7 +86,7 @@ def _load(
 
 
 def _find(kind: Kind, name: str) -> Path:
-    """Return the file of a packaged name, or the given .yaml file."""
+    """Return the file of a packaged name, or the .yaml file of that name."""
     option = f"--{kind[:-1]}"
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():

@@ -118,7 +118,7 @@ SHARED_GROUPS = ("loss", "optimizer")
 class Recipe(Strict):
     """How `linearize finetune` trains: one stage as the keys here say, or the `stages`, which share out the tokens.
 
-    A key given beside the file, as `--lr` or `--set`, holds for every stage.
+    A key set beside the file, by a flag or `--set`, holds for every stage.
 
     Attributes:
         description: a line for `linearize list recipes`.
@@ -165,17 +165,20 @@ class Recipe(Strict):
     @field_validator("tokens", mode="before")
     @classmethod
     def _tokens_with_suffix(cls, value: Any) -> Any:
+        """Read numbers such as 300K."""
         return parse_tokens(value) if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
     def _complete_stages(cls, data: Any) -> Any:
+        """Give every stage the recipe's values for what it leaves out."""
         if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
             return data
         return {**data, "stages": [_complete_stage(stage, data) for stage in data["stages"]]}
 
     @model_validator(mode="after")
     def _check_settings_together(self) -> "Recipe":
+        """Refuse values that do not fit one another."""
         total = sum(stage.share for stage in self.stages)
         if self.stages and abs(total - 1) > 1e-6:
             raise ValueError(f"stages: shares add up to {total:g}, allowed is 1")

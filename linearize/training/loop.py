@@ -81,7 +81,7 @@ class TrainingRun:
 
 
 def train_stages(run: TrainingRun, schedule: list[ScheduledStage], rows_by_stage: list[Iterator[Batch]]) -> int:
-    """Train every stage from where the work folder left off, and return the tokens trained in this call.
+    """Train what remains of every stage, and return the tokens trained in this call.
 
     A run that fails before its first saved state leaves no work folder.
 
@@ -187,9 +187,9 @@ class StageTrainer:
         grad_norm = self._update(self.scheduled.steps_before + step)
         if not math.isfinite(loss):
             work = self.run.work
-            remains = f"the last good state is kept in {work}" if saved_states(work) else "no state had been saved yet"
+            state = f"the last good state is kept in {work}" if saved_states(work) else "no state had been saved yet"
             raise LinearizeError(
-                f"the loss became {loss} at step {self.scheduled.steps_before + step}; {remains}. Start again (--restart) at "
+                f"the loss became {loss} at step {self.scheduled.steps_before + step}; {state}. Start again (--restart) at "
                 "a lower rate (--lr) or clip (--set optimizer.clip_norm=1.0)"
             )
         return loss, grad_norm

@@ -88,6 +88,7 @@ def make_distiller(
 
 
 def _load_for_training(student: Student, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the student without a cache, in the recipe's quantization and with its checkpointing."""
     model = load_student(student.folder, dtype=dtype, quantization=recipe.quantization)
     model.config.use_cache = False
     if recipe.gradient_checkpointing:

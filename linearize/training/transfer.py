@@ -30,6 +30,7 @@ def transfer_backward(model: PreTrainedModel, batch: Batch, share: float) -> Ten
     layers = sum(1 for _, attention in model.linear_attentions() if attention.linear_heads)
 
     def match(observation: Observation) -> None:
+        """Go backward from the loss of one layer."""
         with torch.enable_grad():
             target = observation.target.detach().float()
             output = observation.run().float()

@@ -209,7 +209,7 @@ def _check_inputs(step: EvalStep | None, config: ConversionConfig, recipe: Recip
     """Check everything that needs no conversion: datasets, tasks, gates, older results, and the length of rows.
 
     Args:
-        recipe: None if there is nothing left to train.
+        recipe: None if the training is done or there is none.
 
     Raises:
         ConfigError: something cannot be read or measured, or the rows train nothing.
@@ -260,10 +260,12 @@ class _FinishedSteps:
         write_json(self.path, self.fingerprints)
 
     def _fingerprint(self, inputs: dict[str, Any], out: Path) -> str:
+        """Hash the inputs of a step with the linearize.json of its result."""
         return fingerprint_of({"inputs": inputs, "made": json.loads((out / MANIFEST).read_bytes())})
 
 
 def _convert(pipeline: Pipeline, config: ConversionConfig, done: _FinishedSteps) -> None:
+    """Convert the model, unless that is done."""
     out, revision = pipeline.converted_folder, pipeline.convert.revision
     inputs = {
         "model": pipeline.model,
@@ -286,6 +288,7 @@ def _finetune(
     restart: bool,
     report: "Callable[[StepRecord], None] | None",
 ) -> None:
+    """Finetune the conversion, unless that is done."""
     assert pipeline.finetune is not None, "a recipe comes from a finetune step"
     out = pipeline.finetuned_folder
     inputs = {
@@ -305,6 +308,7 @@ def _finetune(
 
 
 def _evaluate(pipeline: Pipeline, step: EvalStep, student: Path, progress: Callable[[str], None]) -> Results:
+    """Evaluate a checkpoint and write the report."""
     from linearize.workflows.evaluate import evaluate
 
     out = pipeline.evaluation_folder

@@ -1,0 +1,33 @@
+"""Every command on the pages of configs and recipes runs, at the size of a tiny model."""
+
+import re
+import shlex
+
+from helpers import ROOT
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# what makes a command small: the last of a repeated option holds, and --set over all
+SMALLER = {
+    "plan": ["--set", "window=12"],
+    "convert": ["--set", "window=12", "--no-calibrate", "--no-verify"],
+    "finetune": ["--seq-len", "32", "--tokens", "64", "--batch-size", "1"],
+}
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Return the command lines in a page's fenced blocks."""
+    text = (ROOT / page / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("linearize ")]
+
+
+def test_every_command_of_the_pages_runs(base_folder, cli):
+    base = base_folder(num_hidden_layers=30)  # as many layers and key/value heads as the config of SmolLM2-135M names
+    commands = [*commands_of("configs"), *commands_of("recipes")]
+    assert {command[0] for command in commands} == {"plan", "convert", "finetune"}
+    for name, *arguments in commands:
+        arguments = [str(base) if argument == MODEL else argument for argument in arguments]
+        if name == "finetune":
+            arguments += ["--overwrite"]  # two of the examples write the same folder
+        code, _, err = cli(name, *arguments, *SMALLER[name])
+        assert code == 0, f"{name} {arguments}: {err}"
