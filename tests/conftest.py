@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, VOCABULARY, quiet, reshard, tiny_base
+from helpers import ROOT, VOCABULARY, copy_conversion, quiet, write_base
 
 # beside other workers one thread each; small models gain nothing from more. What a test starts inherits it.
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else max(1, min(2, os.cpu_count() or 1))
@@ -56,19 +56,10 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture
 def base_folder(tmp_path, tokenizer_folder):
-    """Makes a complete base checkpoint folder: make(shape, dtype=..., shards=..., **config)."""
-    import shutil
+    """Make a complete base checkpoint folder: make(shape, name, dtype=..., shards=..., **config)."""
 
-    def make(shape: str = "gqa", name: str = "base", dtype=torch.float32, shards: int = 1, **changes) -> Path:
-        folder = tmp_path / name
-        model = tiny_base(shape, **changes).to(dtype)
-        model.save_pretrained(folder)
-        if shards > 1:
-            reshard(folder, shards)
-        for path in tokenizer_folder.iterdir():
-            shutil.copyfile(path, folder / path.name)
-        (folder / "LICENSE").write_text("the licence\n")
-        return folder
+    def make(shape: str = "gqa", name: str = "base", **options) -> Path:
+        return write_base(tmp_path / name, tokenizer_folder, shape, **options)
 
     return make
 
@@ -111,16 +102,23 @@ def cli(capsys, tmp_path, monkeypatch):
     return call
 
 
-@pytest.fixture
-def converted(base_folder, tmp_path):
-    """A converted tiny model: window 12, two sinks and a recurrent branch that is not silent."""
+@pytest.fixture(scope="session")
+def one_conversion(tmp_path_factory, tokenizer_folder):
+    """Convert a tiny model once: window 12, two sinks, a recurrent branch that is not silent. Only to be read."""
     from linearize.settings.loading import load_config
     from linearize.workflows.convert import convert
 
-    out = tmp_path / "linearized" / "tiny"
+    folder = tmp_path_factory.mktemp("one-conversion")
+    base, out = write_base(folder / "base", tokenizer_folder), folder / "linearized" / "tiny"
     settings = load_config(None, {"window": 12, "sinks": 2}, ["mix_options.log_mass=0.0"])
-    convert(str(base_folder()), settings, out=out, verify=False, progress=quiet)
+    convert(str(base), settings, out=out, verify=False, progress=quiet)
     return out
+
+
+@pytest.fixture
+def converted(one_conversion, tmp_path):
+    """Copy `one_conversion` and its base for one test: tmp_path/base and tmp_path/linearized/tiny."""
+    return copy_conversion(one_conversion, tmp_path)
 
 
 @pytest.fixture(autouse=True)

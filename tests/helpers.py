@@ -1,6 +1,7 @@
 """Tiny models, inputs, plans, settings and comparisons that several test files share."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from linearize.evaluation.suite import Suite
 from linearize.mixers.mixer import Site
 from linearize.mixers.registry import build_mixer
 from linearize.plan import NO_BRANCH, LayerPlan, Plan
+from linearize.report.results import SCHEMA_VERSION, Metric, Results
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -42,7 +44,7 @@ def tiny_config(shape: str = "gqa", **changes):
 
 
 def tiny_base(shape: str = "gqa", seed: int = 0, **changes):
-    """A random Llama whose attention is far from uniform, so that mistakes in it show."""
+    """Return a random Llama whose attention is far from uniform, so that mistakes in it show."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -57,7 +59,7 @@ def tiny_base(shape: str = "gqa", seed: int = 0, **changes):
 
 
 def tiny_student(plan, base):
-    """`base` under `plan`, with the same weights."""
+    """Return `base` under `plan`, with the same weights."""
     from linearize.families.registry import find_family
     from linearize.modeling.factory import linearized_classes
 
@@ -76,7 +78,7 @@ def student_of(base, **settings):
 
 
 def reshard(folder: Path, shards: int) -> None:
-    """Splits model.safetensors into `shards` files with an index."""
+    """Split model.safetensors into `shards` files with an index."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -88,6 +90,29 @@ def reshard(folder: Path, shards: int) -> None:
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_base(
+    folder: Path, tokenizer_folder: Path, shape: str = "gqa", *, dtype=torch.float32, shards: int = 1, **changes
+) -> Path:
+    """Write a complete base checkpoint: weights, tokenizer and licence. Return its folder."""
+    tiny_base(shape, **changes).to(dtype).save_pretrained(folder)
+    if shards > 1:
+        reshard(folder, shards)
+    for path in tokenizer_folder.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    (folder / "LICENSE").write_text("the licence\n")
+    return folder
+
+
+def copy_conversion(conversion: Path, folder: Path) -> Path:
+    """Copy FOLDER/linearized/NAME and its base FOLDER/base into another folder. Return the copied conversion."""
+    original = conversion.parent.parent
+    shutil.copytree(original / "base", folder / "base")
+    out = shutil.copytree(conversion, folder / "linearized" / conversion.name)
+    manifest = out / "linearize.json"
+    manifest.write_text(manifest.read_text().replace(str(original), str(folder)))
+    return out
 
 
 # a tiny random model of every family, with the feature that sets it apart turned on
@@ -145,7 +170,7 @@ def family_config(model_type: str, **changes):
 
 
 def family_base(model_type: str, seed: int = 0, **changes):
-    """A random model whose attention is far from uniform and whose biases, norms and sinks are not at their start."""
+    """Return a random model whose attention is far from uniform and whose biases, norms and sinks are not at their start."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -302,3 +327,23 @@ def quiet(*_) -> None:
 
 def weights_of(folder) -> dict:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def results_of(*metrics: Metric) -> Results:
+    """Return results with these metrics and nothing else, as if a tiny model had been evaluated."""
+    return Results(
+        schema_version=SCHEMA_VERSION,
+        model="tiny",
+        base="base",
+        settings={"window": 12, "sinks": 2},
+        coverage={"heads_converted": 9, "heads": 9},
+        cache_bytes={"32": {"base": 64, "student": 32}},
+        data={"text": "sample-eval", "fingerprint": "0", "tokens": 256},
+        metrics=metrics,
+        positions={},
+        gates=(),
+        seed=0,
+        seconds=1.0,
+        versions={},
+        command="",
+    )

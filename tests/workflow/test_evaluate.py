@@ -11,58 +11,119 @@ from helpers import FLAGS, SUITE, quiet, tiny_base
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from linearize.data.samples import SAMPLES
 from linearize.errors import ConfigError, LinearizeError
 from linearize.evaluation.passkey import DEPTHS, passkey_task
 from linearize.evaluation.suite import Suite
 from linearize.evaluation.text import text_ids_of
+from linearize.modeling.loading import load_student
 from linearize.report.markdown import render_markdown, summary_table
-from linearize.report.results import BASE, Findings
+from linearize.report.results import BASE, STUDENT, WINDOW, Findings
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
 from linearize.workflows.evaluate import evaluate
 
+BYTE_METRICS = ("bits_per_byte@64", "byte_perplexity@64")
 
-def test_figures_equal_a_plain_computation(converted, in_float32):
-    results = evaluate(converted, SUITE, progress=quiet)
-    tokenizer = AutoTokenizer.from_pretrained(converted)
-    from linearize.data.samples import SAMPLES
 
-    ids = []
-    for line in SAMPLES["sample-eval"].read_text().splitlines()[:3]:
-        ids += [*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id]
-    windows = torch.tensor(ids[:256]).view(-1, 64)
-    from linearize.modeling.loading import load_student
+class Plain:
+    """Compute what an evaluation of `SUITE` measures, the short way: four windows of 64 tokens, both models whole."""
 
-    student, base = load_student(converted, dtype=torch.float32), tiny_base()
-    with torch.no_grad():
-        logs = {
-            name: model(windows).logits[:, :-1].log_softmax(-1)
-            for name, model in (("student", student), ("base", base))
-        }
-    targets = windows[:, 1:, None]
-    for name, log in logs.items():
-        value = results.metric("perplexity@64").values[name]
-        assert value.n == 4
-        assert math.isclose(value.mean, (-log.gather(-1, targets)).mean().exp().item(), rel_tol=1e-5)
-        nats = -log.gather(-1, targets).sum().item()
-        texts = [tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows]
-        for kind, units in (("word", len(" | ".join(texts).split()) - 3), ("byte", len("".join(texts).encode()))):
-            found = results.metric(f"{kind}_perplexity@64").values[name].mean
-            assert math.isclose(found, math.exp(nats / units), rel_tol=1e-4), kind
-        bits = results.metric("bits_per_byte@64").values[name].mean
-        assert math.isclose(2**bits, results.metric("byte_perplexity@64").values[name].mean, rel_tol=1e-9)
-    kl = (logs["base"].exp() * (logs["base"] - logs["student"])).sum(-1).mean().item()
-    assert math.isclose(results.metric("kl@64").values["student"].mean, kl, rel_tol=1e-4)
-    same = (logs["base"].argmax(-1) == logs["student"].argmax(-1)).float().mean().item()
-    assert math.isclose(results.metric("agreement@64").values["student"].mean, same, rel_tol=1e-6)
-    # an untrained conversion is its own student
-    metric = results.metric("perplexity@64")
-    assert metric.values["student"] == metric.values["untrained"]
-    assert metric.values["window"] == metric.values["branch_off"] != metric.values["student"]
-    rows = results.positions["perplexity@64"]
+    def __init__(self, folder):
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = []
+        for line in SAMPLES["sample-eval"].read_text().splitlines()[:3]:
+            ids += [*self.tokenizer(json.loads(line)["text"]).input_ids, self.tokenizer.eos_token_id]
+        self.windows = torch.tensor(ids[:256]).view(-1, 64)
+        models = {STUDENT: load_student(folder, dtype=torch.float32), BASE: tiny_base()}
+        with torch.no_grad():
+            self.logs = {name: model(self.windows).logits[:, :-1].log_softmax(-1) for name, model in models.items()}
+
+    def losses(self, model: str) -> torch.Tensor:
+        return -self.logs[model].gather(-1, self.windows[:, 1:, None])
+
+    def units(self, kind: str) -> int:
+        """Count the words or the bytes of the predicted tokens."""
+        texts = [self.tokenizer.decode(window[1:], skip_special_tokens=True) for window in self.windows]
+        return len(" | ".join(texts).split()) - 3 if kind == "word" else len("".join(texts).encode())
+
+
+@pytest.fixture(scope="module")
+def evaluated(one_conversion):
+    """The results of one evaluation in float32, shared by tests that only read them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linearize.device.bf16_is_fast", lambda: False)
+        return evaluate(one_conversion, SUITE, progress=quiet)
+
+
+@pytest.fixture(scope="module")
+def plain(one_conversion):
+    return Plain(one_conversion)
+
+
+@pytest.mark.parametrize("model", [STUDENT, BASE])
+def test_perplexity_equals_a_plain_computation(evaluated, plain, model):
+    value = evaluated.metric("perplexity@64").values[model]
+    assert value.n == 4
+    assert math.isclose(value.mean, plain.losses(model).mean().exp().item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["word", "byte"])
+@pytest.mark.parametrize("model", [STUDENT, BASE])
+def test_perplexity_of_words_and_bytes_equals_a_plain_computation(evaluated, plain, model, kind):
+    expected = math.exp(plain.losses(model).sum().item() / plain.units(kind))
+    assert math.isclose(evaluated.metric(f"{kind}_perplexity@64").values[model].mean, expected, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("model", [STUDENT, BASE])
+def test_bits_per_byte_are_the_logarithm_of_byte_perplexity(evaluated, model):
+    bits, perplexity = (evaluated.metric(name).values[model].mean for name in BYTE_METRICS)
+    assert math.isclose(2**bits, perplexity, rel_tol=1e-9)
+
+
+def test_divergence_equals_a_plain_computation(evaluated, plain):
+    base, student = plain.logs[BASE], plain.logs[STUDENT]
+    expected = (base.exp() * (base - student)).sum(-1).mean().item()
+    assert math.isclose(evaluated.metric("kl@64").values[STUDENT].mean, expected, rel_tol=1e-4)
+
+
+def test_agreement_equals_a_plain_computation(evaluated, plain):
+    expected = (plain.logs[BASE].argmax(-1) == plain.logs[STUDENT].argmax(-1)).float().mean().item()
+    assert math.isclose(evaluated.metric("agreement@64").values[STUDENT].mean, expected, rel_tol=1e-6)
+
+
+def test_an_untrained_conversion_is_its_own_student(evaluated):
+    values = evaluated.metric("perplexity@64").values
+    assert values[STUDENT] == values["untrained"]
+
+
+def test_an_untrained_branch_switched_off_leaves_the_window(evaluated):
+    values = evaluated.metric("perplexity@64").values
+    assert values[WINDOW] == values["branch_off"] != values[STUDENT]
+
+
+def test_perplexity_by_position_has_the_mean_of_the_whole(evaluated):
+    rows = evaluated.positions["perplexity@64"]
     weights = [row["end"] - row["start"] for row in rows]
-    mean = sum(math.log(row["student"]) * w for row, w in zip(rows, weights)) / sum(weights)
-    assert math.isclose(math.exp(mean), metric.values["student"].mean, rel_tol=1e-5)
+    mean = sum(math.log(row[STUDENT]) * weight for row, weight in zip(rows, weights)) / sum(weights)
+    assert math.isclose(math.exp(mean), evaluated.metric("perplexity@64").values[STUDENT].mean, rel_tol=1e-5)
+
+
+def test_rendering_twice_gives_the_same_text(evaluated):
+    assert render_markdown(evaluated) == render_markdown(evaluated)
+
+
+def test_the_summary_has_a_row_of_every_metric(evaluated):
+    assert all(f"| {metric.name} " in summary_table(evaluated) for metric in evaluated.metrics)
+
+
+@pytest.mark.parametrize("part", ["by position", "Cache of one sequence", "How it was measured", "seed 0", "torch"])
+def test_the_report_says_what_was_measured_and_how(evaluated, part):
+    assert part in render_markdown(evaluated)
+
+
+def test_results_are_strict_json(evaluated):
+    json.dumps(evaluated.to_dict(), allow_nan=False)
 
 
 def test_verdict_exit_code_and_files_come_from_one_object(converted, cli, tmp_path):
@@ -119,19 +180,9 @@ def test_the_newest_output_is_the_default(converted, cli, monkeypatch, tmp_path)
     assert "| perplexity@32 ↓ |" in out and "verdict: no gates were set; passed 5 parity checks" in out
 
 
-def test_renderers_are_pure_and_complete(converted):
-    results = evaluate(converted, SUITE, progress=quiet)
-    text = render_markdown(results)
-    assert text == render_markdown(results)
-    for metric in results.metrics:
-        assert f"| {metric.name} " in summary_table(results)
-    for part in ("by position", "Cache of one sequence", "How it was measured", "seed 0", "torch"):
-        assert part in text
-    json.dumps(results.to_dict(), allow_nan=False)
-
-
-def test_what_cannot_be_evaluated(converted, base_folder, cli, tmp_path):
-    for flags, words in (
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         (["--gate", "perplexity@99<=1"], ["perplexity@99", "did you mean"]),
         (["--gate", "kl@64.ratio<=1"], ["kl@64 has no 'ratio'", "student"]),
         (["--gate", "perplexity@64.uniform<=1"], ["perplexity@64 has no 'uniform'"]),
@@ -141,22 +192,33 @@ def test_what_cannot_be_evaluated(converted, base_folder, cli, tmp_path):
         (["--data", "missing.txt"], ["missing.txt"]),
         (["--base", "./gone"], ["./gone"]),
         (["--max-tokens", "0"], ["max-tokens"]),
-    ):
-        code, out, err = cli("eval", converted, *([] if "--lengths" in flags else FLAGS), *flags)
-        assert code == 2 and out == "", err
-        assert all(word in err for word in words), err
+    ],
+)
+def test_a_wrong_option_of_eval_is_named(converted, cli, flags, words):
+    code, out, err = cli("eval", converted, *([] if "--lengths" in flags else FLAGS), *flags)
+    assert code == 2 and out == "", err
+    assert all(word in err for word in words), err
+
+
+def test_a_text_shorter_than_a_window_is_refused(converted, cli, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("not much")
     code, _, err = cli("eval", converted, *FLAGS, "--data", short)
     assert code == 2 and "fewer than one window of 64" in err
+
+
+def test_a_model_that_was_not_converted_is_refused(base_folder, cli):
     code, _, err = cli("eval", base_folder(name="plain"))
     assert code == 2 and "not a linearized checkpoint" in err
 
 
-def test_parts_that_would_measure_nothing_are_refused(converted, cli):
-    for part in ("associative", "passkey", "tasks", "choice"):
-        code, _, err = cli("eval", converted, "--only", part)
-        assert code == 2 and f"the suite quick has no {part}" in err
+@pytest.mark.parametrize("part", ["associative", "passkey", "tasks", "choice"])
+def test_a_part_that_would_measure_nothing_is_refused(converted, cli, part):
+    code, _, err = cli("eval", converted, "--only", part)
+    assert code == 2 and f"the suite quick has no {part}" in err
+
+
+def test_the_branch_s_part_can_be_measured_alone(converted, cli):
     code, out, err = cli("eval", converted, "--only", "branch", "--json")
     assert code == 0 and len(json.loads(out)["tables"]["branch_share"]) == 3, err
 
@@ -307,21 +369,29 @@ def test_a_passkey_needs_a_text_as_long_as_its_context(converted, tmp_path):
         evaluate(converted, Suite(data=(str(text),), lengths=(), recall=(), passkey=(200,)), progress=quiet)
 
 
-def test_lengths_and_numbers_of_passkeys(converted, cli):
+def test_passkeys_are_asked_for_at_every_length_and_depth(converted, cli):
     flags = ["--only", "passkey,associative", "--passkey", "64,96", "--passkey-rows", 3, "--associative", 40]
     code, out, _ = cli("eval", converted, *flags, "--recall-rows", 1, "--json")
     metrics = {metric["name"]: metric for metric in json.loads(out)["metrics"]}
-    asked = [f"{name}@{length}" for length in (64, 96) for name in ("passkey", "passkey_loss")]
-    assert code == 0 and metrics.keys() == {*asked, "associative@40"}
+    expected = [f"{name}@{length}" for length in (64, 96) for name in ("passkey", "passkey_loss")]
+    assert code == 0 and metrics.keys() == {*expected, "associative@40"}
     # at three depths each
-    assert [metrics[name]["values"]["student"]["n"] for name in asked] == [9] * 4
-    for flag, value in (("--passkey", "63"), ("--passkey-rows", "0"), ("--associative", "0")):
-        code, _, err = cli("eval", converted, flag, value)
-        assert code == 2 and f"{flag}: got {value}, allowed are numbers of at least" in err
-    parts = {"passkey": "passkey", "associative": "associative", "recall": "recall", "lengths": "perplexity"}
-    for flag, part in parts.items():
-        code, _, err = cli("eval", converted, "--only", "generation", f"--{flag}", "64")
-        assert code == 2 and f"--{flag}: given, but --only leaves '{part}' out" in err
+    assert [metrics[name]["values"]["student"]["n"] for name in expected] == [9] * 4
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--passkey", "63"), ("--passkey-rows", "0"), ("--associative", "0")])
+def test_numbers_that_are_too_small_are_refused(converted, cli, flag, value):
+    code, _, err = cli("eval", converted, flag, value)
+    assert code == 2 and f"{flag}: got {value}, allowed are numbers of at least" in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [("passkey", "passkey"), ("associative", "associative"), ("recall", "recall"), ("lengths", "perplexity")],
+)
+def test_an_option_of_a_part_that_is_left_out_is_refused(converted, cli, flag, part):
+    code, _, err = cli("eval", converted, "--only", "generation", f"--{flag}", "64")
+    assert code == 2 and f"--{flag}: given, but --only leaves '{part}' out" in err
 
 
 def test_what_a_passkey_costs(converted, in_float32, tmp_path):

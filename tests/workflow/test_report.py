@@ -1,5 +1,6 @@
 """The report: statistics, what is kept, judged and drawn; the page in a real browser; pipelines."""
 
+import copy
 import json
 import math
 import shutil
@@ -9,16 +10,17 @@ import sys
 import zlib
 from dataclasses import replace
 
+import jsonschema
 import pytest
 import yaml
-from helpers import FLAGS, ROOT, SUITE, quiet
+from helpers import FLAGS, ROOT, SUITE, copy_conversion, quiet
 
 from linearize.errors import Interrupted
 from linearize.evaluation import recall
 from linearize.evaluation.suite import SUITES
 from linearize.report.html import render_html
 from linearize.report.plots import plots_of
-from linearize.report.results import MODELS, json_schema
+from linearize.report.results import MODELS, STUDENT, json_schema
 from linearize.workflows import evaluate as evaluation
 from linearize.workflows.evaluate import evaluate
 
@@ -28,46 +30,80 @@ WHOLE = replace(
 )  # fmt: skip
 
 
-@pytest.fixture
-def whole(converted, tmp_path):
-    """Everything measured on a tiny model, and its folder."""
-    out = tmp_path / "report"
-    return evaluate(converted, WHOLE, out=out, progress=quiet), out
+@pytest.fixture(scope="module")
+def whole(one_conversion, tmp_path_factory):
+    """Return (results, folder) of everything that can be measured on a tiny model."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = folder / "report"
+    return evaluate(copy_conversion(one_conversion, folder), WHOLE, out=out, progress=quiet), out
 
 
-def test_everything_is_measured_written_and_valid(whole):
-    results, out = whole
-    measured = {metric.name: metric.values.keys() for metric in results.metrics}
+def test_every_figure_is_measured_of_every_model(whole):
+    measured = {metric.name: metric.values.keys() for metric in whole[0].metrics}
     for name, fields in WHOLE.figures().items():
         assert measured[name] == fields & MODELS.keys(), name
-    assert {"efficiency", "branch_share", "samples", "passkey@100"} <= results.tables.keys()
-    assert len(results.checks) == 5 and results.passed
-    metric = results.metric("perplexity@64")
-    assert metric.values["window_off"].mean != metric.values["student"].mean
-    bits, loss = results.metric("bits_per_byte@64").values["student"].mean, math.log2(metric.values["student"].mean)
-    assert 0 < bits < loss
-    shares = [v for row in results.tables["branch_share"] for heads in row["shares"].values() for v in heads]
+
+
+@pytest.mark.parametrize("table", ["efficiency", "branch_share", "samples", "passkey@100"])
+def test_every_table_is_there(whole, table):
+    assert table in whole[0].tables
+
+
+def test_all_parity_checks_pass(whole):
+    assert len(whole[0].checks) == 5 and whole[0].passed
+
+
+def test_the_branch_without_its_window_is_another_model(whole):
+    values = whole[0].metric("perplexity@64").values
+    assert values["window_off"].mean != values[STUDENT].mean
+
+
+def test_a_byte_takes_fewer_bits_than_a_token(whole):
+    bits, perplexity = (whole[0].metric(name).values[STUDENT].mean for name in ("bits_per_byte@64", "perplexity@64"))
+    assert 0 < bits < math.log2(perplexity)
+
+
+def test_the_branch_s_share_is_told_of_every_head(whole):
+    shares = [v for row in whole[0].tables["branch_share"] for heads in row["shares"].values() for v in heads]
     assert len(shares) == 18 and all(0 < share < 1 for share in shares)
-    row = results.tables["efficiency"][1]
+
+
+def test_efficiency_compares_cache_and_speed(whole):
+    row = whole[0].tables["efficiency"][1]
     assert row["student_cache_bytes"] < row["base_cache_bytes"] and row["student_decode_tokens_per_second"] > 0
 
-    import jsonschema
 
-    document = json.loads((out / "results.json").read_bytes())
-    published = json.loads((ROOT / "linearize" / "report" / "results.schema.json").read_bytes())
-    assert published == json_schema(), "run scripts/make_schema.py"
-    jsonschema.validate(document, published)
+def published_schema() -> dict:
+    return json.loads((ROOT / "linearize" / "report" / "results.schema.json").read_bytes())
+
+
+def test_the_published_schema_is_that_of_the_code():
+    assert published_schema() == json_schema(), "run scripts/make_schema.py"
+
+
+def test_results_fit_the_published_schema(whole):
+    jsonschema.validate(json.loads((whole[1] / "results.json").read_bytes()), published_schema())
+
+
+def test_every_plot_is_written_as_table_and_picture(whole):
+    results, out = whole
     for plot in plots_of(results):
         rows = (out / "plots" / f"{plot.name}.csv").read_text().splitlines()
         assert len(rows) == len(plot.rows()) > 1
         assert (out / "plots" / f"{plot.name}.png").stat().st_size > 5000
-    assert not (out / evaluation.UNFINISHED).exists()
-    page = (out / "report.html").read_text()
-    assert (
-        page == render_html(results)
-        and "http://" not in page.replace("http://www.w3.org", "")
-        and "<script" not in page
-    )
+
+
+def test_nothing_unfinished_stays_beside_a_report(whole):
+    assert not (whole[1] / evaluation.UNFINISHED).exists()
+
+
+def test_the_page_is_what_the_renderer_makes_of_the_results(whole):
+    assert (whole[1] / "report.html").read_text() == render_html(whole[0])
+
+
+def test_the_page_fetches_and_runs_nothing(whole):
+    page = (whole[1] / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
 
 
 def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):
@@ -107,73 +143,107 @@ def test_a_model_that_decodes_otherwise_fails_the_report(converted, monkeypatch,
     assert code == 3 and document["verdict"].startswith("FAILED: parity: cached = uncached")
 
 
-def test_gates_from_a_file_and_regressions(converted, cli, tmp_path):
-    flags = [*FLAGS, "--only", "perplexity,recall"]
-    gates = tmp_path / "gates.txt"
+TWO_PARTS = [*FLAGS, "--only", "perplexity,recall"]
+
+
+@pytest.fixture(scope="module")
+def first_results(one_conversion, tmp_path_factory):
+    """Return the content of results.json of a first evaluation."""
+    folder = tmp_path_factory.mktemp("first")
+    evaluate(copy_conversion(one_conversion, folder), SUITE, out=folder / "report", progress=quiet)
+    return json.loads((folder / "report" / "results.json").read_bytes())
+
+
+@pytest.fixture
+def as_first_schema(first_results):
+    """Return the first results as schema version 1 had them, without what came later."""
+    document = {key: value for key, value in first_results.items() if key not in ("tables", "checks")}
+    later = ("p_value", "chance", "recovery_over_chance", "data")
+    metrics = [
+        {key: value for key, value in metric.items() if key not in later}
+        for metric in document["metrics"]
+        if not metric["name"].startswith(("word_", "byte_"))
+    ]
+    return {**document, "schema_version": 1, "metrics": metrics}
+
+
+def with_student(document: dict, name: str, value: dict) -> dict:
+    """Return a copy of results in which the student has this value of one metric."""
+    document = copy.deepcopy(document)
+    for metric in document["metrics"]:
+        if metric["name"] == name:
+            metric["values"]["student"] = value
+    return document
+
+
+@pytest.fixture
+def compare(converted, cli, tmp_path):
+    """Evaluate against an older results.json of this content: compare(content) -> (code, stdout, stderr)."""
+
+    def call(content) -> tuple[int, str, str]:
+        older = tmp_path / "older.json"
+        older.write_text(content if isinstance(content, str) else json.dumps(content))
+        return cli("eval", converted, *TWO_PARTS, "--compare", older, "--json")
+
+    return call
+
+
+def test_gates_can_stand_in_a_file_with_comments(converted, cli, tmp_path):
+    gates, summary = tmp_path / "gates.txt", tmp_path / "summary.md"
     gates.write_text("# for the release\nperplexity@64.ratio<=50  # generous\n\nrecall@8>=0\n")
-    summary = tmp_path / "summary.md"
-    options = ["--gate", gates, "-o", tmp_path / "old", "--summary-file", summary, "--json"]
-    code, out, err = cli("eval", converted, *flags, *options)
+    code, out, err = cli("eval", converted, *TWO_PARTS, "--gate", gates, "--summary-file", summary, "--json")
     assert code == 0, err
     assert [gate["expression"] for gate in json.loads(out)["gates"]] == ["perplexity@64.ratio<=50", "recall@8>=0"]
     assert "passed 2 gate(s)" in summary.read_text() and "| perplexity@64 ↓ |" in summary.read_text()
 
-    older = tmp_path / "old" / "results.json"
-    code, out, _ = cli("eval", converted, *flags, "--compare", older, "--json")
+
+def test_the_same_figures_are_no_regression(compare, first_results):
+    code, out, _ = compare(first_results)
     assert code == 0 and all(gate["passed"] for gate in json.loads(out)["gates"])
-    document = json.loads(older.read_bytes())
-    for metric in document["metrics"]:
-        if metric["name"] == "perplexity@64":
-            metric["values"]["student"] = {"mean": metric["values"]["student"]["mean"] / 2, "error": 0.01, "n": 4}
-    document["schema_version"] = 1  # an older schema reads as well
-    older.write_text(json.dumps(document))
-    code, out, _ = cli("eval", converted, *flags, "--compare", older, "--json")
+
+
+def test_a_worse_figure_than_before_fails(compare, first_results):
+    mean = next(m for m in first_results["metrics"] if m["name"] == "perplexity@64")["values"]["student"]["mean"]
+    code, out, _ = compare(with_student(first_results, "perplexity@64", {"mean": mean / 2, "error": 0.01, "n": 4}))
     assert code == 3 and "perplexity@64 worse than before" in json.loads(out)["verdict"]
-    for change, words in (({"schema_version": 99}, "schema version 99"), ({"data": {}}, "measured on other data")):
-        older.write_text(json.dumps({**document, **change}))
-        code, _, err = cli("eval", converted, *flags, "--compare", older)
-        assert code == 2 and words in err
-    older.write_text("{}")
-    assert "is not a results.json" in cli("eval", converted, *flags, "--compare", older)[2]
 
 
-def test_results_of_an_older_schema_are_compared_where_they_mean_the_same(converted, cli, tmp_path):
-    from helpers import ROOT
+@pytest.mark.parametrize(
+    ("change", "words"), [({"schema_version": 99}, "schema version 99"), ({"data": {}}, "measured on other data")]
+)
+def test_results_that_cannot_be_compared_are_refused(compare, first_results, change, words):
+    code, _, err = compare({**first_results, **change})
+    assert code == 2 and words in err
 
-    flags = [*FLAGS, "--only", "perplexity,recall"]
-    now, older = tmp_path / "now", tmp_path / "older.json"
-    assert cli("eval", converted, *flags, "-o", now)[0] == 0
-    document = json.loads((now / "results.json").read_bytes())
-    document["schema_version"] = 1
-    # what the first version did not have
-    for key in ("tables", "checks"):
-        del document[key]
-    document["metrics"] = [m for m in document["metrics"] if not m["name"].startswith(("word_", "byte_"))]
-    for metric in document["metrics"]:
-        for key in ("p_value", "chance", "recovery_over_chance", "data"):
-            del metric[key]
-    older.write_text(json.dumps(document))
-    code, out, err = cli("eval", converted, *flags, "--compare", older, "--json")
+
+@pytest.mark.parametrize("version", ["soon", None, [3]])
+def test_results_of_no_known_schema_are_refused(compare, first_results, version):
+    code, _, err = compare({**first_results, "schema_version": version})
+    assert code == 2 and "is not a results.json" in err
+
+
+def test_another_json_file_is_no_results_json(compare):
+    assert "is not a results.json" in compare("{}")[2]
+
+
+def test_results_of_the_first_schema_are_compared_where_they_mean_the_same(compare, as_first_schema):
+    code, out, err = compare(as_first_schema)
     assert code == 0, err
-    compared = json.loads(out)
-    expressions = [gate["expression"].split()[0] for gate in compared["gates"]]
+    expressions = [gate["expression"].split()[0] for gate in json.loads(out)["gates"]]
     assert "perplexity@64" in expressions and "recall@40" in expressions and "bits_per_byte@64" not in expressions
     left_out = "not compared, as schema version 1 has them otherwise: bits_per_byte@32, bits_per_byte@64"
-    assert left_out in compared["notes"]
-    for metric in document["metrics"]:
-        if metric["name"] == "recall@8":
-            metric["values"]["student"] = {"mean": 2.0, "error": 0.01, "n": 3}
-    older.write_text(json.dumps(document))
-    code, out, _ = cli("eval", converted, *flags, "--compare", older)
-    assert code == 3 and "FAILED: recall@8 worse than before" in out
-    # a real file of the first version reads, and was measured on other data
+    assert left_out in json.loads(out)["notes"]
+
+
+def test_a_worse_figure_than_in_the_first_schema_fails(compare, as_first_schema):
+    code, out, _ = compare(with_student(as_first_schema, "recall@8", {"mean": 2.0, "error": 0.01, "n": 3}))
+    assert code == 3 and json.loads(out)["verdict"].startswith("FAILED: recall@8 worse than before")
+
+
+def test_a_real_file_of_the_first_schema_is_read(converted, cli):
     first = ROOT / "scripts" / "results" / "wikitext-100k.json"
     code, _, err = cli("eval", converted, "--only", "perplexity", "--lengths", "512", "--compare", first)
     assert code == 2 and "was measured on other data" in err
-    for version in ("soon", None, [3]):
-        older.write_text(json.dumps({**document, "schema_version": version}))
-        code, _, err = cli("eval", converted, *flags, "--compare", older)
-        assert code == 2 and "is not a results.json" in err
 
 
 def test_the_card_carries_the_evaluation_once(converted, cli):
@@ -195,8 +265,6 @@ def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):
     (data / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [{"context": f"the number {i} is", "continuation": "odd"} for i in range(5)]
     (data / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
-    from helpers import ROOT
-
     maker = [sys.executable, ROOT / "scripts" / "make_tasks.py", data, tmp_path / "tasks"]
     subprocess.run(maker, check=True, capture_output=True)
     flags = [
