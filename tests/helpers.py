@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from linearize.mixers.mixer import Site
 from linearize.mixers.registry import build_mixer
 from linearize.plan import NO_BRANCH, LayerPlan, Plan
 from linearize.report.results import SCHEMA_VERSION, Metric, Results
+from linearize.settings.loading import load_config, load_recipe
+from linearize.settings.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -327,6 +330,36 @@ def quiet(*_) -> None:
 
 def weights_of(folder) -> dict:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def lora_recipe(*sets: str) -> Recipe:
+    """Return the packaged recipe `lora`, shortened to ten steps."""
+    return load_recipe("lora", {}, [*SETTINGS, *sets])
+
+
+def convert_to_train(base: Path, out: Path) -> Path:
+    """Convert without calibration to what the training tests train: gla beside a window of 12, one softmax head."""
+    from linearize.workflows.convert import convert
+
+    settings = load_config(
+        None, {"mixer": "gla", "window": 12, "sinks": 2, "keep_softmax": "1:0"}, ["mix_options.log_mass=-1"]
+    )
+    convert(str(base), settings, out=out, verify=False, progress=quiet)
+    return out
+
+
+def train(converted: Path, out: Path, recipe: Recipe | None = None, **options):
+    """Finetune in this process without a word."""
+    from linearize.workflows.finetune import finetune
+
+    options = {"report": quiet, "recipe_name": "lora", **options}
+    return finetune(converted, recipe or lora_recipe(), out=out, progress=quiet, **options)
+
+
+def train_command(converted: Path, out: Path, *sets: str) -> list[str]:
+    """Return the command line that does the same in a process of its own."""
+    flags = [part for item in (*SETTINGS, *sets) for part in ("--set", item)]
+    return [sys.executable, "-m", "linearize", "finetune", str(converted), "-o", str(out), *flags]
 
 
 def results_of(*metrics: Metric) -> Results:

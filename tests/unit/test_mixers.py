@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from helpers import (
-    LENGTHS,
     STRUCTURES,
     assert_same_with_gradients,
     structure_inputs,
@@ -69,11 +68,12 @@ def compare(built, sequence, keywords, tolerance=1e-8):
     )
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+# around one chunk of 64, and several with a rest
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("row", STRUCTURES)
 def test_chunked_equals_token_by_token(row, T):
     built = tiny_structure(row)
-    compare(built, *structure_inputs(built, T, B=1 if T == 500 else 2, state=T != 64))
+    compare(built, *structure_inputs(built, T, B=1 if T == 200 else 2, state=T != 64))
 
 
 @pytest.mark.parametrize(("row", "key_scale"), [*((row, 1.0) for row in STRUCTURES), *((row, 30.0) for row in GATED)])
