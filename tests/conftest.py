@@ -21,14 +21,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest starts first, so that no worker is left alone with it."""
+    """Start the longest files first, so that no worker is left alone with one."""
     slowest = ("test_real_model.py", "test_versions.py", "test_report.py")
     items.sort(key=lambda item: slowest.index(item.path.name) if item.path.name in slowest else len(slowest))
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """A small byte-level BPE with a chat template, trained on the sample text."""
+    """Train a small byte-level BPE with a chat template on the sample text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +66,7 @@ def base_folder(tmp_path, tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The real base model as a .gguf file or a folder; fetched by scripts/get_model.py, skipped where it cannot be."""
+    """Return the real base model, a .gguf file or a folder: fetched by scripts/get_model.py, skipped where it cannot be."""
     named = os.environ.get("LINEARIZE_TEST_MODEL")
     if named:
         return named
@@ -80,13 +80,13 @@ def smollm2():
 
 @pytest.fixture
 def in_float32(monkeypatch):
-    """For figures that have to agree to more digits than bfloat16 has, where that would be the choice."""
+    """Compute in float32 where bfloat16 would be the choice, for figures that have to agree to more digits."""
     monkeypatch.setattr("linearize.device.bf16_is_fast", lambda: False)
 
 
 @pytest.fixture
 def cli(capsys, tmp_path, monkeypatch):
-    """Runs the command line in this process, in an empty folder: cli("convert", ...) -> (code, stdout, stderr)."""
+    """Run the command line in this process, in an empty folder: cli("convert", ...) -> (code, stdout, stderr)."""
     from linearize.cli.app import run
 
     work = tmp_path / "cwd"

@@ -164,7 +164,7 @@ def test_base_figures_on_wikitext(converted):
 
 
 def test_a_few_steps_of_the_default_recipe_lower_the_divergence(smollm2, tmp_path):
-    """Of a conversion that nothing was fitted in; what calibration leaves is too little for a few steps to show."""
+    """Train a conversion without calibration: a fitted one has too little left for a few steps to show."""
     converted = tmp_path / "converted"
     plain = ["mixer_options.gate_logit_normalizer=64", "calibration.when=never"]
     settings = load_config(None, {"mixer": "gla", "keep_softmax": "none", "window": 256}, plain)

@@ -62,7 +62,7 @@ def test_the_mix_is_fitted_head_by_head(mixer, mix):
 
 @torch.no_grad()
 def test_clusters_of_keys_stand_for_the_keys_in_them():
-    """Where the past consists of a few keys, repeated, the codes are those keys and nothing is lost."""
+    """A past of a few repeated keys is stored in codes without loss: the codes are those keys."""
     student = student_of(tiny_base(), mixer="vq", mix="joint", mixer_options={"codes": 4})
     o = []
     with student.observed(o.append):
@@ -85,7 +85,7 @@ def test_clusters_of_keys_stand_for_the_keys_in_them():
 @torch.no_grad()
 @pytest.mark.parametrize(("mixer", "options"), [("gla", {"log_mass": 1.0}), ("gated_deltanet", {"branch_scale": 2.0})])
 def test_the_whole_model_has_the_last_word(mixer, options):
-    """Of the parts tried, what stays is the one nearest to the base; its divergence is what the model then has."""
+    """The part nearest to the base stays, and its divergence is the one that the model then has."""
     student = student_of(tiny_base(), mixer=mixer, mix_options=options)
     branches = [attention.mixer for _, attention in student.linear_attentions()]
     before = [branch.state_dict() for branch in branches]

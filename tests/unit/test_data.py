@@ -119,25 +119,55 @@ def test_packing_respects_documents(tmp_path, tokenizer_folder):
         assert labels[31] == IGNORED
 
 
-def test_copying_rows_repeat_a_span_from_outside_the_window():
-    plain = [
-        Batch(torch.arange(i, i + 64)[None], torch.arange(64)[None], torch.full((1, 64), IGNORED)) for i in range(200)
-    ]
-    rows = list(with_copies(iter(plain), 0.5, shortest=24, seed=1))
-    again = list(with_copies(iter(plain), 0.5, shortest=24, seed=1))
-    copied = [(row, was) for row, was in zip(rows, plain) if row is not was]
-    assert 70 < len(copied) < 130
-    distances = set()
-    for row, was in copied:
-        first = (row.input_ids[0, :44] == row.input_ids[0, 44]).nonzero()[-1].item()
+PLAIN_ROWS = [
+    Batch(torch.arange(i, i + 64)[None], torch.arange(64)[None], torch.full((1, 64), IGNORED)) for i in range(200)
+]
+
+
+def rows_with_copies(share: float, shortest: int = 24) -> list[Batch]:
+    return list(with_copies(iter(PLAIN_ROWS), share, shortest=shortest, seed=1))
+
+
+@pytest.fixture(scope="module")
+def copied_rows():
+    """Return [(row with a copied span, the row it was made of)]."""
+    return [(row, plain) for row, plain in zip(rows_with_copies(0.5), PLAIN_ROWS) if row is not plain]
+
+
+def copy_start(row: Batch) -> int:
+    """Return the position of the span that is repeated from position 44 on."""
+    return (row.input_ids[0, :44] == row.input_ids[0, 44]).nonzero()[-1].item()
+
+
+def test_about_the_share_of_rows_asked_for_copy(copied_rows):
+    assert 70 < len(copied_rows) < 130
+
+
+def test_a_copying_row_repeats_a_span_of_its_own(copied_rows):
+    for row, plain in copied_rows:
+        first = copy_start(row)
         assert torch.equal(row.input_ids[0, 44:], row.input_ids[0, first : first + 20])
-        assert torch.equal(row.input_ids[0, :44], was.input_ids[0, :44])
+        assert torch.equal(row.input_ids[0, :44], plain.input_ids[0, :44])
+
+
+def test_a_copying_row_is_trained_on_its_copy(copied_rows):
+    for row, _ in copied_rows:
         assert torch.equal(row.labels[0, 43:-1], row.input_ids[0, 44:]) and row.labels[0, -1] == IGNORED
-        distances.add(44 - first)
+
+
+def test_copies_come_from_outside_the_window(copied_rows):
+    distances = {44 - copy_start(row) for row, _ in copied_rows}
     assert min(distances) == 24 and max(distances) == 44
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(rows, again))
-    assert list(with_copies(iter(plain), 0.0, shortest=24, seed=1)) == plain
-    assert list(with_copies(iter(plain), 1.0, shortest=63, seed=1)) == plain  # no room to copy
+
+
+def test_copies_are_the_same_for_the_same_seed():
+    for one, again in zip(rows_with_copies(0.5), rows_with_copies(0.5)):
+        assert torch.equal(one.input_ids, again.input_ids)
+
+
+@pytest.mark.parametrize(("share", "shortest"), [(0.0, 24), (1.0, 63)], ids=["no share", "no room"])
+def test_rows_stay_as_they_are_where_nothing_is_to_be_copied(share, shortest):
+    assert rows_with_copies(share, shortest) == PLAIN_ROWS
 
 
 def test_rows_read_ahead_are_the_same_rows():

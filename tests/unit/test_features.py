@@ -1,4 +1,4 @@
-"""What sets families apart, one feature at a time: it reaches linear heads and kept heads, and leaving it out would show.
+"""Features that set families apart, one at a time: each reaches linear and softmax heads, and leaving it out shows.
 
 A linear head whose window reaches the first token, with its recurrent branch off, is softmax attention; so with half of
 the heads linear and half kept the student has to give the base's logits. The same weights without the feature must not.

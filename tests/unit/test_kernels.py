@@ -84,7 +84,7 @@ def first_configurations():
 
 @functools.cache
 def interpreted():
-    """What fla's kernels need in the interpreter: one configuration each, and loop counters that are tensors."""
+    """Give fla's kernels what the interpreter needs: one configuration each, and loop counters that are tensors."""
     import numpy
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle

@@ -1,4 +1,4 @@
-"""What cannot be converted is refused with exit code 4 and the reason, and `list families` says the same."""
+"""Refusals: a model that cannot be converted ends with exit code 4 and the reason; `list families` says the same."""
 
 import json
 

@@ -113,7 +113,7 @@ def test_elimination_lets_the_head_go_that_is_missed_least():
     near, *others = (probes.text_probe(base, ids, **REACH) for ids in rows)
 
     def losses(kept) -> torch.Tensor:
-        """Of a real conversion: divergence on the first row, and on the two others; the loss on copies."""
+        """Convert for real: return the divergence on the first row, and on the two others; the loss on copies."""
         plan = Plan("llama", tuple(LayerPlan(tuple(h for h in range(3) if (i, h) in kept), **REACH) for i in range(3)))
         student = tiny_student(plan, base)
         found = []

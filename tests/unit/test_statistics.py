@@ -63,7 +63,7 @@ def test_quantiles_are_those_of_student_s_table(freedom, quantile):
 
 
 def test_mcnemar_counts_the_items_on_which_two_models_differ():
-    """Of 1 against 9 discordant items: 2 (C(10,0) + C(10,1)) / 2^10."""
+    """With 1 against 9 discordant items: 2 (C(10,0) + C(10,1)) / 2^10."""
     assert mcnemar([1.0] + [0.0] * 9 + [1.0] * 4, [0.0] + [1.0] * 9 + [1.0] * 4) == pytest.approx(22 / 1024)
 
 

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHAPES, quiet
+from helpers import SHAPES, quiet, write_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,42 +38,94 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize(("mix", "shards"), [("outside", 1), ("outside", 3), ("sum", 1)])
-def test_a_complete_checkpoint(base_folder, tmp_path, shape, mix, shards):
-    base = base_folder(shape, shards=shards, dtype=torch.bfloat16)
-    out = tmp_path / "out"
-    student = convert(str(base), settings(mix=mix), out=out, verify=False, progress=quiet)
-    heads = 3 * SHAPES[shape]["num_key_value_heads"]
-    assert student.manifest.coverage.model_dump() == {
+@dataclass
+class Checkpoint:
+    """A conversion, its base, and what it was asked for."""
+
+    base: Path
+    out: Path
+    shape: str
+    mix: str
+    shards: int
+    student: Student
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(shape, *case) for shape in SHAPES for case in (("outside", 1), ("outside", 3), ("sum", 1))],
+    ids=lambda case: "-".join(map(str, case)),
+)
+def checkpoint(request, tmp_path_factory, tokenizer_folder):
+    """Convert a model of every shape once, from one file and from three, with and without added parameters."""
+    shape, mix, shards = request.param
+    folder = tmp_path_factory.mktemp("checkpoint")
+    base = write_base(folder / "base", tokenizer_folder, shape, shards=shards, dtype=torch.bfloat16)
+    student = convert(str(base), settings(mix=mix), out=folder / "out", verify=False, progress=quiet)
+    return Checkpoint(base, folder / "out", shape, mix, shards, student)
+
+
+def test_every_head_of_every_layer_is_converted(checkpoint):
+    heads = 3 * SHAPES[checkpoint.shape]["num_key_value_heads"]
+    assert checkpoint.student.manifest.coverage.model_dump() == {
         "layers": 3, "layers_planned": 3, "heads": heads, "heads_planned": heads, "layers_converted": 3,
         "heads_converted": heads,
     }  # fmt: skip
-    # base tensors under their own names and with their own bytes
-    before, after = read_weights(base), read_weights(out)
+
+
+def test_base_tensors_keep_their_names_and_bytes(checkpoint):
+    before, after = read_weights(checkpoint.base), read_weights(checkpoint.out)
     for name in before.tensors:
         with (
-            safe_open(base / before.tensors[name].file, "pt") as a,
-            safe_open(out / after.tensors[name].file, "pt") as b,
+            safe_open(checkpoint.base / before.tensors[name].file, "pt") as a,
+            safe_open(checkpoint.out / after.tensors[name].file, "pt") as b,
         ):
             assert torch.equal(a.get_tensor(name), b.get_tensor(name))
-    added = set(after.tensors) - set(before.tensors)
-    assert added == ({f"model.layers.{i}.self_attn.mixer.log_mass" for i in range(3)} if mix == "outside" else set())
-    assert (out / "model.safetensors").is_file() == (mix == "sum" and shards == 1)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "chat_template.jinja"):
-        assert digest(out / name) == digest(base / name)
-    manifest = json.loads((out / "linearize.json").read_bytes())
-    for name, wanted in manifest["sha256"].items():
-        assert digest(out / name) == wanted
-    assert "config.json" in manifest["sha256"] and manifest["settings"]["mix"] == mix
-    config, original = (json.loads((folder / "config.json").read_bytes()) for folder in (out, base))
+
+
+def test_only_the_mix_s_parameters_are_added(checkpoint):
+    added = read_weights(checkpoint.out).tensors.keys() - read_weights(checkpoint.base).tensors.keys()
+    masses = {f"model.layers.{i}.self_attn.mixer.log_mass" for i in range(3)}
+    assert added == (masses if checkpoint.mix == "outside" else set())
+
+
+def test_a_single_file_stays_single_where_nothing_is_added(checkpoint):
+    single = (checkpoint.out / "model.safetensors").is_file()
+    assert single == (checkpoint.mix == "sum" and checkpoint.shards == 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "chat_template.jinja"]
+)
+def test_files_beside_the_weights_are_copied(checkpoint, name):
+    assert digest(checkpoint.out / name) == digest(checkpoint.base / name)
+
+
+def test_the_manifest_holds_the_checksum_of_every_file(checkpoint):
+    checksums = json.loads((checkpoint.out / "linearize.json").read_bytes())["sha256"]
+    assert "config.json" in checksums
+    assert {name: digest(checkpoint.out / name) for name in checksums} == checksums
+
+
+def test_the_manifest_holds_the_settings(checkpoint):
+    assert json.loads((checkpoint.out / "linearize.json").read_bytes())["settings"]["mix"] == checkpoint.mix
+
+
+def test_the_config_changes_in_what_names_the_model_alone(checkpoint):
+    config, original = (json.loads((path / "config.json").read_bytes()) for path in (checkpoint.out, checkpoint.base))
     changed = {key for key in config.keys() | original.keys() if config.get(key) != original.get(key)}
     assert changed == {"model_type", "architectures", "auto_map", "linearize"}
-    card = (out / "README.md").read_text()
-    assert "base_model: base" in card and f"mixed by `{mix}`" in card and "Base weights are unchanged" in card
-    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+
+
+def test_the_card_names_base_and_mix(checkpoint):
+    card = (checkpoint.out / "README.md").read_text()
+    assert "base_model: base" in card and f"mixed by `{checkpoint.mix}`" in card
+    assert "Base weights are unchanged" in card
+
+
+def test_a_checkpoint_loads_and_generates_from_its_chat_template(checkpoint):
+    model, info = AutoModelForCausalLM.from_pretrained(checkpoint.out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.out)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=20, do_sample=False).shape[1] > ids.shape[1]

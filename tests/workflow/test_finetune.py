@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import SETTINGS, convert_to_train, lora_recipe, quiet, train, train_command, write_base
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,33 +43,65 @@ def trained(converted, tmp_path_factory):
     return out
 
 
-def test_finetuning_improves_and_writes_a_complete_checkpoint(converted, tmp_path):
-    out = tmp_path / "tuned"
-    result = train(converted, out, lora_recipe("tokens=4800"))
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == list(range(1, 51))
-    assert {"tokens", "loss", "lr", "tokens_per_second", "eta_seconds", "memory_bytes"} <= metrics[0].keys()
-    for row in metrics:
-        left = metrics[-1]["tokens"] - row["tokens"]
-        assert row["eta_seconds"] == pytest.approx(left / row["tokens_per_second"])
-    mean = lambda rows: sum(m["loss"] for m in rows) / len(rows)  # noqa: E731
-    assert mean(metrics[-10:]) < 0.8 * mean(metrics[:10])
-    assert not (tmp_path / "tuned.training").exists()
-    assert json.loads((out / "linearize.json").read_bytes())["kind"] == "finetuned" == result.kind
-    # loads like a converted one, and equals the parent with the adapter
-    merged, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    from peft import PeftModel
+@pytest.fixture(scope="module")
+def tuned(converted, tmp_path_factory):
+    """Train for fifty steps. Return (student, folder), only to be read."""
+    out = tmp_path_factory.mktemp("tuned") / "tuned"
+    return train(converted, out, lora_recipe("tokens=4800")), out
 
-    adapted = PeftModel.from_pretrained(load_student(converted, dtype=torch.float32), out / "adapter")
-    ids = torch.randint(300, (1, 60))
+
+def metrics_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_logged(tuned):
+    metrics = metrics_of(tuned[1])
+    assert [row["step"] for row in metrics] == list(range(1, 51))
+    assert {"tokens", "loss", "lr", "tokens_per_second", "eta_seconds", "memory_bytes"} <= metrics[0].keys()
+
+
+def test_the_time_that_is_left_follows_from_the_tokens_that_are(tuned):
+    metrics = metrics_of(tuned[1])
+    for row in metrics:
+        remaining = metrics[-1]["tokens"] - row["tokens"]
+        assert row["eta_seconds"] == pytest.approx(remaining / row["tokens_per_second"])
+
+
+def test_training_lowers_the_loss(tuned):
+    losses = [row["loss"] for row in metrics_of(tuned[1])]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_the_states_of_a_finished_run_are_removed(tuned):
+    assert not tuned[1].with_name("tuned.training").exists()
+
+
+def test_the_output_is_marked_as_finetuned(tuned):
+    student, out = tuned
+    assert json.loads((out / "linearize.json").read_bytes())["kind"] == "finetuned" == student.kind
+
+
+def test_the_output_loads_like_a_conversion(tuned):
+    _, info = AutoModelForCausalLM.from_pretrained(tuned[1], output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_merged_weights_equal_the_parent_with_the_adapter(converted, tuned):
+    adapted = PeftModel.from_pretrained(load_student(converted, dtype=torch.float32), tuned[1] / "adapter")
+    merged, ids = load_student(tuned[1], dtype=torch.float32), torch.randint(300, (1, 60))
     with torch.no_grad():
-        torch.testing.assert_close(merged.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
-    before = load_student(converted, dtype=torch.float32).state_dict()
-    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+        torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_training_changes_the_projections_and_the_added_parameters_alone(converted, tuned):
+    before, after = (load_student(folder, dtype=torch.float32).state_dict() for folder in (converted, tuned[1]))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     kinds = {name.split("self_attn.")[-1].removesuffix(".weight") for name in changed}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "mixer.log_mass"}
-    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_the_output_has_a_tokenizer_with_its_chat_template(tuned):
+    assert AutoTokenizer.from_pretrained(tuned[1]).chat_template
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

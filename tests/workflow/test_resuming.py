@@ -83,7 +83,7 @@ def test_resuming_with_other_settings_names_the_field(converted, tmp_path, monke
 
 
 def test_a_run_without_a_state_starts_afresh(converted, tmp_path):
-    """What a run that died before its first state had logged is not taken for this one's."""
+    """The log of a run that died before its first state is not taken for this run's."""
     work = tmp_path / "out.training"
     work.mkdir()
     (work / "metrics.jsonl").write_text('{"step": 1, "loss": 77.0, "lr": Infinity}\n')
