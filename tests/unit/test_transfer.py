@@ -4,7 +4,7 @@ import torch
 from helpers import student_of, tiny_base
 
 from linearize.data.packing import Batch
-from linearize.modeling.branch import LinearHeads
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.training.transfer import transfer_backward
 from linearize.training.window_dropout import window_dropout
 
