@@ -359,16 +359,17 @@ class LinearizedAttention(nn.Module):
                 k_rotary, v, inputs, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments
             )
             return heads(q, q_rotary, context, scores=scores, state=None)[0]
-        context = heads.decoded(cache.extend(k_rotary, v, heads.encoded(inputs), padding_mask), inputs)
-        output, cache.recurrent_state = heads(q, q_rotary, context, scores=scores, state=cache.recurrent_state)
+        cached_context = heads.decoded(cache.extend(k_rotary, v, heads.encoded(inputs), padding_mask), inputs)
+        output, cache.recurrent_state = heads(q, q_rotary, cached_context, scores=scores, state=cache.recurrent_state)
         return output
 
-    def _new_caches(self) -> list[WindowCache | None]:
+    def _new_caches(self) -> tuple[WindowCache | None, WindowCache | None]:
         """Return empty caches for the linear heads and for softmax heads with a window."""
-        return [
-            None if heads is None else WindowCache(heads.window, heads.sinks, heads.delayed)
-            for heads in (self.mixer, self.softmax_window_heads)
-        ]
+
+        def new_cache(heads: WindowHeads | None) -> WindowCache | None:
+            return None if heads is None else WindowCache(heads.window, heads.sinks, heads.delayed)
+
+        return new_cache(self.mixer), new_cache(self.softmax_window_heads)
 
     def _projections_of(self, projections: Projections, key_value_heads: tuple[int, ...]) -> Projections:
         """Pick the given key/value heads, with the queries that read them, and put tokens first: [B, T, heads, K]."""
@@ -382,7 +383,7 @@ class LinearizedAttention(nn.Module):
         return Scores(scores.scale, scores.softcap, learned_sinks)
 
     def _of_heads(self, x: Tensor, key_value_heads: tuple[int, ...]) -> Tensor:
-        """Pick the given key/value heads of x, [B, heads, ...]. Of queries, pick the groups that read them."""
+        """Pick key/value heads of x, [B, heads, ...]; if x has query heads, pick the groups that read them."""
         total = len(self.softmax_heads) + len(self.linear_heads)
         if len(key_value_heads) == total:
             return x

@@ -168,7 +168,9 @@ class LinearizedLayer(CacheLayerMixin):
             raise ValueError("a linearized cache cannot be cropped: its recurrent state does not run backwards")
 
 
-def adopt_layer(cache: Cache, layer_idx: int, new_caches: Callable[[], list[WindowCache | None]]) -> LinearizedLayer:
+def adopt_layer(
+    cache: Cache, layer_idx: int, new_caches: Callable[[], tuple[WindowCache | None, WindowCache | None]]
+) -> LinearizedLayer:
     """Return the linearized layer at `layer_idx`, put in place of the empty layer that transformers made there.
 
     Args:

@@ -2,13 +2,18 @@
 
 import importlib
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from linearize.families.family import Family
 from linearize.plan import PREFIX, Plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as ConfigBase
+else:  # a mixin stands before a family's config class, which has the methods that `super()` calls
+    ConfigBase = object
 
-class LinearizedConfig:
+
+class LinearizedConfig(ConfigBase):
     """A mixin that goes before the family's config class.
 
     Attributes:
@@ -21,7 +26,7 @@ class LinearizedConfig:
     family: ClassVar[Family]
     on_creation: ClassVar[Callable[[str], None] | None] = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if LinearizedConfig.on_creation is not None:
             LinearizedConfig.on_creation(self.model_type.removeprefix(PREFIX))
@@ -29,6 +34,7 @@ class LinearizedConfig:
     @property
     def plan(self) -> Plan:
         """The plan that the model was converted by."""
+        assert self.linearize is not None, "the config of a linearized model has a plan"
         return Plan.from_dict(self.linearize)
 
     @property
@@ -37,7 +43,7 @@ class LinearizedConfig:
         return self.family.heads(self.to_dict())["num_key_value_heads"]
 
 
-def config_class(family: Family) -> type:
+def config_class(family: Family) -> Any:
     """Build the config class of one family and register it with AutoConfig. The family's model code is not imported."""
     # here, since importing it may lead to this very function (modeling/registration.py, step 2)
     from transformers import AutoConfig
@@ -55,10 +61,10 @@ def config_class(family: Family) -> type:
         "linearize": None,
         "family": family,
     }
-    cls = _CONFIGS[family.model_type] = type(name, (LinearizedConfig, base), attributes)
-    globals()[name] = cls
+    cls: Any = type(name, (LinearizedConfig, base), attributes)
+    _CONFIGS[family.model_type] = globals()[name] = cls
     AutoConfig.register(cls.model_type, cls, exist_ok=True)
     return cls
 
 
-_CONFIGS: dict[str, type] = {}
+_CONFIGS: dict[str, Any] = {}

@@ -1,8 +1,9 @@
-"""The portable modelling file: this package's modelling code as one static file beside the weights.
+"""Write the portable file: this package's modelling code as one static file beside the weights.
 
 With `auto_map` in config.json it loads through `trust_remote_code=True` on a machine without this package. It is the
-package's own source, module after module, imports of each other taken out and the two registries replaced by the
-family and the structures at hand, so there is nothing to keep in step.
+package's own source, module after module: their imports of each other are taken out, and the two registries are replaced
+by the plan's own family and mixers. So there is nothing to keep in step. All modules share one namespace, therefore no
+two of them may define the same name at the top.
 """
 
 import ast
@@ -15,12 +16,12 @@ from linearize.mixers.registry import CHOICES, MIXERS
 from linearize.plan import Plan
 
 PORTABLE_FILE = "modeling_linearized.py"
-# what follows the structures, in dependency order
+# the modules that follow the mixers, in dependency order; each is preceded by the modules that it imports
 MODELING = (
     "ops/window.py", "plan.py", "families/family.py", "modeling/configuration.py", "modeling/context.py",
     "modeling/window_cache.py", "modeling/cache.py", "modeling/linear_heads.py", "modeling/attention.py",
 )  # fmt: skip
-# replaced by tables of what is at hand
+# replaced by tables of the plan's own mixers and family
 REPLACED = ("mixers/registry.py", "families/registry.py")
 
 HEADER = '''"""Linearized {family} models: gated linear attention in place of softmax attention, for transformers.
@@ -32,7 +33,7 @@ install linearize, after which no remote code is needed.
 
 
 def class_names(model_type: str) -> dict[str, str]:
-    """Names of the linearized classes of a family."""
+    """Return the names of a family's linearized config and model class."""
     family = find_family(model_type)
     return {
         "config": "Linearized" + family.config_class,
@@ -41,23 +42,23 @@ def class_names(model_type: str) -> dict[str, str]:
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """What config.json carries so that AutoModel finds the portable file."""
+    """Return the entry of config.json by which AutoModel finds the portable file."""
     module = PORTABLE_FILE.removesuffix(".py")
     names = class_names(model_type)
     return {"AutoConfig": f"{module}.{names['config']}", "AutoModelForCausalLM": f"{module}.{names['causal_lm']}"}
 
 
 def write_portable(folder: Path, plan: Plan) -> dict[str, str]:
-    """Writes the portable file of a plan's family and structures; returns the auto_map that names its classes."""
+    """Write the portable file of a plan's family and mixers; return the auto_map that names its classes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PORTABLE_FILE).write_text(portable_source(plan), encoding="utf-8")
     return auto_map(plan.base_model_type)
 
 
 def portable_source(plan: Plan) -> str:
-    """The text of the portable file for one plan."""
+    """Return the text of the portable file for one plan."""
     model_type = plan.base_model_type
-    mixers = {name: MIXERS[name].path.split(":") for name in _structures(plan)}
+    mixers = {name: MIXERS[name].path.split(":") for name in _mixers_of(plan)}
     files: dict[str, None] = {}
     for module, _ in mixers.values():
         _collect(_file_of(module), files)
@@ -88,22 +89,19 @@ def portable_source(plan: Plan) -> str:
 
 
 def _assert_no_clash(bodies: list[str]) -> None:
-    """Modules become one namespace, so no two may define the same name."""
-    names = [node.name for body in bodies for node in ast.parse(body).body if hasattr(node, "name")]
-    names += [
-        target.id
-        for body in bodies
-        for node in ast.parse(body).body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    ]
+    """Check that no two modules define the same name at the top, since they share one namespace."""
+    names: list[str] = []
+    for node in (node for body in bodies for node in ast.parse(body).body):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
     twice = sorted({name for name in names if names.count(name) > 1})
     assert not twice, f"modules of the portable file define twice: {', '.join(twice)}"
 
 
-def _structures(plan: Plan) -> list[str]:
-    """The plan's structures and those that they are built around."""
+def _mixers_of(plan: Plan) -> list[str]:
+    """Return the names of the plan's mixers and of those that they are built around."""
     names: dict[str, None] = {}
     for layer in plan.layers:
         options = {**CHOICES[layer.mixer].defaults(), **layer.mixer_options}
@@ -112,34 +110,36 @@ def _structures(plan: Plan) -> list[str]:
 
 
 def _file_of(module: str) -> str:
+    """Return the file of a module, relative to the package."""
     return module.removeprefix("linearize.").replace(".", "/") + ".py"
 
 
 def _text(file: str) -> str:
+    """Read a file of the package."""
     return (Path(str(importlib.resources.files("linearize"))) / file).read_text(encoding="utf-8")
 
 
 def _collect(file: str, files: dict[str, None]) -> None:
-    """Adds a module to `files`, after the package's modules that it imports at the top."""
+    """Add a module to `files`, after the package's modules that it imports at the top."""
     if file in files or file in REPLACED:
         return
     for node in ast.parse(_text(file)).body:
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("linearize"):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("linearize"):
             _collect(_file_of(node.module), files)
     files[file] = None
 
 
 def _body(file: str, imports: set[str]) -> str:
-    """A module's text without its docstring and imports; outside imports are added to `imports`."""
+    """Return a module's text without docstring and imports. Its imports from outside are added to `imports`."""
     text = _text(file)
     lines = text.splitlines(keepends=True)
     dropped: set[int] = set()
     for position, node in enumerate(ast.parse(text).body):
         is_docstring = position == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if isinstance(node, ast.Import | ast.ImportFrom):
-            if not (isinstance(node, ast.ImportFrom) and node.module.startswith("linearize")):
+            if not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("linearize")):
                 imports.add(ast.unparse(node))
         elif not is_docstring:
             continue
-        dropped.update(range(node.lineno, node.end_lineno + 1))
+        dropped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return "".join(line for number, line in enumerate(lines, 1) if number not in dropped).strip() + "\n"

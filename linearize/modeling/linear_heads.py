@@ -255,13 +255,13 @@ class LinearHeads(WindowHeads):
 
         A sink does not enter a delayed branch, nor does padding, nor a token of another document than the query's.
         """
-        write_mask = segments = None
+        write_mask: Tensor | None = None
         if not self.delayed:
             write_mask = slots.key_mask
         elif (not context.is_plain or context.end - delay - count < self.sinks) and slots.ordinals is not None:
             write_mask = slots.ordinals >= self.sinks
-        if slots.segments is not None:
-            segments = context.behind(count, 0).segments
+        segments = None if slots.segments is None else context.behind(count, 0).segments
+        if slots.segments is not None and segments is not None:
             same_document = slots.segments == segments
             write_mask = same_document if write_mask is None else write_mask & same_document
         return write_mask, segments
@@ -282,9 +282,9 @@ class LinearHeads(WindowHeads):
     def scale(self, factor: float) -> None:
         """Multiply the mass or the scale of the recurrent branch by a factor."""
         if self.log_mass is not None:
-            self.log_mass += math.log(factor)
+            self.log_mass.add_(math.log(factor))
         if self.branch_scale is not None:
-            self.branch_scale *= factor
+            self.branch_scale.mul_(factor)
 
 
 def _new_parameter(*shape: int) -> nn.Parameter:

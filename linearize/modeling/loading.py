@@ -1,4 +1,4 @@
-"""Loading written checkpoints: the student, its base, and the base's weights under the student's plan."""
+"""Load written checkpoints: the student, its base, and the base's weights under the student's plan."""
 
 import importlib.util
 from pathlib import Path
@@ -28,10 +28,14 @@ from linearize.plan import Plan
 
 
 def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
-    """A converted or finetuned checkpoint, every key accounted for. An adapter-only folder is merged in memory.
+    """Load a converted or finetuned checkpoint. An adapter-only folder is merged in memory.
 
     Args:
         quantization: "int8" or "nf4" for the projections, by bitsandbytes.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        CoverageError: a tensor is missing, unexpected or of another shape.
     """
     student = Student.read(folder)
     if not student.is_adapter_only:
@@ -44,6 +48,7 @@ def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None =
 
 
 def _quantized(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return transformers' settings for a quantization."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"quantization: {kind} needs bitsandbytes (pip install bitsandbytes)")
     if kind == "int8":
@@ -52,7 +57,7 @@ def _quantized(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def merged(adapted: Any) -> PreTrainedModel:
-    """The model under the adapters of a PeftModel, in place, with their weights added to its own.
+    """Merge the adapters of a PeftModel into the model under them, in place, and return that model.
 
     PEFT's own merging of some variants (VeRA) takes every module that was trained whole for a projection.
     """
@@ -70,10 +75,11 @@ def merged(adapted: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer (an adapter-only folder's is its parent's).
+    """Load the checkpoint's tokenizer; an adapter-only folder has its parent's.
 
     Raises:
-        ConfigError: there is none. CheckpointError: it is damaged.
+        ConfigError: there is none.
+        CheckpointError: it is damaged.
     """
     folder = Student.read(folder).weights_folder
     register_checkpoint(folder)
@@ -83,25 +89,29 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def positions_of(folder: Path) -> int:
-    """How many positions a checkpoint's model has."""
+    """Return the number of positions of a checkpoint's model."""
     register_checkpoint(folder := Student.read(folder).weights_folder)
     return AutoConfig.from_pretrained(folder).max_position_embeddings
 
 
 def load_base(source: Source, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model as transformers loads it."""
+    """Load the base model as transformers does."""
     return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
 
 
 def load_unconverted(
     source: Source, plan: Plan, *, dtype: torch.dtype, added: dict[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
-    """The base's weights under `plan`, added parameters at their start: the conversion before any training.
+    """Load the base's weights under `plan`, added parameters at their start: the conversion before any training.
 
-    In softmax mode it is the base model itself, so one instance serves as base and as both baselines.
+    In softmax mode the model is the base itself, so one instance serves as base and as both baselines.
 
     Args:
-        added: the added parameters as calibration left them; at their plain first values without.
+        added: the added parameters as calibration left them. Without, they have their first values.
+
+    Raises:
+        ConfigError: the base is of another architecture than the plan.
+        CoverageError: the added parameters are of another plan.
     """
     classes = linearized_classes(find_family(plan.base_model_type))
     base = AutoConfig.from_pretrained(source.folder).to_dict()
@@ -113,18 +123,18 @@ def load_unconverted(
             f"--base: '{source.name}' has {base['num_hidden_layers']} layers, the student's plan {len(plan.layers)}"
         )
     config = classes.config.from_dict({**base, "linearize": plan.to_dict()})
-    logging.set_verbosity_error()  # of parameters that are "newly initialized" it warns; here that is the point
+    logging.set_verbosity_error()  # its warning of newly initialized parameters would mislead: they are added
     model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED)
     if added is not None:
         unexpected = model.load_state_dict(added, strict=False).unexpected_keys
-        lacking = [name for name in model.state_dict() if ADDED in name and name not in added]
-        if unexpected or lacking:
-            raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *lacking][0]}'")
+        missing = [name for name in model.state_dict() if ADDED in name and name not in added]
+        if unexpected or missing:
+            raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *missing][0]}'")
     return model
 
 
 def untrained_parameters(student: Student) -> dict[str, torch.Tensor] | None:
-    """The added parameters of a checkpoint before any training, where calibration set them."""
+    """Read the added parameters as they were before any training; None if no calibration had set them."""
     if student.manifest.calibration is None:
         return None
     if (student.folder / UNTRAINED_FILE).is_file():
@@ -135,17 +145,22 @@ def untrained_parameters(student: Student) -> dict[str, torch.Tensor] | None:
 
 
 def added_of(folder: Path) -> dict[str, torch.Tensor]:
-    """The added parameters that a checkpoint folder holds."""
-    found = {}
+    """Read the added parameters of a checkpoint folder."""
+    tensors: dict[str, torch.Tensor] = {}
     for file in read_weights(folder).files:
         with safe_open(folder / file, framework="pt") as shard:
-            found |= {name: shard.get_tensor(name) for name in shard.keys() if ADDED in name}
-    return found
+            tensors |= {name: shard.get_tensor(name) for name in shard.keys() if ADDED in name}
+    return tensors
 
 
 def _load_exactly(
     folder: Path, *, dtype: torch.dtype, model_class: Any = AutoModelForCausalLM, may_miss: str | None = None, **kwargs
 ) -> PreTrainedModel:
+    """Load a model and check that every tensor of its class and of the folder met its match.
+
+    Args:
+        may_miss: part of the names of tensors that may be missing.
+    """
     register_checkpoint(folder)
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
