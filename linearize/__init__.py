@@ -3,7 +3,7 @@
     import linearize
 
     student = linearize.convert("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m", out="student")
-    tuned = linearize.finetune(student.folder, "lora", out="tuned")
+    tuned = linearize.finetune(student, "lora", out="tuned")
     results = linearize.evaluate(tuned.folder, "quick")
 
 Importing the package makes AutoModelForCausalLM.from_pretrained load linearized checkpoints, in whichever order it and

@@ -147,14 +147,14 @@ def finetune(
 
 
 def _print_outcome(student: "Student") -> None:
-    run = student.manifest.finetune
-    assert run is not None
-    now = run.tokens_in_these_seconds
-    resumed = "" if now is None or now == run.tokens else f", {now:,} of them now"
-    stage = f" of {run.stages[-1]['name']}" if len(run.stages) > 1 else ""
+    record = student.manifest.finetune
+    assert record is not None, "finetune writes a record of its run"
+    in_this_call = record.tokens_in_these_seconds
+    resumed = "" if in_this_call is None or in_this_call == record.tokens else f", {in_this_call:,} of them now"
+    stage = f" of {record.stages[-1]['name']}" if len(record.stages) > 1 else ""
     emit(
-        f"trained {run.tokens:,} tokens{resumed} in {run.seconds:.0f} s; "
-        f"loss {run.first_loss:.4f} at the first step{stage}, {run.last_loss:.4f} over the last ten"
+        f"trained {record.tokens:,} tokens{resumed} in {record.seconds:.0f} s; "
+        f"loss {record.first_loss:.4f} at the first step{stage}, {record.last_loss:.4f} over the last ten"
     )
     emit(str(student.folder.resolve()))
 

@@ -86,6 +86,13 @@ def finetune(
     Raises:
         Interrupted: stopped by Ctrl-C or SIGTERM; the state is saved.
         LinearizeError: every other foreseen failure, with its exit code.
+
+    Example:
+        >>> import linearize
+        >>> recipe = linearize.Recipe(tokens=2048, seq_len=256, batch_size=2)
+        >>> tuned = linearize.finetune("my-student", recipe, out="my-student-lora")
+        >>> tuned.kind
+        'finetuned'
     """
     student = model if isinstance(model, Student) else Student.read(model)
     settings = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))

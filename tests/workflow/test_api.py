@@ -12,7 +12,7 @@ from helpers import ROOT
 import linearize
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "pydantic", "yaml", "numpy"}
-FUNCTIONS = ("convert",)
+FUNCTIONS = ("convert", "finetune")
 
 
 def run_example(function) -> None:
@@ -78,3 +78,9 @@ def test_parameters_are_typed_and_documented(name):
 
 def test_the_example_of_convert_runs(folder):
     assert (folder / "my-student" / "linearize.json").is_file()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS[1:])
+def test_the_example_runs_on_a_converted_model(folder, name, monkeypatch):
+    monkeypatch.chdir(folder)
+    run_example(getattr(linearize, name))
