@@ -88,13 +88,17 @@ class EvalStep(Strict):
     summary_file: str | None = None
 
     def chosen(self) -> Suite:
-        """Raises: ConfigError: an unknown suite or part, a number out of range."""
+        """Return the suite with the step's options; an empty list leaves the suite's own.
+
+        Raises:
+            ConfigError: an unknown suite or part, or a number out of range.
+        """
         names = {field.name for field in fields(Suite)}
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in self if name in names}
-        return choose_suite(self.suite, self.only, **{name: value for name, value in given.items() if value != ()})
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in self if name in names}
+        return choose_suite(self.suite, self.only, **{name: value for name, value in options.items() if value != ()})
 
     def demands(self) -> dict[str, Any]:
-        """What the evaluation is judged by and reported to, as `evaluate` takes it."""
+        """Return the arguments of `evaluate` that say how results are judged and where the verdict is added."""
         files = {"compare": self.compare, "summary_file": self.summary_file}
         paths = {name: Path(file) if file else None for name, file in files.items()}
         return {"gates": self.gates, "min_recovery": self.min_recovery, **paths}
