@@ -61,10 +61,12 @@ class Subject:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return len(self.model.base_model.layers)
 
     @property
     def heads(self) -> int:
+        """Number of key/value heads in a layer."""
         return self.model.config.num_key_value_heads
 
 
@@ -253,7 +255,7 @@ def spearman(first: list[list[float]], second: list[list[float]]) -> float:
 def table(record: dict[str, Any]) -> str:
     """Render the choices as a Markdown table, with the seconds and rank correlations below."""
     lines = [
-        "| heads kept by | heads | recall@512 | recall@1024 | perplexity@2048 | passkey, loss a token | right |",
+        "| heads chosen by | heads | recall@512 | recall@1024 | perplexity@2048 | passkey, loss a token | right |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["choices"]:

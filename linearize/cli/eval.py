@@ -2,13 +2,16 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from linearize.cli.help import Command, examples
 from linearize.cli.options import OUTPUT, Json, model_or_newest, whole_numbers
 from linearize.cli.output import emit, emit_json, progress_line
+
+if TYPE_CHECKING:
+    from linearize.report.results import Results
 
 MEASURE, JUDGE = "Measurements", "Gates"
 
@@ -246,7 +249,6 @@ def evaluate(
     folder = model_or_newest(model, newest_output, "output")
     Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
     keep_freed_memory()
-    from linearize.report.markdown import summary_table
     from linearize.report.results import GATE_FAILED
     from linearize.workflows.evaluate import evaluate as run
 
@@ -258,7 +260,13 @@ def evaluate(
     if json_:
         emit_json(results.to_dict())
     else:
-        emit(summary_table(results))
-        emit(f"verdict: {results.verdict}")
-        emit(str(out.resolve() / "report.md"))
+        _print_outcome(results, out)
     return 0 if results.passed else GATE_FAILED
+
+
+def _print_outcome(results: "Results", out: Path) -> None:
+    from linearize.report.markdown import summary_table
+
+    emit(summary_table(results))
+    emit(f"verdict: {results.verdict}")
+    emit(str(out.resolve() / "report.md"))

@@ -20,6 +20,7 @@ class Command(TyperCommand):
     """Show each option under its `rich_help_panel`, and keep the line breaks of the epilog."""
 
     def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        """Write the arguments and options, panel by panel."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -31,6 +32,7 @@ class Command(TyperCommand):
                 formatter.write_dl(panels[title])
 
     def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        """Write the examples and the exit codes."""
         formatter.write("\n" + (self.epilog or "") + "\n\n")
         formatter.write_text(EXIT_CODES)
 
