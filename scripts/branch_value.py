@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearize.device import compute_dtype, keep_freed_memory
-from linearize.evaluation.perplexity import windows_of
+from linearize.evaluation.window_scores import windows_of
 from linearize.modeling.loading import load_student, load_tokenizer
 from linearize.modeling.readout import readout_of
 

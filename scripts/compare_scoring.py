@@ -32,8 +32,8 @@ from linearize.data.recall_rows import recall_task
 from linearize.data.samples import SAMPLES
 from linearize.device import compute_dtype, keep_freed_memory, versions
 from linearize.evaluation.passkey import passkey_task
-from linearize.evaluation.perplexity import windows_of
 from linearize.evaluation.recall import accuracy
+from linearize.evaluation.window_scores import windows_of
 from linearize.modeling.readout import readout_of
 from linearize.settings.config import ScoringSettings
 

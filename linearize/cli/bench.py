@@ -79,7 +79,8 @@ def _bench_model(folder: Path | None, lengths: tuple[int, ...] | None, json_: bo
     Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
     keep_freed_memory()
     from linearize.evaluation.efficiency import crossovers
-    from linearize.report.markdown import efficiency_rows, table
+    from linearize.report.markdown import table
+    from linearize.report.tables import efficiency_rows
     from linearize.workflows.bench import bench_student
 
     rows = bench_student(folder, lengths, progress=progress_line)

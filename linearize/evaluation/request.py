@@ -1,27 +1,50 @@
 """Check an evaluation request before any weights are loaded."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.student import Student
 from linearize.checkpoint.writing import check_writable
+from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
-from linearize.evaluation.suite import Suite, within_positions
+from linearize.evaluation.registry import MEASUREMENTS
+from linearize.evaluation.suite import Suite, cut_to_positions
 from linearize.evaluation.text import read_evaluation_text
-from linearize.report.gates import check_common, check_gates, expand_gates, read_older
+from linearize.modeling.loading import load_tokenizer
+from linearize.report.comparison import OlderResults, check_common, read_older
+from linearize.report.gates import check_gates, expand_gates
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        gates: expressions, files of them expanded.
+        min_recovery: least recovery of perplexity at every length beyond the window.
+        older: results of an earlier run to compare with.
+        inputs: what each measurement read from its files, by the measurement's name.
+    """
+
+    gates: list[str]
+    min_recovery: float | None
+    older: OlderResults | None
+    inputs: dict[str, Any]
 
 
 def check_request(
     suite: Suite,
     window: int,
-    *,
-    gates: list[str] | None = None,
+    gates: Sequence[str] | None = None,
     min_recovery: float | None = None,
+    *,
     compare: Path | None = None,
     summary_file: Path | None = None,
-) -> tuple[list[str], dict | None, dict[str, Any]]:
-    """What is asked for and needs no weights to be refused: the gates, the older results and the harness's tasks.
+) -> Request:
+    """Read and check everything in a request that needs no conversion: gates, older results and measurements' files.
 
     Args:
         window: the student's; within it there is nothing to recover.
@@ -29,54 +52,52 @@ def check_request(
     Raises:
         ConfigError: a gate on what is not measured, an unreadable file, an unknown task.
     """
-    from linearize.evaluation.harness import load_tasks
-    from linearize.evaluation.letters import read_items
-
-    expressions = expand_gates(list(gates or []))
+    expressions = expand_gates(gates or ())
     check_recovery(min_recovery, suite, window)
-    check_gates(expressions, suite.figures(), open_ended=bool(suite.tasks))
+    metrics = suite.metrics()
+    check_gates(expressions, metrics, open_ended=suite.has_open_metrics)
     older = read_older(compare) if compare else None
-    if older is not None and not suite.tasks:
-        check_common(older, suite.figures())
+    if older is not None and not suite.has_open_metrics:
+        check_common(older, metrics)
     if summary_file is not None:
         check_writable(summary_file, "--summary-file", folder=False)
     if suite.control is not None:
         Student.read(suite.control)
-    for path in suite.choice:
-        read_items(Path(path), suite.task_limit)
-    tasks = load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None) if suite.tasks else {}
-    return expressions, older, tasks
+    inputs = {name: measurement.prepare(suite) for name, measurement in MEASUREMENTS.items()}
+    return Request(expressions, min_recovery, older, inputs)
 
 
-def check_recovery(asked: float | None, suite: Suite, window: int) -> None:
-    if asked is not None and not lengths_beyond_window(suite, window):
+def check_recovery(min_recovery: float | None, suite: Suite, window: int) -> None:
+    """Refuse a least recovery where no length is beyond the window.
+
+    Raises:
+        ConfigError: nothing can be recovered.
+    """
+    if min_recovery is not None and not lengths_beyond_window(suite, window):
         raise ConfigError(
-            f"--min-recovery: got {asked}, but perplexity is measured at "
+            f"--min-recovery: got {min_recovery}, but perplexity is measured at "
             f"{', '.join(map(str, suite.lengths)) or 'no length'}, and only beyond the window of {window} is there "
             "anything to recover"
         )
 
 
 def lengths_beyond_window(suite: Suite, window: int) -> list[int]:
-    """The lengths at which there is something to recover."""
+    """Return the lengths at which there is something to recover."""
     return [length for length in suite.lengths if length > window]
 
 
 def check_text(
-    model: Path, suite: Suite, *, gates: list[str], min_recovery: float | None = None, compare: Path | None = None
+    model: Path, suite: Suite, *, gates: Sequence[str], min_recovery: float | None = None, compare: Path | None = None
 ) -> None:
-    """What needs a conversion to be refused, though no weights: text, older results of other text, and gates on what its
-    positions do not hold. Arguments as in `evaluate`.
+    """Check everything in a request that needs a conversion but no weights. Arguments as in `evaluate`.
 
     Raises:
-        ConfigError: one of these.
+        ConfigError: the text is too short, older results come from another text, or a gate is on something longer than
+            the model's positions.
     """
-    from linearize.device import compute_dtype, pick_device
-    from linearize.modeling.loading import load_tokenizer
-
     # a conversion has its base's positions
-    suite, _ = within_positions(suite, json.loads((model / "config.json").read_bytes()))
+    suite, _ = cut_to_positions(suite, json.loads((model / "config.json").read_bytes()))
     check_recovery(min_recovery, suite, Student.read(model).manifest.settings.window)
-    check_gates(expand_gates(gates), suite.figures(), open_ended=bool(suite.tasks))
+    check_gates(expand_gates(gates), suite.metrics(), open_ended=suite.has_open_metrics)
     older = read_older(compare) if compare else None
     read_evaluation_text(suite, load_tokenizer(model), older, compute_dtype("auto"), pick_device())

@@ -1,161 +1,144 @@
-"""What an evaluation measures: the named suites, and how they are cut and checked."""
+"""Choose what an evaluation measures: the named suites, changes to them, and cuts to a model's positions."""
 
 import math
-import re
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any
 
 from linearize.errors import ConfigError, nearest
-from linearize.report.results import ALL, ASKED, BASE, CONTROL, UNIFORM, WINDOW_OFF
+from linearize.evaluation.measurement import Option
+from linearize.evaluation.registry import MEASUREMENTS
+from linearize.plan import Plan
+from linearize.report.results import CONTROL, UNIFORM
 
-BRANCH_LENGTH = 2048
-# what a metric says of the student beside others, if it has a base
-DERIVED = {"ratio", "recovery", "p_value"}
-# beside perplexity
-PARTS = ("recall", "associative", "passkey", "choice", "tasks", "generation", "efficiency", "branch", "parity")
-
-
-def metric_stem(path: str) -> str:
-    """A file's name as part of a metric's name."""
-    return re.sub(r"\W", "_", Path(path).stem)
+OPTIONS: dict[str, Option] = {
+    option.name: option for measurement in MEASUREMENTS.values() for option in measurement.options
+}
+# the options of every measurement as fields; a type checker cannot see them and takes each for Any
+_MeasurementOptions: Any = make_dataclass(
+    "_MeasurementOptions",
+    [(name, option.annotation, field(default=option.default)) for name, option in OPTIONS.items()],
+    frozen=True,
+)
 
 
 @dataclass(frozen=True)
-class Suite:
-    """What to measure. Empty tuples and zeros leave a part out.
+class Suite(_MeasurementOptions):
+    """Say what to measure, and on what.
+
+    The options of every measurement in `registry.py` are fields as well: `lengths`, `max_tokens`, `recall` and so on.
 
     Attributes:
-        lengths: windows for perplexity; at most `max_tokens` of text each.
-        recall, associative: distances; `recall_rows` rows each. passkey: context lengths; `passkey_rows` each depth.
-        tasks: names of lm-evaluation-harness, from `tasks_dir` if given, `task_limit` items each.
-        choice: files of multiple-choice items to be answered by letter, options permuted; `task_limit` items each.
-        generation: new tokens for every health prompt. efficiency: context lengths.
-        branch: whether to measure the recurrent branch's share, and at the longest length and distance the model with its
-            window off.
-        parity: whether to hold cached, padded, batched and reloaded logits against each other.
-        uniform: whether to measure the layout that spreads as many softmax heads evenly.
-        control: a folder with the base finetuned by the student's recipe, every head softmax.
+        data: evaluation texts: packaged samples, files or hub ids.
+        text_field: the field of a data set's rows that holds the text.
+        seed: of the random rows and of the passkeys.
+        uniform: measure the layout that spreads as many softmax heads evenly, too.
+        control: a folder with the base finetuned by the student's recipe, every head softmax; measured, too.
     """
 
     data: tuple[str, ...] = ("sample-eval",)
-    lengths: tuple[int, ...] = (512, 2048)
-    recall: tuple[int, ...] = (64, 256, 1024)
-    associative: tuple[int, ...] = ()
-    passkey: tuple[int, ...] = ()
-    tasks: tuple[str, ...] = ()
-    tasks_dir: str | None = None
-    task_limit: int | None = None
-    choice: tuple[str, ...] = ()
-    generation: int = 0
-    efficiency: tuple[int, ...] = ()
-    branch: bool = False
-    parity: bool = False
-    max_tokens: int = 16384
-    recall_rows: int = 8
-    passkey_rows: int = 2
     text_field: str = "text"
     seed: int = 0
     uniform: bool = False
     control: str | None = None
 
-    def figures(self) -> dict[str, set[str]]:
-        """The metrics that will certainly be measured, each with its models and what follows from them; a task's are known
-        when it has run."""
-        absent = {model for model, asked in ((UNIFORM, self.uniform), (CONTROL, self.control)) if not asked}
-        beside = {*ALL} - absent
-        every, asked = beside | DERIVED, {*ASKED} - absent | DERIVED
-        made = {}
-        for length in self.lengths:
-            window_off = {WINDOW_OFF} if self.branch and length == max(self.lengths) else set()
-            for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
-                made[f"{kind}@{length}"] = every | window_off
-            for kind in ("kl", "agreement"):
-                made[f"{kind}@{length}"] = beside - {BASE} | window_off
-        for distance in self.recall:
-            made[f"recall@{distance}"] = every | (
-                {WINDOW_OFF} if self.branch and distance == max(self.recall) else set()
-            )
-        made |= {f"associative@{distance}": every for distance in self.associative}
-        made |= {f"{kind}@{length}": asked for length in self.passkey for kind in ("passkey", "passkey_loss")}
-        for path in self.choice:
-            made[f"letters_{metric_stem(path)}"] = asked | {"recovery_over_chance"}
-            made[f"letters_consistent_{metric_stem(path)}"] = asked
-        if self.generation:
-            made |= dict.fromkeys(("repetition", "distinct2", "length", "stopped"), asked)
-        return made
+    def models(self, names: Iterable[str]) -> set[str]:
+        """Return those of the named models that are measured: the two baselines on request only if requested."""
+        absent = set()
+        if not self.uniform:
+            absent.add(UNIFORM)
+        if self.control is None:
+            absent.add(CONTROL)
+        return set(names) - absent
+
+    def changed(self, **changes: Any) -> "Suite":
+        """Return the suite with some settings changed."""
+        return replace(self, **changes)
+
+    def metrics(self) -> dict[str, set[str]]:
+        """Return the metrics that will certainly be measured, each with its fields: models and comparisons."""
+        fields: dict[str, set[str]] = {}
+        for measurement in MEASUREMENTS.values():
+            fields |= measurement.metrics(self)
+        return fields
 
     @property
-    def branch_length(self) -> int:
-        """Tokens on which the recurrent branch's share is measured, as far as text and positions go."""
-        return max(self.lengths, default=BRANCH_LENGTH)
+    def has_open_metrics(self) -> bool:
+        """True if more metrics may be measured than `metrics` names."""
+        return any(measurement.has_open_metrics and measurement.is_on(self) for measurement in MEASUREMENTS.values())
 
 
 SUITES = {
-    "quick": Suite(
-        lengths=(2048,), recall=(64, 1024), max_tokens=4096, recall_rows=2, generation=24,
-        efficiency=(512, 2048), branch=True, parity=True,
-    ),
-    "standard": Suite(
-        lengths=(512, 2048, 8192), recall=(64, 256, 1024, 4096), associative=(64, 256, 1024, 4096),
-        passkey=(1024, 4096), generation=128, efficiency=(512, 2048, 8192), branch=True, parity=True, max_tokens=32768,
-    ),
-    "full": Suite(
-        lengths=(512, 1024, 2048, 4096, 8192, 16384, 32768), recall=(64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-        associative=(64, 256, 1024, 4096, 16384), passkey=(1024, 4096, 16384), passkey_rows=4, generation=256,
-        efficiency=(512, 2048, 8192, 32768), branch=True, parity=True, max_tokens=131072, recall_rows=16,
-    ),
-}  # fmt: skip
+    suite: Suite(**{name: option.suites.get(suite, option.default) for name, option in OPTIONS.items()})
+    for suite in ("quick", "standard", "full")
+}
 
 
-def choose_suite(name: str, only: str | None, **changes: Any) -> Suite:
-    """A named suite with the given settings on top, cut down to the parts of `only`."""
+def choose_suite(name: str, only: str | None = None, **changes: Any) -> Suite:
+    """Return a named suite with some settings changed, cut down to the measurements of `only`.
+
+    Args:
+        name: "quick", "standard" or "full".
+        only: names of measurements, separated by commas.
+        changes: fields of `Suite`; None leaves the suite's own value.
+
+    Raises:
+        ConfigError: an unknown suite or measurement, or a value that is not allowed.
+    """
     if name not in SUITES:
         raise ConfigError(f"--suite: got '{name}', allowed are {', '.join(SUITES)}{nearest(name, SUITES)}")
-    for key in ("max_tokens", "recall_rows", "passkey_rows", "task_limit"):
-        if changes.get(key) is not None and changes[key] < 1:
-            raise ConfigError(f"--{key.replace('_', '-')}: got {changes[key]}, allowed are numbers of at least 1")
-    suite = replace(SUITES[name], **{key: value for key, value in changes.items() if value is not None})
+    changes = {key: value for key, value in changes.items() if value is not None}
+    for key, value in changes.items():
+        if key in OPTIONS and (number := OPTIONS[key].too_small(value)) is not None:
+            flag, least = f"--{key.replace('_', '-')}", OPTIONS[key].least
+            raise ConfigError(f"{flag}: got {number}, allowed are numbers of at least {least}")
+    suite = SUITES[name].changed(**changes)
     if not 0 <= suite.seed < 2**32:
         raise ConfigError(f"--seed: got {suite.seed}, allowed are 0 to {2**32 - 1}")
-    stems = [metric_stem(path) for path in suite.choice]
-    for path, stem in zip(suite.choice, stems):
-        if stems.count(stem) > 1:
-            raise ConfigError(
-                f"--choice: got '{path}' and another file whose figures would be named letters_{stem}, too"
-            )
-    if only is None:
-        return suite
-    parts = {"perplexity": "lengths", **{part: part for part in PARTS}}
-    wanted = [part.strip() for part in only.split(",")]
-    for part in wanted:
-        if part not in parts:
-            raise ConfigError(f"--only: got '{part}', allowed are {', '.join(parts)}{nearest(part, parts)}")
-        if not getattr(suite, parts[part]):
-            raise ConfigError(f"--only: the suite {name} has no {part}; say which, or take a larger one")
-    for part, key in parts.items():
-        if changes.get(key) and part not in wanted:
-            raise ConfigError(f"--{key}: given, but --only leaves '{part}' out")
-    empty = {field.name: type(getattr(suite, field.name))() for field in fields(suite)}
-    return replace(suite, **{key: empty[key] for part, key in parts.items() if part not in wanted})
+    for measurement in MEASUREMENTS.values():
+        measurement.check(suite)
+    return suite if only is None else _cut_to_measurements(suite, name, only, changes)
 
 
-def within_positions(suite: Suite, config: dict) -> tuple[Suite, list[str]]:
-    """Leaves out what is longer than the base's positions, and says so; of the lengths at least one as long as these stays."""
+def _cut_to_measurements(suite: Suite, suite_name: str, only: str, changes: dict[str, Any]) -> Suite:
+    """Switch off every measurement that `only` does not name; refuse names and changes that would have no effect."""
+    names = [part.strip() for part in only.split(",")]
+    for name in names:
+        if name not in MEASUREMENTS:
+            allowed = ", ".join(MEASUREMENTS)
+            raise ConfigError(f"--only: got '{name}', allowed are {allowed}{nearest(name, MEASUREMENTS)}")
+        if not MEASUREMENTS[name].is_on(suite):
+            raise ConfigError(f"--only: the suite {suite_name} has no {name}; say which, or take a larger one")
+    unnamed = {name: measurement.switch for name, measurement in MEASUREMENTS.items() if name not in names}
+    for name, switch in unnamed.items():
+        if changes.get(switch.name):
+            raise ConfigError(f"--{switch.name}: given, but --only leaves '{name}' out")
+    return suite.changed(**{switch.name: switch.off for switch in unnamed.values()})
+
+
+def cut_to_positions(suite: Suite, config: dict[str, Any]) -> tuple[Suite, list[str]]:
+    """Leave out what is longer than the model's positions.
+
+    Args:
+        config: the model's config.json, for `max_position_embeddings`.
+
+    Returns:
+        The suite that fits, and a note on each option that lost items.
+    """
     limit = config.get("max_position_embeddings") or math.inf
-    longest = {
-        "lengths": lambda n: n,
-        "recall": lambda n: 1 + n + min(n, 256),
-        "associative": lambda n: 1 + max(n, 2) + 2 * max(1, min(n // 2, 32)),
-        "passkey": lambda n: n + 8,
-        "efficiency": lambda n: n + 8,
-    }
     notes, changes = [], {}
-    for name, tokens in longest.items():
-        beyond = [n for n in getattr(suite, name) if tokens(n) > limit]
-        if beyond:
-            changes[name] = tuple(n for n in getattr(suite, name) if n not in beyond)
-            notes.append(f"{name} {', '.join(map(str, beyond))} left out: longer than the base's {limit} positions")
-            if name == "lengths" and not changes[name]:
-                changes[name] = (limit,)
-    return replace(suite, **changes), notes
+    for measurement in MEASUREMENTS.values():
+        name = measurement.switch.name
+        items = getattr(suite, name)
+        if measurement.switch.kind is not int or not measurement.switch.is_list:
+            continue
+        longer = [item for item in items if measurement.positions(item) > limit]
+        if longer:
+            changes[name] = measurement.cut_to_positions(items, int(limit))
+            notes.append(f"{name} {', '.join(map(str, longer))} left out: longer than the base's {limit} positions")
+    return suite.changed(**changes), notes
+
+
+def cut_to_plan(suite: Suite, plan: Plan) -> Suite:
+    """Leave out the recurrent branch's own measurement where no layer has a branch."""
+    return suite if any(layer.has_branch for layer in plan.layers) else suite.changed(branch=False)

@@ -1,118 +1,150 @@
-"""Decide which sets of weights an evaluation needs, how each is loaded, and whether all fit into memory at once."""
+"""Decide which sets of weights an evaluation needs, how each is loaded, and if all fit into memory at once."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from linearize import device as devices
 from linearize.checkpoint.fingerprint import sha256
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import Student
+from linearize.checkpoint.weights import read_weights
+from linearize.conversion.calibrate import calibrate
 from linearize.conversion.keep_softmax import spread_evenly
+from linearize.data.text_rows import text_rows
 from linearize.errors import ConfigError
+from linearize.evaluation.context import REFERENCE
 from linearize.evaluation.suite import Suite
+from linearize.families.registry import find_family
+from linearize.modeling import loading
 from linearize.plan import Plan
 from linearize.report.results import CONTROL, STUDENT, UNIFORM
 
-# what computing takes beside the weights
+# memory for activations, as a factor on that of the weights
 HEADROOM = 1.25
+Loaders = dict[str, Callable[[], PreTrainedModel]]
 
 
 def weight_loaders(
-    student: Student, source: Source, suite: Suite, dtype
-) -> tuple[dict[str, Callable], dict[str, Path]]:
-    """The sets of weights of an evaluation: functions that load them, and the folders they come from."""
-    from linearize.evaluation.lab import REFERENCE
-    from linearize.modeling.loading import load_student, load_unconverted, untrained_parameters
+    student: Student, source: Source, suite: Suite, dtype: torch.dtype
+) -> tuple[Loaders, dict[str, Path]]:
+    """Return a function that loads each set of weights, and the folder that each comes from.
 
+    Raises:
+        ConfigError: the control is no control of this student, or no softmax heads can be spread.
+    """
     plan = student.manifest.plan
-    vocabulary = source.read_config()["vocab_size"]
-    loaders: dict[str, Callable] = {
-        REFERENCE: lambda: load_unconverted(source, plan, dtype=dtype, added=untrained_parameters(student)),
-        STUDENT: lambda: _same_vocabulary(load_student(student.folder, dtype=dtype), vocabulary, "the student"),
+    loaders: Loaders = {
+        REFERENCE: lambda: loading.load_unconverted(
+            source, plan, dtype=dtype, added=loading.untrained_parameters(student)
+        ),
+        STUDENT: lambda: _load_comparable(student.folder, source, dtype, "the student"),
     }
     folders = {REFERENCE: source.folder, STUDENT: student.weights_folder}
     if suite.uniform:
         uniform = spread_softmax_heads(plan, student.manifest.coverage.heads_per_layer)
-        loaders[UNIFORM] = lambda: load_unconverted(
-            source, uniform, dtype=dtype, added=_calibrated(source, uniform, student)
+        loaders[UNIFORM] = lambda: loading.load_unconverted(
+            source, uniform, dtype=dtype, added=_calibrated_parameters(source, uniform, student)
         )
         folders[UNIFORM] = source.folder
     if suite.control is not None:
-        control = Student.read(suite.control)
-        if control.manifest.base.fingerprint != student.manifest.base.fingerprint:
-            raise ConfigError(
-                f"--control: {control.folder} comes from another base ({control.manifest.base.name}) than the student"
-            )
-        if linear_heads := control.manifest.coverage.heads_converted:
-            raise ConfigError(
-                f"--control: {control.folder} has {linear_heads} linear heads; a control is the base "
-                "with the student's recipe (`linearize convert --keep-softmax all`, then `linearize finetune`)"
-            )
-        loaders[CONTROL] = lambda: _same_vocabulary(
-            load_student(control.folder, dtype=dtype), vocabulary, "the control"
-        )
+        control = _read_control(suite.control, student)
+        loaders[CONTROL] = lambda: _load_comparable(control.folder, source, dtype, "the control")
         folders[CONTROL] = control.weights_folder
     return loaders, folders
 
 
+def _read_control(folder: str, student: Student) -> Student:
+    """Read a control, the base with the student's recipe, and refuse another checkpoint."""
+    control = Student.read(folder)
+    if control.manifest.base.fingerprint != student.manifest.base.fingerprint:
+        raise ConfigError(
+            f"--control: {control.folder} comes from another base ({control.manifest.base.name}) than the student"
+        )
+    if linear_heads := control.manifest.coverage.heads_converted:
+        raise ConfigError(
+            f"--control: {control.folder} has {linear_heads} linear heads; a control is the base with the student's "
+            "recipe (`linearize convert --keep-softmax all`, then `linearize finetune`)"
+        )
+    return control
+
+
 def spread_softmax_heads(plan: Plan, heads: int) -> Plan:
-    """The plan with as many softmax heads at even distances, of `heads` in each of the layers that are not the base's own."""
-    ours = [i for i, layer in enumerate(plan.layers) if not layer.native]
-    kept = sum(len(plan.layers[i].softmax_heads) for i in ours)
-    if kept in (0, len(ours) * heads):
+    """Return a plan with the same number of softmax heads, at even distances.
+
+    Args:
+        heads: key/value heads of a layer. Layers that stay the base's own take no part.
+
+    Raises:
+        ConfigError: the plan has no softmax heads, or no others.
+    """
+    converted = [i for i, layer in enumerate(plan.layers) if not layer.native]
+    count = sum(len(plan.layers[i].softmax_heads) for i in converted)
+    if count in (0, len(converted) * heads):
         raise ConfigError("--uniform: the student keeps none or all of its heads softmax; there is nothing to spread")
     layers = list(plan.layers)
-    for i, chosen in zip(ours, spread_evenly(kept, len(ours), heads)):
-        layers[i] = layers[i].with_softmax_heads(chosen)
+    for i, softmax_heads in zip(converted, spread_evenly(count, len(converted), heads)):
+        layers[i] = layers[i].with_softmax_heads(softmax_heads)
     return replace(plan, layers=tuple(layers))
 
 
-def _calibrated(source: Source, plan: Plan, student: Student):
-    """Added parameters of another plan, calibrated as the student's were."""
+def _calibrated_parameters(source: Source, plan: Plan, student: Student) -> dict[str, torch.Tensor] | None:
+    """Calibrate the added parameters of another plan as the student's were; None if they were not."""
     settings = student.manifest.settings.calibration
     if student.manifest.calibration is None or settings is None:
         return None
-    from linearize.conversion.calibrate import calibrate
-    from linearize.data.text_rows import text_rows
-
     rows = text_rows(source, plan.longest_window(), settings.text, settings.rows)
+    assert rows is not None, "the student was calibrated on these rows, and its windows are as long"
     return calibrate(source, plan, rows, settings.text).tensors
 
 
-def _same_vocabulary(model, size: int, name: str):
+def _load_comparable(folder: Path, source: Source, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """Load a checkpoint, and refuse one whose vocabulary is not the base's."""
+    model = loading.load_student(folder, dtype=dtype)
+    size = source.read_config()["vocab_size"]
     if model.config.vocab_size != size:
         raise ConfigError(
-            f"--base: its vocabulary has {size} tokens, that of {name} {model.config.vocab_size}; their figures cannot be "
-            "compared"
+            f"--base: its vocabulary has {size} tokens, that of {name} {model.config.vocab_size}; their figures cannot "
+            "be compared"
         )
     return model
 
 
 def require_same_shape(source: Source, student: Student) -> None:
-    """A plan names heads, and what a conversion adds is as large as they are."""
-    from linearize.families.registry import find_family
+    """Refuse a base whose attention has another shape than the student's: a plan names heads, and parameters fit them.
 
-    own = student.read_config()
-    family = find_family(own["linearize"]["base_model_type"])
-    config, own = ({**raw, **family.heads(raw)} for raw in (source.read_config(), own))
+    Raises:
+        ConfigError: hidden size, number of heads or head dimension differ.
+    """
+    student_config = student.read_config()
+    family = find_family(student_config["linearize"]["base_model_type"])
+    base_config = source.read_config()
+    base_shape = {**base_config, **family.heads(base_config)}
+    student_shape = {**student_config, **family.heads(student_config)}
     for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        if config.get(key) != own.get(key):
+        if base_shape.get(key) != student_shape.get(key):
             raise ConfigError(
-                f"--base: {source.name} has {key} {config.get(key)}, the student's base had {own.get(key)}; their figures "
-                "cannot be compared"
+                f"--base: {source.name} has {key} {base_shape.get(key)}, the student's base had "
+                f"{student_shape.get(key)}; their figures cannot be compared"
             )
 
 
-def require_same_tokenizer(source: Source, tokenizer) -> None:
-    """Figures per token mean nothing when two models split text differently."""
-    from transformers import AutoTokenizer
+def require_same_tokenizer(source: Source, tokenizer: Any) -> None:
+    """Refuse a base with another tokenizer: numbers per token cannot be compared if two models split text differently.
 
+    Raises:
+        ConfigError: the vocabularies differ.
+    """
     if not any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    of_base = AutoTokenizer.from_pretrained(source.folder)
-    differing = dict(of_base.get_vocab().items() ^ tokenizer.get_vocab().items())
+    base_tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    differing = dict(base_tokenizer.get_vocab().items() ^ tokenizer.get_vocab().items())
     if differing:
         raise ConfigError(
             f"--base: its tokenizer differs from the student's in {len(differing)} entries, first "
@@ -120,19 +152,19 @@ def require_same_tokenizer(source: Source, tokenizer) -> None:
         )
 
 
-def fits_in_memory(folders: dict[str, Path], dtype, device: str) -> bool:
-    """Whether all weights and what computing takes beside them have room in memory at once."""
-    from linearize.checkpoint.weights import read_weights
-    from linearize.device import available_memory
-
+def fits_in_memory(folders: dict[str, Path], dtype: torch.dtype, device: str) -> bool:
+    """Return True if all sets of weights and their activations fit into memory at once."""
     parameters = sum(
         math.prod(info.shape) for folder in folders.values() for info in read_weights(folder).tensors.values()
     )
-    return parameters * dtype.itemsize * HEADROOM <= available_memory(device)
+    return parameters * dtype.itemsize * HEADROOM <= devices.available_memory(device)
 
 
 def weights_fingerprint(student: Student) -> str:
-    """Of a student: its records, and names, sizes and times of its weights, of an adapter alone with its parent's."""
+    """Return a digest of a student's manifest and of the names, sizes and times of its weights.
+
+    The weights of an adapter alone include its parent's.
+    """
     files = [path for folder in {student.folder, student.weights_folder} for path in folder.rglob("*.safetensors")]
     stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(files)]
     return sha256([(student.folder / MANIFEST).read_bytes(), *(line.encode() for line in stats)])

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a written checkpoint, rendered from its manifest."""
+"""Render the model card (README.md) of a written checkpoint from its manifest, and add an evaluation to it."""
 
 import re
 from pathlib import Path
@@ -9,18 +9,21 @@ import yaml
 from linearize.checkpoint.manifest import BaseRecord, Manifest
 from linearize.checkpoint.writing import write_text
 from linearize.plan import NO_BRANCH, LayerPlan
+from linearize.report.markdown import summary_table, table
 from linearize.report.results import STUDENT, Results
+from linearize.report.tables import cache_rows
 
+# what encloses the section of an evaluation, so that the next evaluation can replace it
 BEGIN, END = "<!-- linearize eval -->", "<!-- end of linearize eval -->"
 
 
 def conversion_card(manifest: Manifest, base_folder: Path) -> str:
-    """The card of a converted or finetuned checkpoint. The licence is the base card's, when it states one."""
+    """Return the card of a converted or finetuned checkpoint, with the licence that the base's card states."""
     base, coverage, name = manifest.base, manifest.coverage, manifest.base.name
     weights = "unchanged" if manifest.finetune is None else "merged with LoRA"
     changed = [layer for layer in manifest.plan.layers if len(layer.softmax_heads) < coverage.heads_per_layer]
-    longer = manifest.settings.softmax_window
-    kept = f" The other heads see {longer:,} keys and the sinks." if longer else ""
+    softmax_window = manifest.settings.softmax_window
+    other_heads = f" The other heads see {softmax_window:,} keys and the sinks." if softmax_window else ""
     return f"""---
 {_metadata(base, base_folder)}library_name: transformers
 pipeline_tag: text-generation
@@ -30,7 +33,7 @@ tags: [linearize, linear-attention]
 # {name}, linearized
 
 [{name}]({_link(base)}) with softmax attention replaced in {coverage.heads_converted} of {coverage.heads} key/value
-heads by {_replacement(changed)}.{kept} Base weights are {weights}; {manifest.parameters_added:,} parameters were added.
+heads by {_replacement(changed)}.{other_heads} Base weights are {weights}; {manifest.parameters_added:,} parameters were added.
 {_calibration_note(manifest)}{_recovery_note(manifest)}
 {_cache_table(manifest.cache_bytes)}
 
@@ -46,7 +49,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 
 def _replacement(layers: list[LayerPlan]) -> str:
-    """What stands in place of softmax, of every kind that the layers' plans name."""
+    """Describe what replaces softmax, once for every kind among the layers."""
     kinds: dict[str, None] = {}
     for layer in layers:
         parts = [f"a window of {layer.window} keys", f"{layer.sinks} sinks"]
@@ -57,19 +60,22 @@ def _replacement(layers: list[LayerPlan]) -> str:
 
 
 def _calibration_note(manifest: Manifest) -> str:
-    fitted = manifest.calibration
-    if fitted is None or not fitted.attention_error:
+    """Say what the added parameters were fitted on and how well; empty for a checkpoint without calibration."""
+    calibration = manifest.calibration
+    if calibration is None or not calibration.attention_error:
         return ""
-    errors = fitted.attention_error.values()
-    near, far = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
+    # of every layer: the error of window + sinks, and that of the fit
+    errors = calibration.attention_error.values()
+    window_error, error = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
     return (
-        f"\nThe added parameters were fitted to the base's attention on rows of {fitted.tokens:,} tokens, from "
-        f"{fitted.text} and random ones copied; on two rows held out the relative square error beyond the window is "
-        f"{far:.3f} (window + sinks: {near:.3f}).\n"
+        f"\nThe added parameters were fitted to the base's attention on rows of {calibration.tokens:,} tokens, from "
+        f"{calibration.text} and random ones copied; on two rows held out the relative square error beyond the window is "
+        f"{error:.3f} (window + sinks: {window_error:.3f}).\n"
     )
 
 
 def _recovery_note(manifest: Manifest) -> str:
+    """Say how the checkpoint was finetuned; empty if it was not."""
     if (training := manifest.finetune) is None:
         return ""
     stages = training.recipe["stages"] or [training.recipe]
@@ -80,35 +86,34 @@ def _recovery_note(manifest: Manifest) -> str:
 
 
 def _cache_table(sizes: dict[str, dict[str, int]]) -> str:
-    rows = [
-        f"| {int(length) // 1024}K | {_mib(of['base'])} | {_mib(of['student'])} | {of['student'] / of['base']:.3f} |"
-        for length, of in sizes.items()
-    ]
-    return "\n".join(["| context | base cache, MiB | this model's cache, MiB | ratio |", "|---|---|---|---|", *rows])
+    _, rows = cache_rows(sizes)
+    return table(["context", "base cache, MiB", "this model's cache, MiB", "ratio"], rows)
 
 
 def add_evaluation(card: Path, results: Results) -> None:
-    """Puts the evaluation into a card: a section of its own, and `model-index` metadata with our figures only.
+    """Write an evaluation into a card: a section of its own, and the student's metrics as `model-index` metadata.
 
-    A section that an earlier evaluation left is replaced; the rest of the card stays as it is.
+    The section of an earlier evaluation is replaced. The rest of the card stays as it is.
     """
-    from linearize.report.markdown import summary_table
-
     text = card.read_text(encoding="utf-8")
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     metadata = yaml.safe_load(match[1]) if match else {}
     body = text[match.end() :] if match else text
     metadata["model-index"] = model_index(results)
     section = f"{BEGIN}\n## Evaluation\n\nVerdict: {results.verdict}.\n\n{summary_table(results)}\n{END}\n"
-    before, found, rest = body.partition(BEGIN)
-    body = before + section + rest.partition(END + "\n")[2] if found else body.rstrip() + "\n\n" + section
+    before, begin, rest = body.partition(BEGIN)
+    if begin:
+        _, _, after = rest.partition(END + "\n")
+        body = before + section + after
+    else:
+        body = body.rstrip() + "\n\n" + section
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     write_text(card, f"---\n{front}---\n{body}")
 
 
 def model_index(results: Results) -> list[dict[str, Any]]:
-    """The student's figures as the hub's model cards carry them."""
-    figures = [
+    """Return the student's metrics in the form of the hub's model cards."""
+    metrics = [
         {"type": metric.name.partition("@")[0], "name": metric.name, "value": round(metric.values[STUDENT].mean, 6)}
         for metric in results.metrics
         if STUDENT in metric.values
@@ -120,7 +125,7 @@ def model_index(results: Results) -> list[dict[str, Any]]:
                 {
                     "task": {"type": "text-generation"},
                     "dataset": {"type": "text", "name": results.data["text"]},
-                    "metrics": figures,
+                    "metrics": metrics,
                 }
             ],
         }
@@ -128,6 +133,7 @@ def model_index(results: Results) -> list[dict[str, Any]]:
 
 
 def _metadata(base: BaseRecord, base_folder: Path) -> str:
+    """Return the front matter's lines on base and licence."""
     lines = [f"base_model: {base.reference if base.kind == 'hub' else base.name}\n"]
     card = base_folder / "README.md"
     if card.is_file():
@@ -139,7 +145,3 @@ def _metadata(base: BaseRecord, base_folder: Path) -> str:
 
 def _link(base: BaseRecord) -> str:
     return f"https://huggingface.co/{base.reference}" if base.kind == "hub" else base.name
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f}"

@@ -1,184 +1,141 @@
-"""report.md and the summary table, pure functions of the results."""
+"""Render report.md and the summary table: pure functions of the results, one section a function."""
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from linearize.report.results import BASE, MODELS, STUDENT, Metric, Results
+from linearize.report.results import MODELS, Check, Gate, Results
+from linearize.report.tables import (
+    NONE,
+    Table,
+    cache_rows,
+    efficiency_rows,
+    letter_rows,
+    metric_cells,
+    metric_head,
+    models_of,
+    number,
+)
+
+# answers shown in full; the page has all of them
+SAMPLES = 3
+LEGEND = (
+    "Each number is a mean; ± is one bootstrapped standard error over windows, rows or items. Ratio is to the base in the "
+    "same run. Recovery is the share of what window + sinks lost that the student has: 0 is window + sinks without "
+    "training, 1 is the base. Over chance, where guessing scores something, it is (student - chance) / (base - chance). "
+    "The difference is student minus base, paired; for perplexities it is of their logarithms. p is the probability of a "
+    "difference as large if there were none: exact McNemar for items, otherwise sign flips of the paired differences."
+)
 
 
 def render_markdown(results: Results) -> str:
-    """The report."""
-    lines = [
+    """Return the report."""
+    tables = results.tables
+    sections = [
         f"# {results.model} beside {results.base}",
-        "",
         f"**Verdict: {results.verdict}.**",
-        "",
         summary_table(results),
-        "",
-        "Figures are means; ± is one bootstrapped standard error over windows, rows or items. Ratio is to the base in the "
-        "same run. Recovery is the share of what window + sinks lost that the student has: 0 is window + sinks without "
-        "training, 1 is the base; over chance, where guessing scores something, it is (student - chance) / (base - chance). "
-        "The difference is student minus base, paired (of log perplexity for perplexities), and p the probability of one as "
-        "large if there were none (exact McNemar for items, else flipped signs of the paired differences).",
-        "",
+        LEGEND,
+        *([_parity(results.checks)] if results.checks else []),
+        *([_gates(results.gates)] if results.gates else []),
+        *(_by_position(name, rows) for name, rows in results.positions.items()),
+        *(_by_depth(name, rows) for name, rows in tables.items() if name.startswith("passkey@")),
+        *(_letters(name, rows) for name, rows in tables.items() if name.startswith("letters@")),
+        *([_branch_share(tables["branch_share"])] if "branch_share" in tables else []),
+        *([_section("Efficiency", efficiency_rows(tables["efficiency"]))] if "efficiency" in tables else []),
+        _section("Cache of one sequence", cache_rows(results.cache_bytes)),
+        *([_samples(tables["samples"])] if "samples" in tables else []),
+        "\n".join(["## How it was measured", "", *(f"- {line}" for line in how_measured(results))]),
     ]
-    if results.checks:
-        lines += ["## Parity", "", "| two computations | largest difference | allowed | |", "|---|---|---|---|"]
-        lines += [
-            f"| {c.name} | {c.difference:.1e} | {c.tolerance:.0e} | {'passed' if c.passed else 'FAILED'} |"
-            for c in results.checks
-        ]
-        lines.append("")
-    if results.gates:
-        lines += ["## Gates", "", "| gate | value | |", "|---|---|---|"]
-        lines += [
-            f"| `{g.expression}` | {_number(g.value)} | {'passed' if g.passed else 'FAILED'} |" for g in results.gates
-        ]
-        lines.append("")
-    for name, rows in results.positions.items():
-        models = [model for model in MODELS if model in rows[0]]
-        lines += [f"## {name} by position", "", "| positions | " + " | ".join(MODELS[m] for m in models) + " |"]
-        lines.append("|---" * (len(models) + 1) + "|")
-        lines += [
-            f"| {int(row['start'])}–{int(row['end']) - 1} | " + " | ".join(_number(row[m]) for m in models) + " |"
-            for row in rows
-        ]
-        lines.append("")
-    for name, rows in results.tables.items():
-        if name.startswith("passkey@"):
-            models = [model for model in MODELS if model in rows[0]]
-            lines += [f"## {name} by depth", "", "| depth | " + " | ".join(MODELS[m] for m in models) + " |"]
-            lines.append("|---" * (len(models) + 1) + "|")
-            lines += [f"| {row['depth']} | " + " | ".join(_number(row[m]) for m in models) + " |" for row in rows]
-            lines.append("")
-        elif name.startswith("letters@"):
-            lines += [f"## Letters chosen: {name.removeprefix('letters@')}", "", table(*letter_rows(rows)), ""]
-    if "branch_share" in results.tables:
-        lines += [
-            "## The recurrent branch's share of the output",
-            "",
-            "| layer | softmax heads | share by head |",
-            "|---|---|---|",
-        ]
-        for row in results.tables["branch_share"]:
-            shares = "; ".join(
-                f"{head}: {' '.join(f'{value:.3f}' for value in values)}" for head, values in row["shares"].items()
-            )
-            lines.append(f"| {row['layer']} | {', '.join(map(str, row['softmax_heads'])) or '–'} | {shares or '–'} |")
-        lines.append("")
-    if "efficiency" in results.tables:
-        lines += ["## Efficiency", "", table(*efficiency_rows(results.tables["efficiency"])), ""]
-    lines += ["## Cache of one sequence", "", "| context | base, MiB | student, MiB | ratio |", "|---|---|---|---|"]
-    lines += [
-        f"| {int(length) // 1024}K | {sizes['base'] / 2**20:,.1f} | {sizes['student'] / 2**20:,.1f} | "
-        f"{sizes['student'] / sizes['base']:.3f} |"
-        for length, sizes in results.cache_bytes.items()
-    ]
-    if "samples" in results.tables:
-        lines += ["", "## Samples", ""]
-        for row in results.tables["samples"][:3]:
-            lines += [f"**{row['prompt']}**", ""]
-            lines += [f"- {MODELS[m]}: {' '.join(row[m].split())}" for m in MODELS if m in row]
-            lines.append("")
-    lines += ["", "## How it was measured", ""]
-    lines += [f"- {line}" for line in how_measured(results)]
-    return "\n".join(lines) + "\n"
-
-
-def how_measured(results: Results) -> list[str]:
-    """What it takes to repeat the run, and what was left out."""
-    settings = ", ".join(f"{k} {v}" for k, v in results.settings.items() if v not in ("", {}))
-    return [
-        *(f"{key}: {value}" for key, value in results.data.items()),
-        *(f"{metric.name} on {metric.data}" for metric in results.metrics if metric.data),
-        f"heads linear: {results.coverage['heads_converted']} of {results.coverage['heads']}",
-        f"settings: {settings}",
-        f"seed {results.seed}; {results.seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in results.versions.items()),
-        f"command: {results.command}",
-        *results.notes,
-    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def summary_table(results: Results) -> str:
-    """One row a metric: base, student, its ratio, recovery and paired difference, then the other models."""
+    """Return one row a metric: base, student, ratio, recovery and paired difference, then the other models."""
     return table(metric_head(results), [metric_cells(results, metric) for metric in results.metrics])
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def append_summary(path: Path, results: Results) -> None:
-    """Adds verdict and table to a file, as CI systems show it."""
+    """Append verdict and table to a file, such as a CI system's step summary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
 
 
-def _other_models(results: Results) -> list[str]:
-    measured = {model for metric in results.metrics for model in metric.values}
-    return [model for model in MODELS if model in measured and model not in (BASE, STUDENT)]
-
-
-def metric_head(results: Results) -> list[str]:
-    others = [MODELS[model] for model in _other_models(results)]
-    return ["metric", BASE, STUDENT, "ratio", "recovery", "over chance", "difference", "p", *others]
-
-
-def metric_cells(results: Results, metric: Metric) -> list[str]:
-    """The row of one metric under `metric_head`."""
+def how_measured(results: Results) -> list[str]:
+    """Return what it takes to repeat the run, and what was left out, line by line."""
+    settings = ", ".join(f"{key} {value}" for key, value in results.settings.items() if value not in ("", {}))
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return [
-        metric.name + (" ↓" if metric.better == "lower" else " ↑"),
-        _value(metric, BASE),
-        _value(metric, STUDENT),
-        _number(metric.ratio.get(STUDENT) if BASE in metric.values else None),
-        _number(metric.recovery),
-        _number(metric.recovery_over_chance),
-        f"{metric.difference.mean:+.4f} ± {_number(metric.difference.error)}" if metric.difference else "–",
-        _number(metric.p_value),
-        *(_value(metric, model) for model in _other_models(results)),
+        *(f"{key}: {value}" for key, value in results.data.items()),
+        *(f"{metric.name} on {metric.data}" for metric in results.metrics if metric.data),
+        f"heads linear: {results.coverage['heads_converted']} of {results.coverage['heads']}",
+        f"settings: {settings}",
+        f"seed {results.seed}; {results.seconds:.0f} s; {versions}",
+        f"command: {results.command}",
+        *results.notes,
     ]
 
 
-def letter_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: how often each letter was right, and how often each model chose it."""
-    models = [model for model in MODELS if model in rows[0]]
-    head = ["letter", "right", *(MODELS[model] for model in models)]
-    return head, [[row["letter"], *(f"{100 * row[key]:.1f}%" for key in ("right", *models))] for row in rows]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def efficiency_rows(measured: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: base beside student at every context length."""
-    figures = (
-        ("prefill_tokens_per_second", "prefill, tokens/s", 1),
-        ("first_token_seconds", "first token, s", 1),
-        ("decode_tokens_per_second", "decode, tokens/s", 1),
-        ("cache_bytes", "cache, MiB", 2**20),
-        ("peak_bytes", "peak, MiB", 2**20),
-    )
-    head = ["context", *(f"{title}, {name}" for _, title, _ in figures for name in (BASE, STUDENT))]
+def _section(title: str, content: Table) -> str:
+    return f"## {title}\n\n{table(*content)}"
+
+
+def _parity(checks: Sequence[Check]) -> str:
     rows = [
-        [
-            f"{row['length']:,}",
-            *(_number(row[f"{name}_{key}"] / unit) for key, _, unit in figures for name in (BASE, STUDENT)),
-        ]
-        for row in measured
+        [check.name, f"{check.difference:.1e}", f"{check.tolerance:.0e}", _outcome(check.passed)] for check in checks
     ]
-    return head, rows
+    return _section("Parity", (["two computations", "largest difference", "allowed", ""], rows))
 
 
-def _value(metric: Metric, model: str) -> str:
-    if model not in metric.values:
-        return "–"
-    value = metric.values[model]
-    return f"{_number(value.mean)} ± {_number(value.error)}"
+def _gates(gates: Sequence[Gate]) -> str:
+    rows = [[f"`{gate.expression}`", number(gate.value), _outcome(gate.passed)] for gate in gates]
+    return _section("Gates", (["gate", "value", ""], rows))
 
 
-def _number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    if abs(value) >= 10000:
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
+def _outcome(passed: bool) -> str:
+    return "passed" if passed else "FAILED"
+
+
+def _by_position(name: str, rows: list[dict[str, float]]) -> str:
+    """Return perplexity by ranges of positions in the window."""
+    models = models_of(rows)
+    cells = [[f"{int(row['start'])}–{int(row['end']) - 1}", *(number(row[model]) for model in models)] for row in rows]
+    return _section(f"{name} by position", (["positions", *(MODELS[model] for model in models)], cells))
+
+
+def _by_depth(name: str, rows: list[dict[str, Any]]) -> str:
+    """Return the share of passkeys named, by the depth at which they stand."""
+    models = models_of(rows)
+    cells = [[str(row["depth"]), *(number(row[model]) for model in models)] for row in rows]
+    return _section(f"{name} by depth", (["depth", *(MODELS[model] for model in models)], cells))
+
+
+def _letters(name: str, rows: list[dict[str, Any]]) -> str:
+    return _section(f"Letters chosen: {name.removeprefix('letters@')}", letter_rows(rows))
+
+
+def _branch_share(rows: list[dict[str, Any]]) -> str:
+    """Return the recurrent branch's share: by layer, and by query head of every linear key/value head."""
+    cells = []
+    for row in rows:
+        shares = [f"{head}: {' '.join(f'{value:.3f}' for value in values)}" for head, values in row["shares"].items()]
+        softmax_heads = ", ".join(map(str, row["softmax_heads"]))
+        cells.append([str(row["layer"]), softmax_heads or NONE, "; ".join(shares) or NONE])
+    head = ["layer", "softmax heads", "share by head"]
+    return _section("The recurrent branch's share of the output", (head, cells))
+
+
+def _samples(rows: list[dict[str, Any]]) -> str:
+    """Return the first answers of all models side by side, each on one line."""
+    parts = ["## Samples"]
+    for row in rows[:SAMPLES]:
+        answers = [f"- {MODELS[model]}: {' '.join(row[model].split())}" for model in models_of([row])]
+        parts += [f"**{row['prompt']}**", "\n".join(answers)]
+    return "\n\n".join(parts)

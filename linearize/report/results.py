@@ -1,15 +1,21 @@
-"""The one structure that every figure of an evaluation lives in. Renderers read it; nothing scrapes their output."""
+"""Define the one structure that holds every number of an evaluation. Renderers read it; nothing parses their output."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy
+from pydantic import TypeAdapter
 
 from linearize.report.statistics import bootstrap_error, mcnemar, sign_flip_test, student_quantile
 
 SCHEMA_VERSION = 3
+# exit code of a run whose gates or parity checks fail
 GATE_FAILED = 3
 BASE, STUDENT, WINDOW, UNTRAINED, BRANCH_OFF = "base", "student", "window", "untrained", "branch_off"
 WINDOW_OFF, UNIFORM, CONTROL = "window_off", "uniform", "control"
+# model -> its name in reports
 MODELS = {
     BASE: "base",
     STUDENT: "student",
@@ -20,14 +26,18 @@ MODELS = {
     UNIFORM: "uniform layout, untrained",
     CONTROL: "control: base, same recipe",
 }
-# those measured on text and recall, and those that are asked to answer
-ALL = (BASE, STUDENT, BRANCH_OFF, UNTRAINED, WINDOW, UNIFORM, CONTROL)
-ASKED = (BASE, STUDENT, WINDOW, UNIFORM, CONTROL)
+# models whose next-token distributions are scored, on text and on recall rows
+SCORED_MODELS = (BASE, STUDENT, BRANCH_OFF, UNTRAINED, WINDOW, UNIFORM, CONTROL)
+# models that answer prompts, which costs more
+ANSWERING_MODELS = (BASE, STUDENT, WINDOW, UNIFORM, CONTROL)
 
 
 @dataclass(frozen=True)
 class Value:
-    """One measured number: mean, bootstrapped standard error over n independent units (windows, rows or items)."""
+    """One measured number: the mean over n independent units (windows, rows or items) and its standard error.
+
+    The error is bootstrapped. It is NaN for a single unit.
+    """
 
     mean: float
     error: float
@@ -41,13 +51,16 @@ class Metric:
     Attributes:
         name: for example perplexity@2048 or recall@256.
         better: "lower" or "higher".
-        values: model name -> value. ratio: model -> student-to-base style ratio of means.
-        recovery: share of what window + sinks lost that the student has (1 is the base), None where it lost nothing that
-            stands out from the noise.
-        difference: student minus base paired unit by unit (of log perplexity for perplexities), with its error.
-        p_value: of that difference being nothing: exact McNemar for right-or-wrong items, else flipped signs.
-        chance: what guessing scores. recovery_over_chance: (student - chance) / (base - chance).
-        data: what it was measured on, with a fingerprint, where that is not the evaluation text of the whole run.
+        values: value by model.
+        ratio: mean divided by the base's mean, by model.
+        recovery: (student - window) / (base - window), where "window" is window + sinks without training. 0 is that
+            baseline, 1 is the base. None where the baseline loses nothing that exceeds the noise.
+        difference: student minus base, paired unit by unit. For perplexities, of their logarithms.
+        p_value: probability of a difference as large if there were none. Exact McNemar test for right-or-wrong items,
+            otherwise a sign-flip test.
+        chance: score of guessing.
+        recovery_over_chance: (student - chance) / (base - chance).
+        data: name and fingerprint of the metric's own data; empty for the evaluation text of the whole run.
     """
 
     name: str
@@ -64,7 +77,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Check:
-    """Two computations of the same logits: the largest difference, relative to the largest logit."""
+    """A comparison of the same logits computed in two ways.
+
+    Attributes:
+        name: the two ways.
+        difference: largest difference, relative to the largest logit.
+        tolerance: largest difference that passes.
+    """
 
     name: str
     difference: float
@@ -72,12 +91,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """True if the difference is within the tolerance."""
         return self.difference <= self.tolerance
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What one stage of an evaluation found."""
+class StageResult:
+    """The result of one stage of an evaluation. The fields are those of `Results`."""
 
     metrics: tuple[Metric, ...] = ()
     positions: dict[str, list[dict[str, float]]] = field(default_factory=dict)
@@ -88,7 +108,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition and whether it held."""
+    """A condition on the results, the number that it judges and its outcome."""
 
     expression: str
     value: float | None
@@ -97,7 +117,15 @@ class Gate:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything an evaluation measured, with what is needed to repeat it."""
+    """Everything that an evaluation measured, and everything that is needed to repeat it.
+
+    Attributes:
+        settings, coverage, cache_bytes: from the student's manifest.
+        data: the evaluation text, its fingerprint and size, and the precision.
+        positions: perplexity by position in the window, by metric.
+        tables: numbers that are no metrics: efficiency, branch_share, samples, letters@..., passkey@...
+        notes: remarks for the reader, for example on what was left out.
+    """
 
     schema_version: int
     model: str
@@ -114,35 +142,39 @@ class Results:
     versions: dict[str, str]
     command: str
     notes: tuple[str, ...] = field(default=())
-    # figures without a place among the metrics: efficiency, branch_share, samples, letters@…, passkey@…
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return all(part.passed for part in (*self.checks, *self.gates))
+        """True if every parity check and every gate passed."""
+        return all(check.passed for check in self.checks) and all(gate.passed for gate in self.gates)
 
     @property
     def verdict(self) -> str:
-        failed = [f"parity: {check.name}" for check in self.checks if not check.passed]
-        failed += [gate.expression for gate in self.gates if not gate.passed]
-        if not failed and not self.gates:
-            return "no gates were set" + (f"; passed {len(self.checks)} parity checks" if self.checks else "")
-        return f"FAILED: {', '.join(failed)}" if failed else f"passed {len(self.gates)} gate(s)"
+        """The outcome in words, with the names of what failed."""
+        failures = [f"parity: {check.name}" for check in self.checks if not check.passed]
+        failures += [gate.expression for gate in self.gates if not gate.passed]
+        if failures:
+            return f"FAILED: {', '.join(failures)}"
+        if self.gates:
+            return f"passed {len(self.gates)} gate(s)"
+        return "no gates were set" + (f"; passed {len(self.checks)} parity checks" if self.checks else "")
 
     def metric(self, name: str) -> Metric | None:
+        """Return the metric of that name, None if it was not measured."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; numbers that are not finite become null."""
-        record = _finite({**asdict(self), "passed": self.passed, "verdict": self.verdict})
-        for written, check in zip(record["checks"], self.checks):
-            written["passed"] = check.passed
-        return record
+        """Return the document of results.json. Numbers that are not finite become null."""
+        document = _null_for_non_finite({**asdict(self), "passed": self.passed, "verdict": self.verdict})
+        for record, check in zip(document["checks"], self.checks):
+            record["passed"] = check.passed
+        return document
 
 
-def mean_and_error(values: list[float], statistic=lambda mean: mean) -> Value:
-    """statistic(mean) and its standard error over the units; the error of a single unit is nan."""
+def mean_and_error(values: list[float], statistic: Callable[[Any], Any] = lambda mean: mean) -> Value:
+    """Return statistic(mean of the values) with its bootstrapped standard error."""
     return Value(float(statistic(math.fsum(values) / len(values))), bootstrap_error(values, statistic), len(values))
 
 
@@ -156,80 +188,79 @@ def make_metric(
     items: bool = False,
     data: str = "",
 ) -> Metric:
-    """A metric from per-unit figures of every model.
+    """Make a metric from the scores of every model, one score a unit. Units are paired between models.
 
     Args:
-        exponentiate: units are mean losses and values exp(mean).
-        chance: what guessing scores.
-        items: units are right (1) or wrong (0).
+        better: "lower" or "higher".
+        units: scores by model; models without any are left out.
+        exponentiate: scores are mean losses, and values are exp(mean).
+        chance: score of guessing.
+        items: scores are 1 for right and 0 for wrong.
+        data: name and fingerprint of the metric's own data.
     """
-    units = {model: values for model, values in units.items() if values}
-    if exponentiate:
-        import numpy
-
-        values = {model: mean_and_error(losses, numpy.exp) for model, losses in units.items()}
-    else:
-        values = {model: mean_and_error(figures) for model, figures in units.items()}
+    units = {model: scores for model, scores in units.items() if scores}
+    statistic = numpy.exp if exponentiate else lambda mean: mean
+    values = {model: mean_and_error(scores, statistic) for model, scores in units.items()}
     base, student = values.get(BASE), values.get(STUDENT)
-    ratio = {m: (v.mean / base.mean if base and base.mean else None) for m, v in values.items()}
+    ratio = {model: value.mean / base.mean if base and base.mean else None for model, value in values.items()}
     difference = p_value = over_chance = None
     if base and student:
-        pairs = [s - b for s, b in zip(units[STUDENT], units[BASE], strict=True)]
-        difference = mean_and_error(pairs)
-        p_value = mcnemar(units[STUDENT], units[BASE]) if items else sign_flip_test(pairs)
+        differences = [ours - theirs for ours, theirs in zip(units[STUDENT], units[BASE], strict=True)]
+        difference = mean_and_error(differences)
+        p_value = mcnemar(units[STUDENT], units[BASE]) if items else sign_flip_test(differences)
         if chance is not None and abs(base.mean - chance) > 1e-9:
             over_chance = (student.mean - chance) / (base.mean - chance)
     return Metric(name, better, values, ratio, _recovery(units, better), difference, p_value, chance, over_chance, data)
 
 
 def _recovery(units: dict[str, list[float]], better: str) -> float | None:
-    """(student - window) / (base - window): 0 is window + sinks without training, 1 is the base.
+    """Return (student - window) / (base - window): 0 is window + sinks without training, 1 is the base.
 
-    None where window + sinks is not worse than the base beyond chance (Student's t of their pairs, two-sided, 5%).
+    None where a model is missing, or where window + sinks is not worse than the base beyond the noise.
     """
     if not {BASE, STUDENT, WINDOW} <= units.keys():
         return None
     sign = 1 if better == "lower" else -1
-    lost, kept = (
-        mean_and_error([sign * (ours - base) for ours, base in zip(units[model], units[BASE], strict=True)])
-        for model in (WINDOW, STUDENT)
-    )
-    return 1 - kept.mean / lost.mean if stands_out(lost) else None
+
+    def loss_of(model: str) -> Value:
+        return mean_and_error([sign * (ours - base) for ours, base in zip(units[model], units[BASE], strict=True)])
+
+    window_loss = loss_of(WINDOW)
+    return 1 - loss_of(STUDENT).mean / window_loss.mean if exceeds_noise(window_loss) else None
 
 
-def stands_out(difference: Value) -> bool:
-    """Whether a mean of paired differences is above nothing beyond chance (Student's t, two-sided, 5%)."""
+def exceeds_noise(difference: Value) -> bool:
+    """Return True if a mean of paired differences is above zero beyond chance (Student's t, two-sided, 5%)."""
     if difference.n < 2:
         return False
+    # 1e-9: rounding alone makes no loss
     return difference.mean > max(1e-9, student_quantile(difference.n - 1) * difference.error)
 
 
-def _finite(value: Any) -> Any:
+def _null_for_non_finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _null_for_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_null_for_non_finite(item) for item in value]
     return value
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of results.json; published as linearize/report/results.schema.json."""
-    from pydantic import TypeAdapter
-
+    """Return the JSON Schema of results.json; published as linearize/report/results.schema.json."""
     schema = TypeAdapter(Results).json_schema(mode="serialization")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "linearize results",
-        **_nullable(schema),
+        **_with_nullable_numbers(schema),
     }
 
 
-def _nullable(schema: Any) -> Any:
-    """Numbers that are not finite are written as null."""
+def _with_nullable_numbers(schema: Any) -> Any:
+    """Allow null wherever a schema has a number, because numbers that are not finite are written as null."""
     if isinstance(schema, dict):
         if schema.get("type") == "number":
             return {**schema, "type": ["number", "null"]}
-        return {key: _nullable(item) for key, item in schema.items()}
-    return [_nullable(item) for item in schema] if isinstance(schema, list) else schema
+        return {key: _with_nullable_numbers(item) for key, item in schema.items()}
+    return [_with_nullable_numbers(item) for item in schema] if isinstance(schema, list) else schema

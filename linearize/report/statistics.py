@@ -1,19 +1,32 @@
-"""Errors and tests: bootstrap and flipped signs over independent units, exact McNemar for right-or-wrong items. Seeded, so
-repeatable."""
+"""Compute errors and tests: bootstrap and sign flips over independent units, exact McNemar for right-or-wrong items.
+
+All of them are seeded and therefore repeatable.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy
+
+# resamples of a bootstrap: its error is then within about 2% of its limit
 RESAMPLES = 1000
-EXACT, FLIPS = 12, 10_000
-# of Student's t on one, two and three degrees of freedom, where its expansion is off (Abramowitz and Stegun, table 26.10)
+# up to EXACT_UNITS a sign-flip test tries every choice of signs (4,096), beyond that FLIPS random ones
+EXACT_UNITS, FLIPS = 12, 10_000
+# resamples or flips at a time; bounds the memory
+BLOCK = 100
+# two-sided 5% quantiles of Student's t for few degrees of freedom, where the expansion below is off
+# (Abramowitz and Stegun, table 26.10)
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182}
 
 
-def bootstrap_error(values: list[float], statistic: Callable = lambda mean: mean, seed: int = 0) -> float:
-    """Standard error of statistic(mean of values) over resampled units; nan for a single unit.
+def bootstrap_error(
+    values: Sequence[float], statistic: Callable[[Any], Any] = lambda mean: mean, seed: int = 0
+) -> float:
+    """Return the standard error of statistic(mean of the values) over resampled units, NaN for a single unit.
 
-    Resamples spread by sqrt((n - 1) / n) too little, which a few units feel (Efron and Tibshirani 1993, section 5.3).
+    Resamples spread too little, by sqrt((n - 1) / n), which matters for few units. The result is corrected for it
+    (Efron and Tibshirani 1993, section 5.3).
     """
     n = len(values)
     if n < 2:
@@ -21,33 +34,43 @@ def bootstrap_error(values: list[float], statistic: Callable = lambda mean: mean
     return float(statistic(_resampled_means(values, seed)).std(ddof=1)) * math.sqrt(n / (n - 1))
 
 
-def sign_flip_test(differences: list[float], seed: int = 0) -> float | None:
-    """Two-sided p-value that paired differences are as likely to be negative as positive (Fisher's randomisation test on
-    their mean): every choice of signs up to EXACT units, FLIPS random ones beyond. None for fewer than two units.
-    """
-    import numpy
+def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float | None:
+    """Return the two-sided p-value of paired differences being as likely negative as positive.
 
+    This is Fisher's randomisation test on their mean: exact for few units, with random signs for many.
+
+    Returns:
+        The p-value, None for fewer than two units.
+    """
     n = len(differences)
     if n < 2:
         return None
     values = numpy.asarray(differences, dtype=float)
-    reached = abs(values.sum()) * (1 - 1e-12)
-    if n <= EXACT:
+    # a choice of signs counts if its sum is as far from 0, up to rounding
+    threshold = abs(values.sum()) * (1 - 1e-12)
+    if n <= EXACT_UNITS:
         signs = 1 - 2 * (numpy.arange(2**n)[:, None] >> numpy.arange(n) & 1)
-        return float((abs(signs @ values) >= reached).mean())
+        return float((abs(signs @ values) >= threshold).mean())
     generator = numpy.random.default_rng(seed)
-    # a block of flips at a time bounds the memory
-    signs = (1 - 2 * generator.integers(2, size=(100, n), dtype=numpy.int8) for _ in range(FLIPS // 100))
-    as_far = sum(int((abs(block @ values) >= reached).sum()) for block in signs)
-    return (1 + as_far) / (1 + FLIPS)
+    count = 0
+    for _ in range(FLIPS // BLOCK):
+        block = 1 - 2 * generator.integers(2, size=(BLOCK, n), dtype=numpy.int8)
+        count += int((abs(block @ values) >= threshold).sum())
+    # the choice that was observed counts as one more
+    return (1 + count) / (1 + FLIPS)
 
 
 def student_quantile(freedom: int) -> float:
-    """How many standard errors are 95% of a mean's spread, two-sided, on so many degrees of freedom: Student's t by its
-    expansion around the normal one (Abramowitz and Stegun 26.7.5), within .01 of it."""
+    """Return the two-sided 5% quantile of Student's t: half the width of a mean's 95% interval, in standard errors.
+
+    Expands around the normal quantile (Abramowitz and Stegun 26.7.5); accurate to 0.01.
+
+    Args:
+        freedom: degrees of freedom.
+    """
     if freedom in QUANTILES:
         return QUANTILES[freedom]
-    z = 1.959964
+    z = 1.959964  # the normal quantile
     terms = (
         z,
         (z**3 + z) / 4,
@@ -57,8 +80,8 @@ def student_quantile(freedom: int) -> float:
     return sum(term / freedom**i for i, term in enumerate(terms))
 
 
-def mcnemar(first: list[float], second: list[float]) -> float:
-    """Exact two-sided p-value that two models are right equally often on the same items (0 or 1 each)."""
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the exact two-sided p-value of two models being right equally often on the same items (0 or 1 each)."""
     only_first = sum(1 for a, b in zip(first, second, strict=True) if a > b)
     only_second = sum(1 for a, b in zip(first, second, strict=True) if b > a)
     n = only_first + only_second
@@ -66,13 +89,10 @@ def mcnemar(first: list[float], second: list[float]) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def _resampled_means(values: list[float], seed: int):
-    import numpy
-
+def _resampled_means(values: Sequence[float], seed: int) -> Any:
     units = numpy.asarray(values, dtype=float)
     generator = numpy.random.default_rng(seed)
-    # a block of resamples at a time bounds the memory
     blocks = [
-        units[generator.integers(len(units), size=(100, len(units)))].mean(axis=1) for _ in range(RESAMPLES // 100)
+        units[generator.integers(len(units), size=(BLOCK, len(units)))].mean(axis=1) for _ in range(RESAMPLES // BLOCK)
     ]
     return numpy.concatenate(blocks)

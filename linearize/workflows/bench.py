@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
-from linearize.evaluation.efficiency import DECODED, bench_model, synchronize
+from linearize.evaluation.efficiency import DECODED_TOKENS
+from linearize.evaluation.inference_speed import bench_model, synchronize
 from linearize.mixers.mixer import Site
 from linearize.mixers.registry import build_mixer
 from linearize.modeling.loading import load_student, positions_of
@@ -38,13 +39,15 @@ def bench_student(
     Raises:
         ConfigError: the model has too few positions for one of `lengths`.
     """
-    positions = positions_of(folder) - DECODED
+    positions = positions_of(folder) - DECODED_TOKENS
     if lengths is not None and max(lengths) > positions:
-        raise ConfigError(f"--lengths: got {max(lengths)}, the model has positions for {positions} and {DECODED} more")
+        raise ConfigError(
+            f"--lengths: got {max(lengths)}, the model has positions for {positions} and {DECODED_TOKENS} more"
+        )
     if lengths is None:
         lengths = tuple(length for length in LENGTHS if length <= positions) or (positions,)
     student = load_student(folder, dtype=compute_dtype("auto")).to(pick_device())
-    return bench_model(student, lengths, progress=progress)
+    return bench_model(student, lengths, DECODED_TOKENS, progress=progress)
 
 
 def bench_mixers(

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.names import MANIFEST
@@ -31,7 +31,8 @@ from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import write_json
 from linearize.data.documents import data_fingerprint, open_dataset
 from linearize.errors import ConfigError
-from linearize.evaluation.suite import Suite, choose_suite
+from linearize.evaluation.measurement import Option
+from linearize.evaluation.suite import OPTIONS, Suite, choose_suite
 from linearize.report.results import Results
 from linearize.settings.config import ConversionConfig
 from linearize.settings.loading import load_config, load_recipe
@@ -61,24 +62,24 @@ class FinetuneStep(Strict):
     recipe: str = "lora"
 
 
-class EvalStep(Strict):
-    """The options of `linearize eval`."""
+def _key_type(option: Option) -> Any:
+    """Return the type of a measurement's option as a key of `eval`; leaving the key out is None."""
+    number = Annotated[option.kind, Field(ge=option.least)] if option.is_list and option.least else option.kind
+    return (list[number] if option.is_list else number) | None  # type: ignore[valid-type]  # known only at run time
+
+
+_MEASUREMENT_KEYS: dict[str, Any] = {name: (_key_type(option), None) for name, option in OPTIONS.items()}
+# a key for every option of every measurement; a type checker cannot see them and takes each for Any
+_MeasurementKeys: Any = create_model("_MeasurementKeys", __base__=Strict, **_MEASUREMENT_KEYS)
+
+
+class EvalStep(_MeasurementKeys):
+    """Hold the options of `linearize eval`, and those of every measurement."""
 
     suite: str = "quick"
     only: str | None = None
     data: list[str] | None = None
-    lengths: list[Annotated[int, Field(ge=2)]] | None = None
-    recall: list[Annotated[int, Field(ge=1)]] | None = None
-    associative: list[Annotated[int, Field(ge=1)]] | None = None
-    passkey: list[Annotated[int, Field(ge=64)]] | None = None
-    recall_rows: int | None = None
-    passkey_rows: int | None = None
     seed: int | None = None
-    max_tokens: int | None = None
-    tasks: list[str] | None = None
-    tasks_dir: str | None = None
-    task_limit: int | None = None
-    choice: list[str] | None = None
     uniform: bool = False
     control: str | None = None
     hold: Literal["auto", "together", "in-turn"] = "auto"

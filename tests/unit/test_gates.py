@@ -1,13 +1,12 @@
 """Gates: which conditions hold, and which cannot be read."""
 
-import json
-
 import pytest
 from helpers import results_of
 
 from linearize.errors import ConfigError
-from linearize.report.gates import evaluate_gates, parse_gate, recovery_gates, regression_gates
-from linearize.report.results import BASE, SCHEMA_VERSION, STUDENT, WINDOW, make_metric
+from linearize.report.comparison import OlderMetric, OlderResults, regression_gates
+from linearize.report.gates import evaluate_gates, parse_gate, recovery_gates
+from linearize.report.results import BASE, SCHEMA_VERSION, STUDENT, WINDOW, Value, make_metric
 
 
 @pytest.mark.parametrize(
@@ -85,14 +84,13 @@ def student_behind(distance: float):
     return results_of(make_metric("perplexity@8", "lower", units, exponentiate=True))
 
 
-def as_older(results) -> dict:
+def as_older(results) -> OlderResults:
     """Return results as they are read from an older results.json."""
-    document = json.loads(json.dumps(results.to_dict(), allow_nan=False))
-    metrics = {}
-    for item in document["metrics"]:
-        values = {"value": item["values"][STUDENT], "base": item["values"][BASE]}
-        metrics[item["name"]] = {**values, "difference": item["difference"], "data": ""}
-    return {"data": results.data, "version": SCHEMA_VERSION, "path": "older.json", "metrics": metrics}
+    metrics = {
+        metric.name: OlderMetric(metric.values[STUDENT], metric.values[BASE], metric.difference, data="")
+        for metric in results.metrics
+    }
+    return OlderResults("older.json", SCHEMA_VERSION, results.data, metrics)
 
 
 @pytest.mark.parametrize(("old", "new", "passed"), [(0.01, 0.01, True), (0.05, 0.01, True), (0.01, 0.05, False)])
@@ -111,7 +109,6 @@ def test_a_regression_can_be_smaller_than_the_error_of_either_student():
 def test_a_regression_of_figures_without_a_spread_is_any_step_down(before, passed):
     flat = make_metric("recall@8", "higher", {name: [0.5, 0.5, 0.5] for name in (BASE, STUDENT, WINDOW)})
     results = results_of(flat)
-    value = {"mean": before, "error": 0.0}
-    figure = {"better": "higher", "value": value, "base": None, "difference": None, "data": ""}
-    older = {"metrics": {"recall@8": figure}, "data": results.data, "version": 3, "path": "older.json"}
+    metric = OlderMetric(value=Value(before, 0.0, 3), base=None, difference=None, data="")
+    older = OlderResults("older.json", SCHEMA_VERSION, results.data, {"recall@8": metric})
     assert [gate.passed for gate in regression_gates(older, results)[0]] == [passed]

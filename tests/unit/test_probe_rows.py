@@ -9,12 +9,14 @@ from helpers import SUITE
 from transformers import AutoTokenizer
 
 from linearize.data.recall_rows import associative_task, recall_task
+from linearize.evaluation.associative import associative_accuracy
 from linearize.evaluation.generation import health
 from linearize.evaluation.passkey import passkey_task
-from linearize.evaluation.perplexity import position_buckets, windows_of
-from linearize.evaluation.recall import accuracy, associative_accuracy
-from linearize.evaluation.suite import SUITES, Suite, within_positions
+from linearize.evaluation.perplexity import position_buckets
+from linearize.evaluation.recall import accuracy
+from linearize.evaluation.suite import SUITES, Suite, cut_to_positions
 from linearize.evaluation.text import text_ids_of
+from linearize.evaluation.window_scores import windows_of
 from linearize.modeling.readout import Readout
 
 HEAD = Readout(torch.eye(1000))
@@ -141,7 +143,7 @@ def test_a_row_is_left_out_exactly_where_it_does_not_fit_the_positions(distance,
     tokens = make(distance, 1, 300, 0, seed=0).ids.shape[1]
     suite = Suite(**{"recall": (), kind: (distance,)})
     for positions, remaining in ((tokens, (distance,)), (tokens - 1, ())):
-        assert getattr(within_positions(suite, {"max_position_embeddings": positions})[0], kind) == remaining
+        assert getattr(cut_to_positions(suite, {"max_position_embeddings": positions})[0], kind) == remaining
 
 
 @pytest.fixture(params=[2, 40, 300])

@@ -9,7 +9,8 @@ from helpers import results_of
 from linearize.plan import NO_BRANCH, LayerPlan
 from linearize.report import card
 from linearize.report.markdown import summary_table
-from linearize.report.plots import plots_of, svg
+from linearize.report.pictures import plots_of
+from linearize.report.plots import svg
 from linearize.report.results import BASE, STUDENT, WINDOW, make_metric
 
 BRANCH = LayerPlan((), "gla", window=64, sinks=4, mix="sum")

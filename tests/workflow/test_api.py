@@ -12,7 +12,7 @@ from helpers import ROOT
 import linearize
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "pydantic", "yaml", "numpy"}
-FUNCTIONS = ("convert", "finetune")
+FUNCTIONS = ("convert", "finetune", "evaluate")
 
 
 def run_example(function) -> None:

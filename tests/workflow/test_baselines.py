@@ -9,7 +9,7 @@ import torch
 from helpers import SUITE, quiet, tiny_base
 
 from linearize.errors import ConfigError
-from linearize.evaluation import letters
+from linearize.evaluation import choice
 from linearize.evaluation.suite import Suite
 from linearize.modeling import loading
 from linearize.settings.loading import load_config
@@ -124,12 +124,12 @@ def test_letters_equal_a_plain_computation(student, tmp_path):
     results = evaluate(student, replace(LETTERS, choice=(str(path),)), out=tmp_path / "report", progress=quiet)
     tokenizer, model = loading.load_tokenizer(student), tiny_base()
     right, consistent, chosen = [], [], []
-    for item in letters.read_items(path, None):
+    for item in choice.read_items(path, None):
         count, drawn = len(item.choices), []
         for rotation in range(count):
             order = [*range(rotation, count), *range(rotation)]
             lines = [f"{'ABCD'[i]}. {item.choices[option]}" for i, option in enumerate(order)]
-            text = letters.HEAD + "\n".join([item.query, *lines]) + "\nAnswer:"
+            text = choice.INSTRUCTION + "\n".join([item.query, *lines]) + "\nAnswer:"
             scores = []
             for letter in "ABCD"[:count]:
                 ids = torch.tensor([tokenizer(f"{text} {letter}").input_ids])
@@ -156,7 +156,7 @@ def test_letters_equal_a_plain_computation(student, tmp_path):
 def test_a_habit_of_a_letter_shows(student, tmp_path, monkeypatch):
     rows = [{"query": "?", "choices": ["w", "x", "y", "z"], "gold": i % 4} for i in range(8)]
     (tmp_path / "four.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(letters, "_chosen", lambda lab, name, model, rows, allowed: [1] * len(rows))
+    monkeypatch.setattr(choice, "_likeliest_letters", lambda context, name, model, rows, letter_ids: [1] * len(rows))
     results = evaluate(student, replace(LETTERS, choice=(str(tmp_path / "four.jsonl"),)), progress=quiet)
     assert [row["student"] for row in results.tables["letters@four"]] == [0, 1, 0, 0]
     assert [row["right"] for row in results.tables["letters@four"]] == [0.25] * 4
@@ -183,9 +183,9 @@ def test_files_of_items_with_mistakes(student, cli, tmp_path, text, words):
     code, _, err = cli("eval", student, "--only", "choice", "--choice", tmp_path / "bad.jsonl")
     assert code == 2 and "--choice" in err and words in err
     (tmp_path / "line.jsonl").write_text('{"query": "a\u2028b", "choices": ["b", "c"], "gold": 0}', encoding="utf-8")
-    assert letters.read_items(tmp_path / "line.jsonl", None)[0].query == "a\u2028b"
+    assert choice.read_items(tmp_path / "line.jsonl", None)[0].query == "a\u2028b"
     with pytest.raises(ConfigError, match="no text file"):
-        letters.read_items(tmp_path / "missing.jsonl", None)
+        choice.read_items(tmp_path / "missing.jsonl", None)
 
 
 GENERATION_TASK = """task: sums

@@ -18,7 +18,7 @@ from linearize.evaluation.suite import Suite
 from linearize.evaluation.text import text_ids_of
 from linearize.modeling.loading import load_student
 from linearize.report.markdown import render_markdown, summary_table
-from linearize.report.results import BASE, STUDENT, WINDOW, Findings
+from linearize.report.results import BASE, STUDENT, WINDOW, StageResult
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
 from linearize.workflows.evaluate import evaluate
@@ -251,15 +251,10 @@ def test_a_checkpoint_without_a_tokenizer_or_with_a_longer_one(base_folder, tmp_
 def test_greedy_is_greedy_whatever_a_checkpoint_prefers(converted):
     found = []
 
-    def watched(lab, tokens):
-        found.append(
-            [
-                row
-                for model in lab.measure([BASE], lambda _, m: lab.greedy(m, [lab.text[:20]], 12)).values()
-                for row in model
-            ]
-        )
-        return Findings()
+    def watched(context, tokens):
+        answers = context.for_each_model([BASE], lambda _, model: context.greedy(model, [context.text[:20]], 12))
+        found.append([row for rows in answers.values() for row in rows])
+        return StageResult()
 
     for changes in ({}, {"repetition_penalty": 5.0, "num_beams": 3, "return_dict_in_generate": True}):
         path = converted.parent.parent / "base" / "generation_config.json"
@@ -416,20 +411,18 @@ def test_what_a_passkey_costs(converted, in_float32, tmp_path):
 
 
 def test_a_kept_part_reads_back_as_it_was(converted, tmp_path, cli, monkeypatch):
-    """An error of NaN included, which one window has; and an interruption says that parts are kept, in JSON too."""
-    from linearize.evaluation import recall
-
+    """An error of NaN included, which one window has; and an interruption says that parts are saved, in JSON too."""
     flags = ["--lengths", 64, "--max-tokens", 64, "--recall", 32, "--recall-rows", 1, "--only", "perplexity,recall"]
     with monkeypatch.context() as patch:
 
         def stop(*args, **kwargs):
             raise KeyboardInterrupt
 
-        patch.setitem(recall.KINDS, "recall", (stop, recall.accuracy))
+        patch.setattr("linearize.data.recall_rows.recall_task", stop)
         code, out, err = cli("eval", converted, *flags, "-o", tmp_path / "eval", "--json")
-    assert code == 130 and "are kept" in json.loads(out)["error"], err
+    assert code == 130 and "are saved" in json.loads(out)["error"], err
     code, out, err = cli("eval", converted, *flags, "-o", tmp_path / "eval", "--json")
-    assert code == 0 and "kept from an interrupted run" in err
+    assert code == 0 and "loaded from an interrupted run" in err
     assert [metric["name"] for metric in json.loads(out)["metrics"]][-1] == "recall@32"
 
 

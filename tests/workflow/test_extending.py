@@ -1,5 +1,6 @@
-"""Adding a mixer takes one new file and one registry line; adding a family takes the same. Counted on a copy."""
+"""Adding a mixer takes one new file and one registry line; so does a measurement, and a family two. Counted on a copy."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -33,6 +34,43 @@ from linearize.families.family import family
 
 HELIUM = family("helium", "Helium", covers="Helium 1")
 '''
+MEASUREMENT = '''"""Count the text's different tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from linearize.evaluation.measurement import Measurement, Option, Stage
+from linearize.report.results import STUDENT, StageResult, make_metric
+
+
+class Variety(Measurement):
+    name = "variety"
+    options = (Option("variety", int, (), least=8, suites={"quick": (16,)}),)
+
+    def metrics(self, suite):
+        return {f"variety@{length}": {STUDENT} for length in suite.variety}
+
+    def window_tokens(self, suite):
+        return max(suite.variety, default=0)
+
+    def positions(self, item):
+        return item
+
+    def stages(self, suite, inputs):
+        for length in suite.variety:
+            yield Stage(f"variety@{length}", partial(measure, length=length))
+
+
+def measure(context, length):
+    different = float(context.text[:length].unique().numel())
+    return StageResult(metrics=(make_metric(f"variety@{length}", "higher", {STUDENT: [different]}),))
+
+
+MEASUREMENT = Variety()
+'''
+MEASUREMENT_LINE = """    "variety": "variety",
+"""
 
 
 @pytest.fixture
@@ -97,3 +135,26 @@ def test_a_family_is_one_file_and_one_registry_entry(copy, tmp_path):
     done = run("convert", tmp_path / "base", "-o", tmp_path / "out", "--window", "8")
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout
+
+
+def test_a_measurement_is_one_file_and_one_line(copy, base_folder, tmp_path):
+    """Its options, suites, gates, cuts and stages follow; a pipeline can set it."""
+    package, run = copy
+    (package / "evaluation" / "variety.py").write_text(MEASUREMENT)
+    registry = package / "evaluation" / "registry.py"
+    text = registry.read_text()
+    registry.write_text(text.replace("FILES = {\n", "FILES = {\n" + MEASUREMENT_LINE))
+    assert touched(package) == ({"evaluation/variety.py"}, 1)
+    out = tmp_path / "out"
+    (tmp_path / "pipeline.yaml").write_text(
+        f"model: {base_folder()}\nout: {out}\nconvert: {{window: 12, calibration: {{when: never}}}}\n"
+        "eval: {only: variety, variety: [32, 4096], gates: [variety@32.student>=2]}\n"
+    )
+    done = run("run", tmp_path / "pipeline.yaml")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "eval" / "results.json").read_bytes())
+    assert [metric["name"] for metric in results["metrics"]] == ["variety@32"]
+    assert results["verdict"] == "passed 1 gate(s)"
+    assert "variety 4096 left out: longer than the base's 512 positions" in results["notes"]
+    done = run("eval", out / "converted", "--only", "variety", "--gate", "variety@16.base<=1")
+    assert done.returncode == 2 and "variety@16 has no 'base' here" in done.stderr

@@ -19,7 +19,7 @@ from linearize.errors import Interrupted
 from linearize.evaluation import recall
 from linearize.evaluation.suite import SUITES
 from linearize.report.html import render_html
-from linearize.report.plots import plots_of
+from linearize.report.pictures import plots_of
 from linearize.report.results import MODELS, STUDENT, json_schema
 from linearize.workflows import evaluate as evaluation
 from linearize.workflows.evaluate import evaluate
@@ -40,7 +40,7 @@ def whole(one_conversion, tmp_path_factory):
 
 def test_every_figure_is_measured_of_every_model(whole):
     measured = {metric.name: metric.values.keys() for metric in whole[0].metrics}
-    for name, fields in WHOLE.figures().items():
+    for name, fields in WHOLE.metrics().items():
         assert measured[name] == fields & MODELS.keys(), name
 
 
@@ -116,13 +116,13 @@ def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):
         return real(lab, **settings)
 
     monkeypatch.setattr(recall, "measure_recall", stopped)
-    with pytest.raises(Interrupted, match="are kept"):
+    with pytest.raises(Interrupted, match="are saved"):
         evaluate(converted, suite, out=out, progress=quiet)
     assert not (out / "results.json").exists() and len(list((out / evaluation.UNFINISHED).iterdir())) == 4
     monkeypatch.setattr(recall, "measure_recall", lambda lab, **s: calls.append(s["distance"]) or real(lab, **s))
     messages: list[str] = []
     results = evaluate(converted, suite, out=out, progress=messages.append)
-    assert calls == [40] and sum("kept from an interrupted run" in m for m in messages) == 4
+    assert calls == [40] and sum("loaded from an interrupted run" in m for m in messages) == 4
     fresh = evaluate(converted, suite, progress=quiet)
     assert results.metrics == fresh.metrics and results.checks == fresh.checks
 

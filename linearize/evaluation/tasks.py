@@ -1,0 +1,203 @@
+"""Run benchmarks of lm-evaluation-harness, by its own task names or from a folder of task files, one model at a time.
+
+The base's answers are cached on disk under its fingerprint, so that a second student of the same base costs half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint
+from linearize.checkpoint.hub import HUB_SECONDS, hub_answers
+from linearize.checkpoint.result_cache import cached_on_disk
+from linearize.errors import ConfigError, nearest, one_line
+from linearize.evaluation.measurement import Measurement, Option, Stage
+from linearize.report.results import ANSWERING_MODELS, BASE, STUDENT, StageResult, make_metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from linearize.evaluation.context import EvaluationContext
+    from linearize.evaluation.suite import Suite
+
+# the harness's names of scores per item; the first that a task has is reported
+ITEM_SCORES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "f1")
+# requests of like length that go through a model together
+BATCH = 4
+
+
+class Tasks(Measurement):
+    """Scores on tasks of lm-evaluation-harness. A task's metrics are known when it has run."""
+
+    name = "tasks"
+    options = (
+        Option("tasks", str, ()),
+        Option("tasks_dir", str, None),
+        # items of each task, and of each file of multiple-choice questions
+        Option("task_limit", int, None, least=1),
+    )
+    has_open_metrics = True
+
+    def prepare(self, suite: Suite) -> dict[str, Any]:
+        if not suite.tasks:
+            return {}
+        return load_tasks(suite.tasks, Path(suite.tasks_dir) if suite.tasks_dir else None)
+
+    def fingerprint(self, suite: Suite, inputs: dict[str, Any]) -> list[str]:
+        return [task_fingerprint(task, suite.task_limit) for task in inputs.values()]
+
+    def stages(self, suite: Suite, inputs: dict[str, Any]) -> Iterator[Stage]:
+        for name, task in inputs.items():
+            yield Stage(f"task {name}", partial(measure_task, name=name, task=task, limit=suite.task_limit))
+
+
+def load_tasks(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
+    """Load the harness's task objects with their data, groups expanded, before any model is loaded.
+
+    Args:
+        folder: task files to use in place of the harness's own.
+
+    Returns:
+        Task objects by name.
+
+    Raises:
+        ConfigError: lm-eval is not installed, a task is unknown, its data cannot be had, or it has no score per item.
+    """
+    tasks = _load_with_data(names, folder)
+    for name, task in tasks.items():
+        if not set(task.aggregation()) & set(ITEM_SCORES):
+            raise ConfigError(f"--tasks: {name} scores none of {', '.join(ITEM_SCORES)} item by item")
+    return tasks
+
+
+def _load_with_data(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
+    manager = _task_manager(folder)
+    for name in names:
+        if name not in manager.all_tasks:
+            known = ", ".join(manager.all_tasks) if folder else "lm-evaluation-harness's"
+            raise ConfigError(f"--tasks: no task '{name}', allowed are {known}{nearest(name, manager.all_tasks)}")
+    # local and cached data need no hub, which is asked only if they are not enough
+    with _offline(), contextlib.suppress(Exception):
+        return manager.load(list(names))["tasks"]
+    if not hub_answers():
+        raise ConfigError(
+            f"--tasks: the data of {', '.join(names)} are not on this machine, and the hub did not answer within "
+            f"{HUB_SECONDS} s; give task files with local data by --tasks-dir"
+        )
+    try:
+        return manager.load(list(names))["tasks"]
+    except Exception as error:  # the harness and its libraries raise their own
+        raise ConfigError(f"--tasks: {', '.join(names)} cannot be loaded: {one_line(error, 200)}") from None
+
+
+def task_fingerprint(task: Any, limit: int | None) -> str:
+    """Return a digest that changes with a task's settings, its items and the examples that stand before them."""
+    examples = task.fewshot_docs() if task.config.num_fewshot else None
+    return fingerprint_of([task.dump_config(), [*itertools.islice(task.eval_docs, limit)], [*(examples or ())], limit])
+
+
+def measure_task(context: EvaluationContext, name: str, task: Any, limit: int | None) -> StageResult:
+    """Run one task for base, student, window + sinks and the baselines on request."""
+    key = {
+        "base": context.base_fingerprint,
+        "tokenizer": tokenizer_fingerprint(context.tokenizer),
+        "task": task_fingerprint(task, limit),
+        "seed": context.seed,
+        "batch": BATCH,
+        "lm_eval": importlib.metadata.version("lm_eval"),
+    }
+
+    def answer(model_name: str, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        def run() -> dict[str, dict[str, Any]]:
+            scores = _run(context, model, name, task, limit)
+            context.progress(f"{name}: {model_name} done")
+            return scores
+
+        if model_name != BASE:
+            return run()
+        base_key = {**key, "dtype": str(model.dtype)}
+        return cached_on_disk(
+            "tasks", base_key, run, lambda: context.progress(f"{name}: the base's answers are at hand")
+        )
+
+    scores = context.for_each_model(ANSWERING_MODELS, answer)
+    data = f"{name} {fingerprint_of([*itertools.islice(task.eval_docs, limit)])[:16]}, limit {limit}"
+    metrics = []
+    for metric, record in scores[STUDENT].items():
+        units = {model_name: records[metric]["units"] for model_name, records in scores.items()}
+        right_or_wrong = all(value in (0.0, 1.0) for values in units.values() for value in values)
+        metrics.append(make_metric(metric, "higher", units, chance=record["chance"], items=right_or_wrong, data=data))
+    return StageResult(metrics=tuple(metrics))
+
+
+def _run(
+    context: EvaluationContext, model: PreTrainedModel, name: str, task: Any, limit: int | None
+) -> dict[str, dict[str, Any]]:
+    """Run a task and collect its scores per item.
+
+    A task that reads its answers in several ways (GSM8K: strict and flexible) has a metric for each.
+
+    Returns:
+        By metric, `<task>_<score>` or `<task>_<score>_<reading>`: "units", the scores in the order of the items, and
+        "chance", what guessing scores.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    seed = context.seed
+    wrapped = HFLM(pretrained=model, tokenizer=context.tokenizer, batch_size=BATCH, backend="causal")
+    report = simple_evaluate(
+        model=wrapped, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True, random_seed=seed,
+        numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip
+    by_reading = defaultdict(list)
+    for sample in sorted(report["samples"][name], key=lambda sample: sample["doc_id"]):
+        by_reading[sample["filter"]].append(sample)
+    scores = {}
+    for reading, samples in by_reading.items():
+        score = next((key for key in ITEM_SCORES if isinstance(samples[0].get(key), int | float)), None)
+        if score is None:
+            raise ConfigError(f"--tasks: {name} scores none of {', '.join(ITEM_SCORES)} item by item")
+        choices = [len(sample["arguments"]) for sample in samples]
+        chance = sum(1 / n for n in choices) / len(choices) if score == "acc" and min(choices) > 1 else None
+        metric = f"{name}_{score}" + (f"_{reading}" if len(by_reading) > 1 else "")
+        units = [float(sample[score]) for sample in samples]
+        scores[re.sub(r"\W", "_", metric)] = {"units": units, "chance": chance}
+    return scores
+
+
+def _task_manager(folder: Path | None) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError("--tasks: lm-eval is not installed; pip install 'linearize[tasks]'") from None
+    if folder is None:
+        return TaskManager()
+    if not folder.is_dir():
+        raise ConfigError(f"--tasks-dir: no folder '{folder}'")
+    return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let the libraries look at local files and their caches alone, without waiting for a network."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+MEASUREMENT = Tasks()
