@@ -56,8 +56,8 @@ class MixerEntry:
         options: its options by name.
         gates: its gates in order, each "channel" (one logit per key channel) or "head" (one per head). The keys drive
             them, and a learned gate can correct them. {option: {value: gates}} where an option decides.
-        positive: True if no token ever gets a negative weight and no norm follows, so that window and past can share one
-            normaliser. {option: values that make it so} where options decide; all of them have to hold.
+        positive: True if no token ever gets a negative weight and no norm follows, so that window and past can share
+            one normaliser. {option: values that make it so} where options decide; all of them have to hold.
         mixes: the ways in which it can meet the window, the default first.
     """
 

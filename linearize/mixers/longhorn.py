@@ -7,26 +7,31 @@ Source: Longhorn, arXiv 2407.14207, equations 7 and 8 (the diagonal approximatio
 """
 
 import torch
+from torch import Tensor
 
 from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.gla import gla
 
 
 class Longhorn(Mixer):
-    """One decay per key channel, no gate but the write strength."""
+    """S_t = diag(1 - d_t k_t^2) S_{t-1} + d_t k_t v_t^T,  o_t = S_t^T q_t
 
-    def _step(self, k, logits):
+    One decay per key channel. The only gate is the write strength b_t.
+    """
+
+    def _step(self, k: Tensor, logits: Tensor) -> Tensor:
+        """Return the step size d_t, [..., J, 1]."""
         strength = logits.sigmoid()
         return strength / (1 + strength * k.square().sum(-1, keepdim=True))
 
-    def update(self, state, k, v, logits):
+    def update(self, state: Tensor, k: Tensor, v: Tensor, logits: Tensor) -> Tensor:
         step = self._step(k, logits)
         return (1 - step * k.square()).unsqueeze(-1) * state + outer(step * k, v)
 
-    def read(self, before, after, q, k, v):
+    def read(self, before: Tensor, after: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return read_state(after, q)
 
-    def chunked(self, q, k, v, logits, scan: Scan):
+    def chunked(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
         strength, square = logits.sigmoid(), k.square()
         # 1 - d k^2 = (1 + b (|k|^2 - k^2)) / (1 + b |k|^2), which no rounding makes zero
         total = square.sum(-1, keepdim=True)

@@ -8,27 +8,32 @@ whose weights sum to one though some are negative. Source: Rectifying Magnitude 
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.mixers.mixer import Mixer, Scan, outer, with_one
 from linearize.ops.simple_gla import simple_gla
 
+# a smaller sum of weights counts as this, so that its inverse stays finite
 SMALLEST_SUM = 1e-6
 
 
 class MagnitudeAwareLinearAttention(Mixer):
-    """No decay."""
+    """o_t = sum_j (b_t s_tj - g_t) v_j,  s_tj = phi(q_t) . phi(k_j)
 
-    def state_shape(self, value_dim):
+    No decay. The state is [K + 1, V + 1].
+    """
+
+    def state_shape(self, value_dim: int) -> tuple[int, ...]:
         return (self.site.head_dim + 1, value_dim + 1)
 
-    def update(self, state, k, v):
+    def update(self, state: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return state + outer(with_one(F.elu(k) + 1), with_one(v))
 
-    def read(self, before, after, q, k, v):
+    def read(self, before: Tensor, after: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _rectified((F.elu(q) + 1) @ after[..., :-1, :], after[..., -1:, :])
 
-    def chunked(self, q, k, v, scan: Scan):
+    def chunked(self, q: Tensor, k: Tensor, v: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
         J = k.shape[2]
         (write,) = scan.mask_writes(with_one(F.elu(k) + 1))
         # one more query per group reads the plain sums
@@ -40,7 +45,12 @@ class MagnitudeAwareLinearAttention(Mixer):
         return _rectified(sums[..., :-1, :], sums[..., -1:, :]).flatten(2, 3), state
 
 
-def _rectified(weighted, plain):
-    """sum s v and sum s [..., G, V + 1], sum v and count [..., 1, V + 1] -> [..., G, V]."""
+def _rectified(weighted: Tensor, plain: Tensor) -> Tensor:
+    """Return b sum_j s_j v_j - g sum_j v_j, [..., G, V].
+
+    Args:
+        weighted: sum_j s_j v_j and, in the last column, sum_j s_j: [..., G, V + 1].
+        plain: sum_j v_j and, in the last column, the number of tokens: [..., 1, V + 1].
+    """
     total, count = weighted[..., -1:], plain[..., -1:].clamp(min=1.0)
     return (1 + 1 / total.clamp(min=SMALLEST_SUM)) * weighted[..., :-1] - total / count * plain[..., :-1]

@@ -90,7 +90,7 @@ class Scan(NamedTuple):
 class Mixer(nn.Module):
     """A recurrence over keys and values that queries read from. Inputs and states are float32 or float64.
 
-    A subclass states its paper's recurrence in three methods, where `logits` stands for one tensor per entry of `gates`:
+    A subclass states the recurrence of its paper in three methods; `logits` stands for one tensor per entry of `gates`:
 
         update(state, k, v, *logits) -> state
             The state after one token. state [B, J, ...], k [B, J, K], v [B, J, V], logits [B, J, K] or [B, J, 1].
@@ -110,8 +110,8 @@ class Mixer(nn.Module):
         normalization: the paper's treatment of the output: "none", "sum" (divide by the sum of the weights) or "rms".
         log_unit: logarithm of the sum of weights over a thousand tokens of text (SmolLM2-135M, scripts/mass_units.py).
             The mix `outside` counts the past's mass from there.
-        log_normaliser: true if the output comes divided by the sum of the weights, with the logarithm of that sum as one
-            more column. Weights that are exponentials of scores need this: float32 cannot hold their sum.
+        log_normaliser: true if the output is divided by the sum of the weights and carries the logarithm of that sum as
+            one more column. Weights that are exponentials of scores need this: float32 cannot hold their sum.
         assigns: true if it computes an assignment for each token from the key before rotary (see `assign`).
         starts_unfitted: true if its first parameters are of no use until `fit` has run.
     """

@@ -172,7 +172,7 @@ MIXERS = {
 MEMORIES = {name: entry for name, entry in MIXERS.items() if name != "vq"}
 MIXERS["mom"] = _entry(
     "mom:MixtureOfMemories",
-    "several memories of any other structure, routed",
+    "several memories of any other mixer, routed",
     "MoM 2502.13685",
     options={
         # mamba2 costs least of those with gates

@@ -8,34 +8,37 @@ parameter; it starts at 1.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from linearize.mixers.mixer import Mixer, Scan, outer, read_state
+from linearize.mixers.mixer import Mixer, Scan, Site, outer, read_state
 from linearize.ops.gla import gla
 
-# exp(-exp(4)) is 2e-24: a decay as good as zero, while exp(p) of a large p overflows
+# exp(-exp(4)) is 2e-24, a decay of nearly zero; exp(p) of a larger p would overflow
 LARGEST_LOGIT = 4.0
 
 
 class RWKV6(Mixer):
-    """One decay per key channel, doubly exponential."""
+    """o_t = S_{t-1}^T q_t + (q_t . (u * k_t)) v_t,  S_t = diag(w_t) S_{t-1} + k_t v_t^T
 
-    def __init__(self, site):
+    One decay per key channel, doubly exponential.
+    """
+
+    def __init__(self, site: Site):
         super().__init__(site)
         self.bonus = nn.Parameter(torch.empty(len(site.heads), site.head_dim))
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         self.bonus.fill_(1.0)
 
-    def update(self, state, k, v, logits):
+    def update(self, state: Tensor, k: Tensor, v: Tensor, logits: Tensor) -> Tensor:
         return (-logits.clamp(max=LARGEST_LOGIT).exp()).exp().unsqueeze(-1) * state + outer(k, v)
 
-    def read(self, before, after, q, k, v):
+    def read(self, before: Tensor, after: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return read_state(before + outer(self.bonus * k, v), q)
 
-    def chunked(self, q, k, v, logits, scan: Scan):
+    def chunked(self, q: Tensor, k: Tensor, v: Tensor, logits: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
         write, log_decay = scan.mask_writes(k, -logits.clamp(max=LARGEST_LOGIT).exp())
-        # the state that a token finds is what the tokens before it left: the same recurrence, one token late
+        # a query reads the state before its own token: the same recurrence, one token late
         late_write, late_v, late_decay = (_late(x) for x in (write, v, log_decay))
         if scan.segments is not None:
             first = torch.zeros_like(scan.segments, dtype=torch.bool)
@@ -48,6 +51,6 @@ class RWKV6(Mixer):
         return output + current.flatten(2, 3), state
 
 
-def _late(x):
-    """Every token's successor gets its values; the first gets zeros."""
+def _late(x: Tensor) -> Tensor:
+    """Shift [B, T, ...] by one token; the first gets zeros."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)

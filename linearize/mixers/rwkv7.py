@@ -7,29 +7,37 @@ Source: RWKV-7, arXiv 2503.14456, equations 12 to 17, its state transposed; the 
 both the key projection (the paper's learned xi and alpha at 1).
 """
 
+from torch import Tensor
+
 from linearize.mixers.mixer import Mixer, Scan, outer, read_state
 from linearize.ops.delta_rule import delta_rule
 
-# exp(-1/2): no channel loses more than 45% a token, so that dividing by the decay is safe
+# exp(-1/2): no channel loses more than 45% per token, so dividing by the decay is safe
 FASTEST = 0.6065306597126334
+# added to squared norms, so that a key of zeros has a direction
 SMALLEST_NORM = 1e-12
 
 
 class RWKV7(Mixer):
-    """One decay and one write strength per key channel."""
+    """S_t = (diag(w_t) - (a_t * u_t) u_t^T) S_{t-1} + (a_t * k_t) v_t^T,  o_t = S_t^T q_t
+
+    One decay and one write strength per key channel.
+    """
 
     normalization = "rms"
 
-    def update(self, state, k, v, decay_logits, strength_logits):
+    def update(self, state: Tensor, k: Tensor, v: Tensor, decay_logits: Tensor, strength_logits: Tensor) -> Tensor:
         decay, strength = (-FASTEST * decay_logits.sigmoid()).exp(), strength_logits.sigmoid()
         unit = k / (k.square().sum(-1, keepdim=True) + SMALLEST_NORM).sqrt()
-        held = (unit.unsqueeze(-2) @ state).squeeze(-2)
-        return decay.unsqueeze(-1) * state - outer(strength * unit, held) + outer(strength * k, v)
+        stored = (unit.unsqueeze(-2) @ state).squeeze(-2)
+        return decay.unsqueeze(-1) * state - outer(strength * unit, stored) + outer(strength * k, v)
 
-    def read(self, before, after, q, k, v):
+    def read(self, before: Tensor, after: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return read_state(after, q)
 
-    def chunked(self, q, k, v, decay_logits, strength_logits, scan: Scan):
+    def chunked(
+        self, q: Tensor, k: Tensor, v: Tensor, decay_logits: Tensor, strength_logits: Tensor, scan: Scan
+    ) -> tuple[Tensor, Tensor]:
         log_decay = -FASTEST * decay_logits.sigmoid()
         # a u (u . S) = (a k) ((k / |k|^2 / w) . diag(w) S): the delta rule with an erase key of its own
         erase = k / (k.square().sum(-1, keepdim=True) + SMALLEST_NORM) * (-log_decay).exp()
