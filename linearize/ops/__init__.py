@@ -1,1 +1,1 @@
-"""The recurrences and the window as tensor operators: a naive twin, a chunked version and the choice of kernels."""
+"""Recurrences and window attention as tensor operators, each with a naive twin and a fast version."""

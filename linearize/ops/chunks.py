@@ -1,4 +1,9 @@
-"""What the chunked operators share: cutting a sequence into chunks, and who sees whom at document borders."""
+"""Parts of all chunked operators: cut a sequence into chunks, mask across document borders, carry the state.
+
+Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G), K key dim, V value dim, N chunks, C chunk size.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,64 +11,74 @@ from torch.nn import functional as F
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
-    """Recurrent states are float32, or float64 for float64 inputs."""
+    """Return the dtype of recurrent states: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def grouped(q: Tensor, k: Tensor) -> Tensor:
-    """Queries beside the key/value head they read: [B, T, H, K] -> [B, T, J, G, K]."""
+    """Group queries by the key/value head that they read: [B, T, H, K] -> [B, T, J, G, K]."""
     return q.unflatten(2, (k.shape[2], -1))
 
 
 def chunks(x: Tensor, size: int) -> Tensor:
-    """[B, T, J, ...] -> [B, J, N, size, ...], zero-padded to whole chunks."""
+    """Cut a sequence into chunks, zero-padded to whole ones: [B, T, J, ...] -> [B, J, N, size, ...]."""
     x = F.pad(x, (*(0, 0) * (x.dim() - 2), 0, -x.shape[1] % size)).unflatten(1, (-1, size))
     return x.movedim(3, 1).contiguous()
 
 
 def unchunked(x: Tensor, T: int) -> Tensor:
-    """[B, J, N, C, G, V] -> [B, T, J * G, V]."""
+    """Join chunks to the first T tokens of a sequence: [B, J, N, C, G, V] -> [B, T, J * G, V]."""
     return x.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)[:, :T]
 
 
 def segment_chunks(segments: Tensor | None, size: int) -> Tensor | None:
-    """Document numbers [B, T] -> [B, 1, N, size]; the padding belongs to the last document."""
+    """Cut document numbers into chunks: [B, T] -> [B, 1, N, size]. The padding belongs to the last document."""
     if segments is None:
         return None
     return F.pad(segments[:, None], (0, -segments.shape[1] % size), mode="replicate").unflatten(2, (-1, size))
 
 
-def segment_masks(segments: Tensor | None, dtype: torch.dtype):
-    """Which tokens may read the entering state, write to the leaving one, whether it survives, and who sees whom.
+class SegmentMasks(NamedTuple):
+    """Factors 0 or 1 that keep the documents of a row apart.
 
-    Args:
-        segments: [B, 1, N, C] or None.
-
-    Returns:
-        [B, 1, N, C], [B, 1, N, C], [B, 1, N], [B, 1, N, C, C]; or four times None.
+    Attributes:
+        keep_in: [B, 1, N, C], 1 where a token may read the state that enters its chunk.
+        keep_out: [B, 1, N, C], 1 where a token may write to the state that leaves its chunk.
+        carry: [B, 1, N], 1 where the entering state survives the chunk.
+        same: [B, 1, N, C, C], 1 where two tokens share a document.
     """
+
+    keep_in: Tensor
+    keep_out: Tensor
+    carry: Tensor
+    same: Tensor
+
+
+def segment_masks(segments: Tensor | None, dtype: torch.dtype) -> SegmentMasks | None:
+    """Return the masks of document numbers [B, 1, N, C], or None without any."""
     if segments is None:
-        return None, None, None, None
+        return None
     first, last = segments[..., :1], segments[..., -1:]
     before = torch.cat([first[:, :, :1], last[:, :, :-1]], dim=2)
-    keep_in = (segments == before).to(dtype)
-    keep_out = (segments == last).to(dtype)
-    carry = (before == last).squeeze(-1).to(dtype)
-    same = (segments[..., :, None] == segments[..., None, :]).to(dtype)
-    return keep_in, keep_out, carry, same
+    return SegmentMasks(
+        keep_in=(segments == before).to(dtype),
+        keep_out=(segments == last).to(dtype),
+        carry=(before == last).squeeze(-1).to(dtype),
+        same=(segments[..., :, None] == segments[..., None, :]).to(dtype),
+    )
 
 
 def times(x: Tensor, factor: Tensor | None, chunk: int | None = None) -> Tensor:
-    """x by a factor, or by its part for one chunk; None is 1."""
+    """Multiply x by a factor, or by its part for one chunk; None stands for 1."""
     if factor is None:
         return x
     return x * (factor if chunk is None else factor[:, :, chunk])
 
 
 def carried(state: Tensor, increments: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S_{n+1} = carry_n S_n + increments_n, chunk after chunk.
+    """Compute S_{n+1} = carry_n S_n + increments_n, chunk after chunk.
 
-    On a device all at once, by a product with the factors between any two chunks: a loop would leave it idle.
+    A CUDA device computes all chunks at once (`carried_at_once`): a loop would leave it idle.
 
     Args:
         state: [B, J, K, V], S_0. increments: [B, J, N, K, V].
@@ -82,9 +97,9 @@ def carried(state: Tensor, increments: Tensor, carry: Tensor | None) -> tuple[Te
 
 
 def carried_at_once(state: Tensor, increments: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same; see `carried`."""
+    """Compute `carried` as one product with the factors between any two chunks."""
     N = increments.shape[2] + 1
-    parts = torch.cat([state[:, :, None], increments], dim=2).flatten(3)  # what enters at S_0, S_1, ...
+    parts = torch.cat([state[:, :, None], increments], dim=2).flatten(3)  # added to S_0, S_1, ...
     if carry is None:
         states = parts.cumsum(2)
     else:
@@ -94,3 +109,21 @@ def carried_at_once(state: Tensor, increments: Tensor, carry: Tensor | None) -> 
         states = factors.to(parts.dtype) @ parts
     states = states.unflatten(3, state.shape[2:])
     return states[:, :, :-1], states[:, :, -1]
+
+
+def scanned(state: Tensor, increments: Tensor, decay: Tensor, *, reverse: bool = False) -> list[Tensor]:
+    """Compute S_{n+1} = decay_n S_n + increments_n, over the chunks in order or in reverse order.
+
+    Args:
+        state: [B, J, K, V], S_0.
+        increments: [B, J, N, K, V].
+        decay: [B, J, N, K, 1].
+
+    Returns:
+        S_0 to S_N in the order of the scan.
+    """
+    N = increments.shape[2]
+    states = [state]
+    for n in reversed(range(N)) if reverse else range(N):
+        states.append(torch.addcmul(increments[:, :, n], decay[:, :, n], states[-1]))
+    return states

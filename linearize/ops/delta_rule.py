@@ -1,20 +1,22 @@
-"""The delta rule with decay, in the form that its relatives share.
+"""The delta rule with decay, in a form that covers its variants.
 
     S'_t = diag(exp(log_decay_t)) S_{t-1}
     S_t  = S'_t + (beta_t * k_t) (v_t - S'_t^T e_t)^T
     o_t  = scale * S_t^T q_t
 
-A token erases what the decayed state holds under its erase key e before it writes v under k. With e = k it is
+A token erases the value that the decayed state returns for its erase key e, and writes v under k. With e = k it is
 DeltaNet (arXiv 2406.06484) without decay, Gated DeltaNet (2412.06464, equation 10) with one decay per head and Kimi
 Delta Attention (2510.26692, equation 1) with one per channel; RWKV-7 (2503.14456, equation 16) erases under another
-key than it writes. The chunked form solves for the values that are really written, in the manner of the WY
-representation (2406.06484, section 3.2).
+key than it writes. The chunked form solves for the values that are written, v_t - S'_t^T e_t, as the WY representation
+does (2406.06484, section 3.2).
 
 Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G), K key dim, V value
 dim. The state is [B, J, K, V], float32 (float64 for float64 inputs).
 
-`delta_rule_naive` is the definition, `delta_rule_chunked` the fast version; `delta_rule` dispatches.
+`delta_rule_naive` is the definition, `delta_rule_chunked` the fast version; `delta_rule` chooses.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks,
 from linearize.ops.dispatch import run_kernel
 from linearize.ops.gla import CHUNK, DecayedScores
 
+# tokens per chunk with one decay per head
 SCALAR_CHUNK = 64
 
 
@@ -38,7 +41,7 @@ def delta_rule_naive(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as a loop over tokens.
+    """Compute the recurrence as a loop over tokens.
 
     Args:
         q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V].
@@ -80,7 +83,7 @@ def delta_rule_chunked(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same function as `delta_rule_naive`, chunk by chunk."""
+    """Compute `delta_rule_naive` chunk by chunk."""
     dtype, T, (B, _, J, K), V = state_dtype(q), q.shape[1], k.shape, v.shape[-1]
     state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if T == 0:
@@ -107,15 +110,15 @@ def delta_rule(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The delta rule by the fastest operator available for these inputs. See `delta_rule_naive`.
+    """Compute `delta_rule_naive` by the fastest operator available for these inputs.
 
-    Autocast does not reach inside: the state stays float32.
+    Autocast is off inside: the state stays float32.
     """
-    keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    keywords: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "segments": segments}
     decay = torch.zeros_like(beta) if log_decay is None else log_decay
     with torch.autocast(q.device.type, enabled=False):
         if erase is not None:
-            # what this kernel erases it looks up before the decay, under its third key, and takes away under the fourth
+            # this kernel reads the undecayed state under its third input and subtracts the result under its fourth
             ran = run_kernel(
                 "fla.ops.generalized_delta_rule",
                 "chunk_dplr_delta_rule",
@@ -138,10 +141,24 @@ def delta_rule(
         return ran[0].to(v.dtype), ran[1]
 
 
-def _delta_chunks(rows, k, v, b, state, segments, per_channel) -> tuple[Tensor, Tensor]:
-    """rows [B, J, N, C, 1 + G, K], k and v [B, J, N, C, ·], b cumulative log-decays [B, J, N, C, K or 1]."""
+def _delta_chunks(
+    rows: Tensor, k: Tensor, v: Tensor, b: Tensor, state: Tensor, segments: Tensor | None, per_channel: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the delta rule over chunks.
+
+    Args:
+        rows: erase keys and, behind them, the queries of the group: [B, J, N, C, 1 + G, K].
+        k, v: beta k and v, [B, J, N, C, ·].
+        b: cumulative log-decays, [B, J, N, C, K or 1].
+        state: S_0, [B, J, K, V].
+        segments: [B, 1, N, C] or None.
+        per_channel: b has one column per channel.
+
+    Returns:
+        output [B, J, N, C, G, V], final state.
+    """
     C = k.shape[3]
-    keep_in, keep_out, carry, same = segment_masks(segments, k.dtype)
+    masks = segment_masks(segments, k.dtype)
     if per_channel:
         scores = DecayedScores.apply(rows.contiguous(), k, b)
     else:
@@ -149,13 +166,13 @@ def _delta_chunks(rows, k, v, b, state, segments, per_channel) -> tuple[Tensor, 
         decay = (b - b.transpose(-1, -2)).masked_fill(later, float("-inf")).exp()
         scores = (rows.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, rows.shape[3:5]) * decay[..., :, None, :]
     from_state, to_state, across = b.exp(), (b[..., -1:, :] - b).exp(), b[..., -1, :].exp().unsqueeze(-1)
-    if segments is not None:
-        scores = scores * same[..., None, :]
-        from_state, to_state = from_state * keep_in[..., None], to_state * keep_out[..., None]
-        across = across * carry[..., None, None]
+    if masks is not None:
+        scores = scores * masks.same[..., None, :]
+        from_state, to_state = from_state * masks.keep_in[..., None], to_state * masks.keep_out[..., None]
+        across = across * masks.carry[..., None, None]
     rows = rows * from_state[..., None, :]
 
-    # (1 + erased) written = v - (erase keys) S_0, a unit lower triangular system
+    # (1 + erased) written = v - (erase keys) S_n, a unit lower triangular system
     erased = scores[..., 0, :].tril(-1)
     solved = torch.linalg.solve_triangular(
         erased, torch.cat([v, rows[..., 0, :]], dim=-1), upper=False, unitriangular=True
@@ -163,14 +180,14 @@ def _delta_chunks(rows, k, v, b, state, segments, per_channel) -> tuple[Tensor, 
     values, keys = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     writes = (k * to_state).transpose(-1, -2)
     across = across.expand(*k.shape[:3], -1, 1)
-    # over chunks the state is affine in itself: S <- (across - writes keys) S + writes values
+    # each chunk is an affine map of the state: S_{n+1} = (across - writes keys) S_n + writes values
     transition, increment = torch.diag_embed(across.squeeze(-1).expand(*k.shape[:3], k.shape[-1])), writes @ values
     transition = transition - writes @ keys
-    states = []
+    entering = []
     for T_n, I_n in zip(transition.unbind(2), increment.unbind(2)):
-        states.append(state)
+        entering.append(state)
         state = torch.baddbmm(I_n.flatten(0, 1), T_n.flatten(0, 1), state.flatten(0, 1)).view_as(state)
-    states = torch.stack(states, dim=2)
+    states = torch.stack(entering, dim=2)
     written = values - keys @ states
     queries = rows[..., 1:, :]
     output = scores[..., 1:, :].flatten(3, 4) @ written + queries.flatten(3, 4) @ states

@@ -1,11 +1,11 @@
-"""Running a Triton kernel of flash-linear-attention in place of an operator of ours.
+"""Run a Triton kernel of flash-linear-attention (fla) in place of an operator of this package, where one works.
 
-The kernels need a CUDA device and a `fla` that can be imported and run: an installed one can fail to import for want of
-a matching triton, and some kernels refuse some devices (the gated backward on Hopper under triton 3.4 to 3.7.0). So
-trying is the test. The mixers know nothing of this.
+The kernels need a CUDA device and an `fla` that can be imported and run. An installed one can fail to import without a
+matching triton, and some kernels refuse some devices (the gated backward on Hopper under triton 3.4 to 3.7.0). So each
+kernel is tried on two tokens first. The mixers know nothing of this.
 
-fla 0.6 differs from us in three ways: it wants as many key/value heads as query heads, documents of one row marked by
-where they start, and a state for each document.
+fla 0.6 differs in three ways: it needs as many key/value heads as query heads, all documents in one row with the
+positions where they start, and one state per document.
 """
 
 import contextlib
@@ -13,20 +13,23 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# (name of a kernel, shapes and dtypes) -> whether a first try went through
-_tried: dict[tuple, bool] = {}
+# (name of a kernel, gradients, shapes and dtypes) -> True if the first try succeeded
+_tried: dict[tuple[Any, ...], bool] = {}
 _enabled = True
 
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
-    """Inside, PyTorch serves. What is computed once is done before fla has tried out the dozens of configurations of every
-    kernel (minutes, on an H200, the first time)."""
+    """Use PyTorch alone inside. A single pass is done before fla has tuned the configurations of its kernels.
+
+    Tuning takes minutes on an H200 the first time.
+    """
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -43,17 +46,18 @@ def run_kernel(
     *,
     initial_state: Tensor | None,
     segments: Tensor | None,
-    adapt: Callable[[Callable], Callable] | None = None,
-    **keywords,
+    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor] | None:
-    """What the kernel `module.name` computes, or None where it cannot serve this call.
+    """Run the kernel `module.name`; return None if it cannot serve this call.
 
     Args:
-        q: [B, T, H, K]. others: its further inputs, [B, T, J, ...], made when they are needed.
+        q: [B, T, H, K].
+        others: return its other inputs, [B, T, J, ...]; called only if they are needed.
         initial_state: [B, J, ...], zero when absent.
         segments: [B, T] document number of each token.
-        adapt: makes a kernel that keeps its state otherwise look like the rest.
-        keywords: further arguments of the kernel.
+        adapt: wrap a kernel whose state has another layout.
+        keywords: other arguments of the kernel.
 
     Returns:
         output [B, T, H, V], final state [B, J, ...].
@@ -63,7 +67,8 @@ def run_kernel(
     if kernel is None:
         return None
     kernel, inputs = adapt(kernel) if adapt else kernel, others()
-    group, last = H // inputs[0].shape[2], slice(None)
+    group = H // inputs[0].shape[2]
+    last: slice | Tensor = slice(None)
     inputs = [q, *(x.repeat_interleave(group, dim=2) for x in inputs)]
     if not _works(kernel, name, inputs, keywords):
         return None
@@ -79,15 +84,15 @@ def run_kernel(
 
 
 def _documents(segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Documents of all rows in one: where each begins (and the last ends), and the first and last of every row."""
+    """Return the bounds of all rows' documents, joined to one row, and the first and last document of every row."""
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     of_row = starts.sum(1).cumsum(0)
     bounds = F.pad(starts.flatten().nonzero().squeeze(-1), (0, 1), value=segments.numel())
     return bounds, F.pad(of_row[:-1], (1, 0)), of_row - 1
 
 
-def _works(kernel: Callable, name: str, inputs: list[Tensor], keywords: dict) -> bool:
-    """Whether the kernel goes through on two tokens like these, backward included where gradients are wanted."""
+def _works(kernel: Callable[..., Any], name: str, inputs: list[Tensor], keywords: dict[str, Any]) -> bool:
+    """Return True if the kernel runs on two tokens like these, and backward too while gradients are enabled."""
     gradients = torch.is_grad_enabled()
     key = (name, gradients, *((x.shape[2:], x.dtype, x.device) for x in inputs))
     if key not in _tried:
@@ -102,23 +107,25 @@ def _works(kernel: Callable, name: str, inputs: list[Tensor], keywords: dict) ->
             if gradients:
                 output.sum().backward()
             _tried[key] = True
-        except Exception as error:  # whatever a compiler or a driver comes up with
+        except Exception as error:  # compilers and drivers raise anything
             warnings.warn(f"{name} of flash-linear-attention does not run here, PyTorch serves: {error}", stacklevel=2)
             _tried[key] = False
     return _tried[key]
 
 
 def on_device(x: Tensor) -> bool:
+    """Return True for a tensor on a CUDA device; tests replace this."""
     return x.is_cuda
 
 
 def fla_available() -> bool:
+    """Return True if fla can be imported."""
     return load_kernel("fla.ops.gla", "chunk_gla") is not None
 
 
 @functools.cache
-def load_kernel(module: str, name: str) -> Callable | None:
-    """The kernel, or None where it cannot be imported."""
+def load_kernel(module: str, name: str) -> Callable[..., Any] | None:
+    """Import a kernel; return None if it cannot be imported."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception:  # a broken triton raises anything from ImportError to RuntimeError

@@ -7,19 +7,32 @@ Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h r
 K key dim, V value dim. The state is [B, J, K, V] and always float32 (float64 for float64 inputs): one state
 serves the whole query group, so grouped-query models pay for J states, not H.
 
-`gla_naive` is the definition; `gla_chunked` is the fast version with a hand-written backward; `gla` dispatches.
+`gla_naive` is the definition; `gla_chunked` is the fast version with a hand-written backward; `gla` chooses.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
+from linearize.ops.chunks import (
+    SegmentMasks,
+    chunks,
+    grouped,
+    scanned,
+    segment_chunks,
+    segment_masks,
+    state_dtype,
+    times,
+    unchunked,
+)
 from linearize.ops.dispatch import run_kernel
 
+# tokens per chunk and per sub-chunk where decays are strong, and per chunk where they are mild
 CHUNK = 32
 SUBCHUNK = 4
 MILD_CHUNK = 64
-# the largest exponent that is safe in float32 with room for sums of products
+# largest exponent of a mild decay: exp(30) leaves float32 room for sums of products
 MILD = 30.0
 
 
@@ -33,7 +46,7 @@ def gla_naive(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as a loop over tokens.
+    """Compute the recurrence as a loop over tokens.
 
     Args:
         q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V].
@@ -68,11 +81,11 @@ def gla_chunked(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same function as `gla_naive`, in chunks of 64 or 32 tokens (arXiv 2312.06635, section 4).
+    """Compute `gla_naive` in chunks of 64 or 32 tokens (arXiv 2312.06635, section 4).
 
-    No gate, however strong, overflows: where decays across a chunk are mild, queries and keys are scaled from its middle,
-    by exponents of at most `MILD`; elsewhere every exponent is a difference of cumulative log-decays taken towards the
-    past, hence at most zero.
+    No gate overflows, however strong. Where the decays across a chunk are mild, queries and keys are scaled from its
+    middle, by exponents of at most `MILD`. Elsewhere every exponent is a difference of cumulative log-decays, taken
+    towards the past, and so at most zero.
     """
     dtype = state_dtype(q)
     T, (B, _, J, K), V = q.shape[1], k.shape, v.shape[-1]
@@ -83,11 +96,13 @@ def gla_chunked(
     q_ = grouped(q, k).to(dtype)
     q_ = q_ if scale == 1.0 else q_ * scale
     # [B, J, N, C, (G,) ·]: chunks are a batch dimension
-    gates, function, size = chunks(log_decay.to(dtype), MILD_CHUNK), _MildGLA, MILD_CHUNK
+    gates, size = chunks(log_decay.to(dtype), MILD_CHUNK), MILD_CHUNK
+    run = _MildGLA.apply
     if not _is_mild(gates.cumsum(-2)):
-        gates, function, size = chunks(log_decay.to(dtype), CHUNK), _ChunkedGLA, CHUNK
+        gates, size = chunks(log_decay.to(dtype), CHUNK), CHUNK
+        run = _ChunkedGLA.apply
     q_, k_, v_ = (chunks(x.to(dtype), size) for x in (q_, k, v))
-    output, final = function.apply(q_, k_, v_, gates, state, segment_chunks(segments, size))
+    output, final = run(q_, k_, v_, gates, state, segment_chunks(segments, size))
     return unchunked(output, T).to(v.dtype), final
 
 
@@ -101,11 +116,11 @@ def gla(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gated linear attention by the fastest operator available for these inputs. See `gla_naive`.
+    """Compute `gla_naive` by the fastest operator available for these inputs.
 
-    Autocast does not reach inside: the state stays float32.
+    Autocast is off inside: the state stays float32.
     """
-    keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    keywords: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "segments": segments}
     with torch.autocast(q.device.type, enabled=False):
         ran = run_kernel(
             "fla.ops.gla", "chunk_gla", q, lambda: [k.to(q.dtype), v.to(q.dtype), log_decay.float()], **keywords
@@ -117,44 +132,43 @@ def gla(
 
 
 class _MildGLA(torch.autograd.Function):
-    """Chunks across which no decay is strong: linear attention between q exp(b - r) and k exp(r - b), with r half way.
+    """Compute chunks of mild decays as linear attention between q exp(b - r) and k exp(r - b).
 
-    Shapes as in `_ChunkedGLA`. r is a constant of each chunk that cancels everywhere.
+    b are the cumulative log-decays, r half of a chunk's: a constant that cancels everywhere. Shapes: see `_ChunkedGLA`.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, state, segments):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         b, b_end = cumulative(g)
         middle = 0.5 * (b[..., :1, :] + b_end)
         grow, shrink = _mild_scales(b, middle)
         # [..., K, 1]: from the entering state to the middle, from there to the leaving state, across
         enter, leave = (x.exp().transpose(-1, -2) for x in (middle, b_end - middle))
-        keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
-        decay, mask = decay_of_chunk(b_end, carry), _causal(b)
-        if segments is not None:
-            keep_in, keep_out, mask = keep_in[..., None, None], keep_out[..., None], mask * same[..., None, :]
+        masks = segment_masks(segments, q.dtype)
+        decay, mask = decay_of_chunk(b_end, masks), _causal(b)
+        keep_in = keep_out = None
+        if masks is not None:
+            keep_in, keep_out = masks.keep_in[..., None, None], masks.keep_out[..., None]
+            mask = mask * masks.same[..., None, :]
         q, k = q * grow.unsqueeze(-2), k * shrink
         scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(mask)
         writes = (times(k, keep_out).transpose(-1, -2) @ v) * leave
-        states = [state]
-        for n in range(q.shape[2]):
-            states.append(torch.addcmul(writes[:, :, n], decay[:, :, n], states[-1]))
-        final, states = states[-1], torch.stack(states, dim=2)
+        scan = scanned(state, writes, decay)
+        final, states = scan[-1], torch.stack(scan, dim=2)
         output = scores.flatten(3, 4) @ v
         output += times(q, keep_in).flatten(3, 4) @ (enter * states[:, :, :-1])
         ctx.save_for_backward(q, k, v, grow, shrink, enter, leave, decay, states, scores, mask, keep_in, keep_out)
         return output.unflatten(3, q.shape[3:5]), final
 
     @staticmethod
-    def backward(ctx, d_output, d_state):
+    def backward(ctx: Any, d_output: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, grow, shrink, enter, leave, decay, states, scores, mask, keep_in, keep_out = ctx.saved_tensors
         d_output = d_output.flatten(3, 4)
         d_reads = (times(q, keep_in).flatten(3, 4).transpose(-1, -2) @ d_output) * enter
-        d_next = []
-        for n in reversed(range(q.shape[2])):
-            d_next.append(d_state)
-            d_state = torch.addcmul(d_reads[:, :, n], decay[:, :, n], d_state)
-        d_next = torch.stack(d_next[::-1], dim=2)
+        *d_later, d_state = scanned(d_state, d_reads, decay, reverse=True)
+        d_next = torch.stack(d_later[::-1], dim=2)  # of the state that leaves each chunk
         d_writes = leave * d_next
 
         dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
@@ -173,58 +187,53 @@ class _MildGLA(torch.autograd.Function):
 
 
 class _ChunkedGLA(torch.autograd.Function):
-    """Forward and backward over chunks; see `gla_chunked`.
+    """Compute forward and backward over chunks; see `gla_chunked`.
 
     q is [B, J, N, C, G, K], k v g are [B, J, N, C, ·]. Rows and group are adjacent, so that flattening the two, which
     every product does, copies nothing.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, g, state, segments):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         b, b_end = cumulative(g)
-        keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
+        masks = segment_masks(segments, q.dtype)
         scores = intra_scores(q, k, b)
-        if same is not None:
-            scores = scores * same[..., None, :]
-        q_in, k_out, decay = q * b.exp()[..., None, :], k * (b_end - b).exp(), decay_of_chunk(b_end, carry)
-        if segments is not None:
-            q_in, k_out = q_in * keep_in[..., None, None], k_out * keep_out[..., None]
+        q_in, k_out, decay = q * b.exp()[..., None, :], k * (b_end - b).exp(), decay_of_chunk(b_end, masks)
+        if masks is not None:
+            scores = scores * masks.same[..., None, :]
+            q_in, k_out = q_in * masks.keep_in[..., None, None], k_out * masks.keep_out[..., None]
         writes = k_out.transpose(-1, -2) @ v
-        states = []
-        for n in range(q.shape[2]):
-            states.append(state)
-            state = torch.addcmul(writes[:, :, n], decay[:, :, n], state)
-        states = torch.stack(states, dim=2)
+        *scan, final = scanned(state, writes, decay)
+        states = torch.stack(scan, dim=2)
         output = scores.flatten(3, 4) @ v
         output += q_in.flatten(3, 4) @ states
         ctx.save_for_backward(q, k, v, g, states, segments, scores)
-        return output.unflatten(3, q.shape[3:5]), state
+        return output.unflatten(3, q.shape[3:5]), final
 
     @staticmethod
-    def backward(ctx, d_output, d_state):
+    def backward(ctx: Any, d_output: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, states, segments, scores = ctx.saved_tensors
         b, b_end = cumulative(g)
-        keep_in, keep_out, carry, same = segment_masks(segments, q.dtype)
-        in_decay, out_decay, decay = b.exp(), (b_end - b).exp(), decay_of_chunk(b_end, carry)
-        if segments is not None:
-            in_decay, out_decay = in_decay * keep_in[..., None], out_decay * keep_out[..., None]
+        masks = segment_masks(segments, q.dtype)
+        in_decay, out_decay, decay = b.exp(), (b_end - b).exp(), decay_of_chunk(b_end, masks)
+        if masks is not None:
+            in_decay, out_decay = in_decay * masks.keep_in[..., None], out_decay * masks.keep_out[..., None]
         in_decay = in_decay[..., None, :]
         d_output = d_output.flatten(3, 4)
 
-        # [B, J, N, K, V]: what each chunk's entering state receives from its own queries, all groups at once
+        # [B, J, N, K, V]: gradients of each chunk's entering state from its own queries, all groups at once
         d_reads = (q * in_decay).flatten(3, 4).transpose(-1, -2) @ d_output
-        d_next = []
-        for n in reversed(range(q.shape[2])):
-            d_next.append(d_state)
-            d_state = torch.addcmul(d_reads[:, :, n], decay[:, :, n], d_state)
-        d_next = torch.stack(d_next[::-1], dim=2)
+        *d_later, d_state = scanned(d_state, d_reads, decay, reverse=True)
+        d_next = torch.stack(d_later[::-1], dim=2)  # of the state that leaves each chunk
 
         dv = scores.flatten(3, 4).transpose(-1, -2) @ d_output
         dv += (k * out_decay) @ d_next
         dk_out = (v @ d_next.transpose(-1, -2)) * out_decay
         d_scores = (d_output @ v.transpose(-1, -2)).unflatten(3, q.shape[3:5])
-        if same is not None:
-            d_scores *= same[..., None, :]
+        if masks is not None:
+            d_scores *= masks.same[..., None, :]
         dq, dk = intra_backward(q, k, b, d_scores)
         dq += (d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]) * in_decay
         dk += dk_out
@@ -243,22 +252,22 @@ class DecayedScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, b):
+    def forward(ctx: Any, q: Tensor, k: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, b)
         return intra_scores(q, k, b)
 
     @staticmethod
-    def backward(ctx, d_scores):
+    def backward(ctx: Any, d_scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, b = ctx.saved_tensors
         dq, dk = intra_backward(q, k, b, d_scores)
         return dq, dk, (q * dq).sum(4) - k * dk
 
 
 def intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    """A_ij = sum_K q_i k_j exp(b_i - b_j) for j <= i inside a chunk: [B, J, N, C, G, C].
+    """Compute A_ij = sum_K q_i k_j exp(b_i - b_j) for j <= i inside a chunk: [B, J, N, C, G, C].
 
-    Rows are taken a sub-chunk at a time. Earlier sub-chunks meet it through the decay at its first token; inside
-    it the differences are formed directly.
+    Rows are computed one sub-chunk at a time. Keys of earlier sub-chunks are decayed to its first token; inside it the
+    differences are formed directly.
     """
     if (scales := _scales_where_mild(b)) is not None:
         grown = (q * scales[0][..., None, :]).flatten(3, 4)
@@ -281,7 +290,7 @@ def intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
 
 
 def intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `intra_scores` with respect to q and k (b follows from them)."""
+    """Return the gradients of `intra_scores` with respect to q and k, from which that of b follows."""
     if (scales := _scales_where_mild(b)) is not None:
         grow, shrink = scales[0][..., None, :], scales[1]
         d_scores = (d_scores * _causal(b)).flatten(3, 4)
@@ -305,8 +314,15 @@ def intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[T
 
 
 def intra_read(scores: Tensor, k: Tensor, b: Tensor) -> Tensor:
-    """sum_j A_ij k_j exp(b_i - b_j) over j <= i inside a chunk: scores [B, J, N, C, G, C], k and b [B, J, N, C, K] ->
-    [B, J, N, C, G, K]."""
+    """Compute sum_j A_ij k_j exp(b_i - b_j) over j <= i inside a chunk.
+
+    Args:
+        scores: A, [B, J, N, C, G, C].
+        k, b: [B, J, N, C, K].
+
+    Returns:
+        [B, J, N, C, G, K].
+    """
     if (scales := _scales_where_mild(b)) is not None:
         read = (scores * _causal(b)).flatten(3, 4) @ (k * scales[1])
         return read.unflatten(3, scores.shape[3:5]) * scales[0][..., None, :]
@@ -323,44 +339,46 @@ def intra_read(scores: Tensor, k: Tensor, b: Tensor) -> Tensor:
 
 
 def _is_mild(b: Tensor) -> bool:
-    """Whether every decay across every chunk can be undone from its middle by exponents of at most `MILD`."""
+    """Return True if exponents of at most `MILD` reach from every chunk's middle to its ends."""
     return b.numel() > 0 and bool((b[..., 0, :] - b[..., -1, :]).max() < 2 * MILD)
 
 
 def _mild_scales(b: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(b - middle) and exp(middle - b)."""
+    """Return exp(b - middle) and exp(middle - b)."""
     grow = (b - middle).exp_()
     return grow, 1.0 / grow
 
 
 def _scales_where_mild(b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the scales from each chunk's middle if all decays are mild."""
     return _mild_scales(b, 0.5 * (b[..., :1, :] + b[..., -1:, :])) if _is_mild(b) else None
 
 
 def _causal(b: Tensor) -> Tensor:
-    """[C, 1, C]: 1 where row i of a chunk sees column j <= i."""
+    """Return [C, 1, C]: 1 where row i of a chunk sees column j <= i."""
     return torch.ones(b.shape[-2], b.shape[-2], dtype=b.dtype, device=b.device).tril()[:, None, :]
 
 
 def _decay_between(b: Tensor, rows: slice, past: slice) -> tuple[Tensor, Tensor]:
-    """Decay from the last token before `rows` to each row, and from each past token to it; both at most one."""
+    """Return the decays from the last token before `rows` to each row, and from each past token to it; at most one."""
     reference = b[..., rows.start - 1 : rows.start, :]
     return (b[..., rows, :] - reference).exp_()[..., None, :], (reference - b[..., past, :]).exp_()
 
 
 def _decay_inside(b: Tensor, rows: slice) -> Tensor:
-    """exp(b_i - b_j) for j <= i and zero above, inside one sub-chunk: [B, J, N, c, c, K]."""
+    """Return exp(b_i - b_j) for j <= i and zero above, inside one sub-chunk: [B, J, N, c, c, K]."""
     difference = b[..., rows, None, :] - b[..., None, rows, :]
     later = torch.ones(SUBCHUNK, SUBCHUNK, dtype=torch.bool, device=b.device).triu(1)
     return difference.masked_fill_(later[..., None], float("-inf")).exp_()
 
 
-def decay_of_chunk(b_end: Tensor, carry: Tensor | None) -> Tensor:
-    """What a whole chunk leaves of the entering state: [B, J, N, K, 1]."""
+def decay_of_chunk(b_end: Tensor, masks: SegmentMasks | None) -> Tensor:
+    """Return the decay of the entering state across a whole chunk: [B, J, N, K, 1]."""
     decay = b_end.squeeze(-2).exp().unsqueeze(-1)
-    return decay if carry is None else decay * carry[..., None, None]
+    return decay if masks is None else decay * masks.carry[..., None, None]
 
 
 def cumulative(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cumulative log-decays of each chunk, and the last of them."""
     b = g.cumsum(-2)
     return b, b[..., -1:, :]

@@ -1,20 +1,32 @@
-"""Gated slot attention (GSA, arXiv 2409.07146, equation 6): keys and values written into slots that decay.
+"""Gated slot attention (GSA, arXiv 2409.07146, equation 6): tokens write keys and values into slots that decay.
 
     K_t = diag(exp(log_decay_t)) K_{t-1} + s_t k_t^T
     V_t = diag(exp(log_decay_t)) V_{t-1} + s_t v_t^T
     o_t = V_t^T softmax(K_t q_t)
 
-The rows of K [M, K] and V [M, V] are slots, each with a decay of its own. The first pass, `slot_scores`, has one score
-per slot and token as its result; the second is gated linear attention over the slots (ops/gla.py).
+The rows of K [M, K] and V [M, V] are slots, each with a decay of its own. The first pass, `slot_scores`, returns one
+score per slot and token. The second pass is gated linear attention over the slots (ops/gla.py).
 
 Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G), K key dim, V value dim, M slots. The state is
 [B, J, M, K + V], both memories, float32 (float64 for float64 inputs).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from linearize.ops.chunks import chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
+from linearize.ops.chunks import (
+    chunks,
+    grouped,
+    scanned,
+    segment_chunks,
+    segment_masks,
+    state_dtype,
+    times,
+    unchunked,
+)
 from linearize.ops.dispatch import run_kernel
 from linearize.ops.gla import CHUNK, cumulative, decay_of_chunk, gla, intra_backward, intra_read, intra_scores
 
@@ -29,7 +41,7 @@ def gsa(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both passes, by the fastest operator available for these inputs.
+    """Compute both passes by the fastest operator available for these inputs.
 
     Args:
         q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V]. s, log_decay: as in `slot_scores`.
@@ -39,7 +51,7 @@ def gsa(
     Returns:
         output [B, T, H, V] in v's dtype, final state [B, J, M, K + V].
     """
-    keywords = {"initial_state": initial_state, "segments": segments}
+    keywords: dict[str, Any] = {"initial_state": initial_state, "segments": segments}
     with torch.autocast(q.device.type, enabled=False):
         ran = run_kernel(
             "fla.ops.gsa",
@@ -52,22 +64,25 @@ def gsa(
         )
     if ran is not None:
         return ran[0].to(v.dtype), ran[1]
-    keys = values = None
+    key_state = values = None
     if initial_state is not None:
-        keys, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
-    scores, keys = slot_scores(q, k, s, log_decay, initial_state=keys, segments=segments)
+        key_state, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
+    scores, keys = slot_scores(q, k, s, log_decay, initial_state=key_state, segments=segments)
     output, values = gla(scores.softmax(-1), s, v, log_decay, initial_state=values, segments=segments)
     return output, torch.cat([keys, values], dim=-1)
 
 
-def _on_one_state(kernel):
-    """fla keeps keys [K, M] and values [M, V] apart."""
+def _on_one_state(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Wrap fla's kernel, which stores keys [K, M] and values [M, V] apart."""
 
-    def run(q, k, v, *gates, initial_state=None, **keywords):
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, initial_state: Tensor | None = None, **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
+        pair = None
         if initial_state is not None:
             keys, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
-            initial_state = (keys.transpose(-1, -2), values)
-        output, (keys, values) = kernel(q, k, v, *gates, initial_state=initial_state, **keywords)
+            pair = (keys.transpose(-1, -2), values)
+        output, (keys, values) = kernel(q, k, v, *gates, initial_state=pair, **keywords)
         return output, torch.cat([keys.transpose(-1, -2), values], dim=-1)
 
     return run
@@ -83,10 +98,10 @@ def slot_scores(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of every query over the slots, in chunks; every exponent is at most zero.
+    """Compute the scores of every query over the slots, in chunks. Every exponent is at most zero.
 
     Args:
-        q: [B, T, H, K]. k: [B, T, J, K]. s: [B, T, J, M]: what the token writes to each slot.
+        q: [B, T, H, K]. k: [B, T, J, K]. s: [B, T, J, M], the weight of each slot in what a token writes.
         log_decay: [B, T, J, M], at most zero.
         initial_state: [B, J, M, K], zero when absent.
         segments: [B, T] document number of each token; the state is zeroed where it changes.
@@ -106,40 +121,36 @@ def slot_scores(
 
 
 class _ChunkedSlots(torch.autograd.Function):
-    """Forward and backward over chunks: q is [B, J, N, C, G, K], k [B, J, N, C, K], s and g [B, J, N, C, M].
+    """Compute forward and backward over chunks: q is [B, J, N, C, G, K], k [B, J, N, C, K], s and g [B, J, N, C, M].
 
-    Inside a chunk this is gated linear attention turned round: what is there the gradient of the scores is here the
-    scores, and the other way about.
+    Inside a chunk this is gated linear attention reversed: its forward is the backward of `intra_scores`, and its
+    backward the forward.
     """
 
     @staticmethod
-    def forward(ctx, q, k, s, g, state, segments):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, s: Tensor, g: Tensor, state: Tensor, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         b, b_end = cumulative(g)
         from_state, to_state, across, same = _slot_decays(b, b_end, segments, q.dtype)
         products = times((q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]), same)
         increments = (s * to_state).transpose(-1, -2) @ k
-        states = []
-        for n in range(q.shape[2]):
-            states.append(state)
-            state = torch.addcmul(increments[:, :, n], across[:, :, n], state)
-        states = torch.stack(states, dim=2)
+        *scan, final = scanned(state, increments, across)
+        states = torch.stack(scan, dim=2)
         read = (q.flatten(3, 4) @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5])
         output = intra_read(products, s, b).addcmul_(read, from_state)
         ctx.save_for_backward(q, k, s, g, states, segments, products, output)
-        return output, state
+        return output, final
 
     @staticmethod
-    def backward(ctx, d_output, d_state):
+    def backward(ctx: Any, d_output: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, s, g, states, segments, products, output = ctx.saved_tensors
         b, b_end = cumulative(g)
         from_state, to_state, across, same = _slot_decays(b, b_end, segments, q.dtype)
         d_read = (d_output * from_state).flatten(3, 4)
         d_queries = d_read.transpose(-1, -2) @ q.flatten(3, 4)
-        d_next = []
-        for n in reversed(range(q.shape[2])):
-            d_next.append(d_state)
-            d_state = torch.addcmul(d_queries[:, :, n], across[:, :, n], d_state)
-        d_next = torch.stack(d_next[::-1], dim=2)
+        *d_later, d_state = scanned(d_state, d_queries, across, reverse=True)
+        d_next = torch.stack(d_later[::-1], dim=2)  # of the state that leaves each chunk
 
         d_products = times(intra_scores(d_output, s, b), same).flatten(3, 4)
         dq = d_products @ k
@@ -156,12 +167,18 @@ class _ChunkedSlots(torch.autograd.Function):
         return dq.unflatten(3, q.shape[3:5]), dk, ds, dg, d_state, None
 
 
-def _slot_decays(b: Tensor, b_end: Tensor, segments: Tensor | None, dtype: torch.dtype):
-    """Factors at most 1: from a chunk's entering state to each token [..., C, 1, M], from each token to the leaving state
-    [..., C, M], across the chunk [..., M, 1]; and which tokens share a document [..., C, 1, C] or None."""
-    keep_in, keep_out, carry, same = segment_masks(segments, dtype)
-    from_state, to_state = b.exp(), (b_end - b).exp()
-    if segments is not None:
-        from_state, to_state = from_state * keep_in[..., None], to_state * keep_out[..., None]
-        same = same[..., None, :]
-    return from_state.unsqueeze(-2), to_state, decay_of_chunk(b_end, carry), same
+def _slot_decays(
+    b: Tensor, b_end: Tensor, segments: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the decays of a chunk, all at most 1.
+
+    Returns:
+        from the entering state to each token [..., C, 1, M]; from each token to the leaving state [..., C, M]; across
+        the chunk [..., M, 1]; 1 where two tokens share a document [..., C, 1, C], or None.
+    """
+    masks = segment_masks(segments, dtype)
+    from_state, to_state, same = b.exp(), (b_end - b).exp(), None
+    if masks is not None:
+        from_state, to_state = from_state * masks.keep_in[..., None], to_state * masks.keep_out[..., None]
+        same = masks.same[..., None, :]
+    return from_state.unsqueeze(-2), to_state, decay_of_chunk(b_end, masks), same

@@ -5,8 +5,10 @@
 
 Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G), K key dim, V value
 dim. The state is [B, J, K, V], float32 (float64 for float64 inputs). Its naive twin is `gla_naive` with the decay
-spread over the channels. `simple_gla_chunked` is the fast version; `simple_gla` dispatches.
+spread over the channels. `simple_gla_chunked` is the fast version; `simple_gla` chooses.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from linearize.ops.chunks import carried, chunks, grouped, segment_chunks, segment_masks, state_dtype, times, unchunked
 from linearize.ops.dispatch import run_kernel
 
+# tokens per chunk
 SIMPLE_CHUNK = 64
 
 
@@ -27,7 +30,7 @@ def simple_gla_chunked(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence in chunks of 64 tokens: a masked product inside each, one state between them.
+    """Compute the recurrence in chunks of 64 tokens: a masked product inside each, one state between them.
 
     Args:
         q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V].
@@ -60,11 +63,11 @@ def simple_gla(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same by the fastest operator available for these inputs. See `simple_gla_chunked`.
+    """Compute `simple_gla_chunked` by the fastest operator available for these inputs.
 
-    Autocast does not reach inside: the state stays float32.
+    Autocast is off inside: the state stays float32.
     """
-    keywords = {"scale": scale, "initial_state": initial_state, "segments": segments}
+    keywords: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "segments": segments}
     gates = [] if log_decay is None else [log_decay]
     with torch.autocast(q.device.type, enabled=False):
         ran = run_kernel(
@@ -80,10 +83,15 @@ def simple_gla(
 
 
 class _ChunkedSimpleGLA(torch.autograd.Function):
-    """Forward and backward over chunks: q [B, J, N, C, G, K], k and v [B, J, N, C, ·], b [B, J, N, C] cumulative."""
+    """Compute forward and backward over chunks: q [B, J, N, C, G, K], k and v [B, J, N, C, ·], b [B, J, N, C].
+
+    b are the cumulative log-decays of each chunk, or None.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, b, state, segments):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, state: Tensor, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         inside, reads, writes, carry = _decays(q, b, segments)
         scores = (q.flatten(3, 4) @ k.transpose(-1, -2)).unflatten(3, q.shape[3:5]).mul_(inside)
         increments = times(k, writes).transpose(-1, -2) @ v
@@ -94,7 +102,7 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         return output.unflatten(3, q.shape[3:5]), state
 
     @staticmethod
-    def backward(ctx, d_output, d_state):
+    def backward(ctx: Any, d_output: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, b, states, segments, scores = ctx.saved_tensors
         inside, reads, writes, carry = _decays(q, b, segments)
         d_output = d_output.flatten(3, 4)
@@ -110,7 +118,7 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         dk = d_scores.transpose(-1, -2) @ q.flatten(3, 4)
         dq += times((d_output @ states.transpose(-1, -2)).unflatten(3, q.shape[3:5]), reads)
         dk += dk_out
-        if b is None:
+        if b is None or carry is None:
             return dq, dk, dv, None, d_state, None
         # b enters every term as +b with q and -b with k (2312.06635, C.2); its last value also with the leaving state
         db = (q * dq).sum((4, 5)) - (k * dk).sum(-1)
@@ -118,20 +126,27 @@ class _ChunkedSimpleGLA(torch.autograd.Function):
         return dq, dk, dv, db, d_state, None
 
 
-def _decays(q: Tensor, b: Tensor | None, segments: Tensor | None):
-    """Factors, every one at most 1: between tokens of a chunk, from its entering state to each token, from each token
-    to its leaving state, and across it. The last three are None where nothing is forgotten."""
+def _decays(
+    q: Tensor, b: Tensor | None, segments: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the decays of a chunk, all at most 1.
+
+    Returns:
+        between its tokens; from the entering state to each token; from each token to the leaving state; across the
+        chunk. The last three are None where nothing is forgotten.
+    """
     C = q.shape[3]
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    if b is None and segments is None:
+    masks = segment_masks(segments, q.dtype)
+    if b is None and masks is None:
         return causal.to(q.dtype)[:, None, :], None, None, None
-    keep_in, keep_out, keep, same = segment_masks(segments, q.dtype)
     if b is None:
         inside = causal.to(q.dtype)
         reads, writes, carry = q.new_ones(()), q.new_ones(()), q.new_ones(())
     else:
         inside = (b[..., :, None] - b[..., None, :]).masked_fill_(~causal, float("-inf")).exp_()
         reads, writes, carry = b.exp(), (b[..., -1:] - b).exp(), b[..., -1].exp()
-    if segments is not None:
-        inside, reads, writes, carry = inside * same, reads * keep_in, writes * keep_out, carry * keep
+    if masks is not None:
+        inside, carry = inside * masks.same, carry * masks.carry
+        reads, writes = reads * masks.keep_in, writes * masks.keep_out
     return inside[..., :, None, :], reads[..., None, None], writes[..., None], carry[..., None, None]

@@ -1,7 +1,9 @@
-"""Softmax attention together with its normaliser, which `scaled_dot_product_attention` keeps to itself.
+"""Softmax attention together with its normaliser, which `scaled_dot_product_attention` does not return.
 
 Shapes: N blocks, J key/value heads, R query rows, S keys, K head dim.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +22,13 @@ def softmax_attention(
     softcap: float | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and log sum_j exp(score_j), by a fused kernel of PyTorch's that hands the latter out.
+    """Compute attention and log sum_j exp(score_j), by a fused kernel of PyTorch's that returns the latter too.
 
     Args:
         q: [N, J, R, K]. k, v: [N, J, S, K].
         bias: [N, 1, R, S] in q's dtype, 0 or -inf, or None; every row sees a key.
         scale, softcap: see `Scores` (ops/window.py).
-        causal: whether row r sees no key behind the r-th; R = S.
+        causal: row r sees no key behind the r-th; R = S.
 
     Returns:
         output [N, J, R, K] in v's dtype, and [N, J, R, 1], float32 or float64.
@@ -36,7 +38,7 @@ def softmax_attention(
             bias = bias.expand(-1, q.shape[1], -1, -1)
         attend = _FusedAttention.apply if torch.is_grad_enabled() else _fused
         output, log_sum, *_ = attend(q, k, v, bias, scale, causal)
-        # a device's kernel pads it
+        # CUDA's kernel pads the normaliser
         return output, log_sum[..., : q.shape[2], None]
     if causal:
         triangle = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
@@ -45,8 +47,8 @@ def softmax_attention(
 
 
 def fuses(q: Tensor, softcap: float | None) -> bool:
-    """Whether a kernel computes this without keeping a score matrix."""
-    # float16 has no room for what `_with_normaliser` divides by
+    """Return True if a kernel computes this without storing a score matrix."""
+    # the divisor in `_with_normaliser` underflows in float16
     if softcap is not None or q.dtype == torch.float16:
         return False
     # CUDA's loads whole vectors of a head, and knows no float64
@@ -56,8 +58,8 @@ def fuses(q: Tensor, softcap: float | None) -> bool:
 def softmax_attention_naive(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same with a full score matrix; see `softmax_attention`. What is causal is in the bias."""
-    if q.dtype == torch.float16:  # products of legal scores need not fit
+    """Compute `softmax_attention` with a full score matrix; a causal mask is part of the bias."""
+    if q.dtype == torch.float16:  # scores before scaling can overflow float16
         q, k = q.float(), k.float()
     scores = (q @ k.transpose(-1, -2) * scale).to(state_dtype(q))
     if softcap is not None:
@@ -69,7 +71,7 @@ def softmax_attention_naive(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, ...]:
-    """Output, normaliser [N, J, R or more], and what a device's backward needs besides."""
+    """Return output, normaliser [N, J, R or more], and the random state that CUDA's backward needs."""
     if not q.is_cuda:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(q, k, v, is_causal=causal, attn_mask=bias, scale=scale)
@@ -77,14 +79,16 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, c
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Gradients reach the scores from the output and from the normaliser: ds_j = p_j (do.v_j - do.o + dlog_sum).
+    """Compute attention whose gradients also come through the normaliser: ds_j = p_j (do.v_j - do.o + dlog_sum).
 
-    The kernel's backward knows the output's alone, and subtracts do.o as it finds it. So it gets, in place of o, the
+    The kernel's backward knows the output's gradient do alone, and subtracts do.o. So it gets, in place of o, the
     nearest vector whose product with do is do.o - dlog_sum.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, scale, causal):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         output, log_sum, *random = _fused(q, k, v, bias, scale, causal)
         ctx.save_for_backward(q, k, v, bias, output, log_sum, *random)
         ctx.scale, ctx.causal = scale, causal
@@ -92,7 +96,7 @@ class _FusedAttention(torch.autograd.Function):
         return output, log_sum[..., : q.shape[2]]  # as long as its gradient will be
 
     @staticmethod
-    def backward(ctx, d_output, d_log_sum):
+    def backward(ctx: Any, d_output: Tensor | None, d_log_sum: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, bias, output, log_sum, *random = ctx.saved_tensors
         shifted = output
         if d_output is None:
@@ -100,10 +104,10 @@ class _FusedAttention(torch.autograd.Function):
         if d_log_sum is not None and (d_log_sum.is_cuda or d_log_sum.any()):
             d_output, shifted = _with_normaliser(output, d_output, d_log_sum)
         if q.is_cuda:
-            wanted = [True, True, True, False]
+            needs_gradient = [True, True, True, False]
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
             inputs = (d_output, q, k, v, bias, shifted, log_sum, *random)
-            *gradients, _ = kernel(*inputs, 0.0, wanted, ctx.causal, scale=ctx.scale)
+            *gradients, _ = kernel(*inputs, 0.0, needs_gradient, ctx.causal, scale=ctx.scale)
             return (*gradients, None, None, None)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         gradients = kernel(d_output, q, k, v, shifted, log_sum, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale)
@@ -111,12 +115,13 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _with_normaliser(output: Tensor, d_output: Tensor, d_log_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """do and o - (dlog_sum / do.do) do. A do too small for that becomes a vector that adds nothing to any gradient."""
+    """Return do and o - (dlog_sum / do.do) do. A do too small to divide by becomes one that changes no gradient."""
     wide = d_output.to(d_log_sum.dtype)
     energy = wide.square().sum(-1)
+    # its square, and 1 over that, are normal numbers
     tiny = torch.finfo(energy.dtype).tiny ** 0.4
     lost = energy < tiny**2
-    if lost.is_cuda or lost.any():  # to ask a device is to wait for it
+    if lost.is_cuda or lost.any():  # reading a device's tensor waits for the device
         stand_in = F.pad(wide.new_full((1,), tiny), (0, wide.shape[-1] - 1))
         wide = torch.where(lost[..., None], stand_in, wide)
         energy = torch.where(lost, tiny**2, energy)
