@@ -11,7 +11,6 @@ from collections import Counter
 
 LIMITS = {
     "checkpoint": 22,
-    "cli": 4,
     "conversion": 19,
     "data": 16,
     "evaluation": 17,

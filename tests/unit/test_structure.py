@@ -31,7 +31,9 @@ ALLOWED_AT_ROOT = {"__init__", "__main__", "plan", "errors", "device", "import_h
 
 LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 # function -> why it is longer
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "cli/eval.py:evaluate": "its signature has one line for each of 26 options",
+}
 # file -> why it is longer
 LONG_FILES: dict[str, str] = {}
 # how many findings are left; these numbers may only fall
