@@ -1,4 +1,4 @@
-"""What cannot be converted, and why: by model type, and by what a config.json says. Needs neither torch nor transformers."""
+"""Models that cannot be converted, and why, by their config.json. Imports neither torch nor transformers."""
 
 from linearize.families.family import FULL, SLIDING, Settings
 
@@ -27,7 +27,7 @@ REFUSED: dict[str, str] = {model_type: why for why, types in _REASONS.items() fo
 
 
 def reason_to_refuse(config: Settings) -> str | None:
-    """Why a model with this config.json cannot be converted; None where nothing in it says so."""
+    """Return why a model with this config.json cannot be converted, or None if nothing in it forbids it."""
     model_type = str(config.get("model_type"))
     if model_type in REFUSED:
         return REFUSED[model_type]
@@ -35,11 +35,11 @@ def reason_to_refuse(config: Settings) -> str | None:
         return ENCODER_DECODER
     if isinstance(inner := config.get("text_config"), dict):
         return (
-            f"it wraps the text model {inner.get('model_type', '(unnamed)')} for other inputs; --text-model takes that one "
-            "out and converts it"
+            f"it wraps the text model {inner.get('model_type', '(unnamed)')} for other inputs; --text-model takes that "
+            "one out and converts it"
         )
-    kinds = config.get("layer_types") or ()
-    kinds = set(map(str, kinds)) - {FULL, SLIDING} if isinstance(kinds, list | tuple) else set()
-    if kinds & {"chunked_attention"}:
+    layer_types = config.get("layer_types") or ()
+    other_types = set(map(str, layer_types)) - {FULL, SLIDING} if isinstance(layer_types, list | tuple) else set()
+    if "chunked_attention" in other_types:
         return "some of its layers attend within chunks, which is not supported"
-    return LINEAR if kinds else None
+    return LINEAR if other_types else None

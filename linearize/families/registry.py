@@ -1,4 +1,4 @@
-"""Supported families. One line each; what is not a default is in the family's own file."""
+"""List the supported families. Facts that are not defaults stand in a file of the family's own."""
 
 from linearize.families.cohere2 import COHERE2
 from linearize.families.family import Family, family
@@ -41,9 +41,9 @@ FAMILIES: dict[str, Family] = {entry.model_type: entry for entry in _FAMILIES}
 
 
 def find_family(model_type: str) -> Family:
-    """The facts of a listed family, or those read off transformers' classes for one that is not."""
+    """Return the facts of a listed family, or the facts of an unlisted one, read from transformers' classes."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    from linearize.families.unlisted import read_off
+    from linearize.families.unlisted import read_off  # imports torch
 
     return read_off(model_type)

@@ -1,4 +1,4 @@
-"""Facts of a family that nobody listed, read off transformers' own classes; such a family is experimental."""
+"""Read the facts of an unlisted family from transformers' own classes. Such a family is experimental."""
 
 import functools
 import importlib
@@ -18,10 +18,10 @@ WHY = "not listed; its facts were read off transformers' classes"
 
 @functools.cache
 def read_off(model_type: str) -> Family:
-    """Builds the family's default model without weights and looks at where its attention is.
+    """Build the family's default model without weights, and find its attention.
 
     Raises:
-        UnsupportedModelError: no such causal language model, or one whose attention cannot be replaced.
+        UnsupportedModelError: there is no such causal language model, or its attention cannot be replaced.
     """
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
@@ -35,16 +35,17 @@ def read_off(model_type: str) -> Family:
     with torch.device("meta"):
         model = causal_lm(config_class())
     layers = dict(model.base_model.named_children()).get("layers", [nn.Module()])
-    found = [
+    attentions = [
         (name, child)
         for name, child in layers[0].named_children()
         if "position_embeddings" in inspect.signature(child.forward).parameters
     ]
-    if len(found) != 1:
+    if len(attentions) != 1:
         raise UnsupportedModelError(
-            f"{model_type} cannot be converted: no attention that takes rotary as position_embeddings was found in its layers"
+            f"{model_type} cannot be converted: no attention that takes rotary as position_embeddings was found in its "
+            "layers"
         )
-    name, attention = found[0]
+    name, attention = attentions[0]
     return Family(
         model_type,
         config_class.__name__,
