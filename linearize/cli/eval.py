@@ -247,14 +247,14 @@ def evaluate(
     from linearize.device import keep_freed_memory
 
     folder = model_or_newest(model, newest_output, "output")
-    Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
+    student = Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
     keep_freed_memory()
     from linearize.report.results import GATE_FAILED
     from linearize.workflows.evaluate import evaluate as run
 
     out = out or folder / "eval"
     results = run(
-        folder, measurements, base=base, gates=gate, min_recovery=min_recovery, compare=compare, out=out,
+        student, measurements, base=base, gates=gate, min_recovery=min_recovery, compare=compare, out=out,
         summary_file=summary_file, hold=hold.value, progress=progress_line,
     )  # fmt: skip
     if json_:
