@@ -2,12 +2,10 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
 
 COMMANDS = ["convert", "plan", "finetune", "eval", "run", "bench", "list", "doctor"]
 
@@ -111,25 +109,6 @@ def test_out_of_memory_has_its_code(cli, monkeypatch):
 
     monkeypatch.setattr("linearize.workflows.doctor.examine", hungry)
     assert cli("doctor")[0] == 5
-
-
-def test_readme_commands_exist():
-    """Every linearize command line in the README parses, and names configs, recipes and keys that there are."""
-    from typer.main import get_command
-
-    from linearize.cli.app import app
-    from linearize.settings.loading import load_config, load_recipe
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^\s*(?:\$ )?linearize (\w+)(.*)$", text, re.MULTILINE)
-    assert {name for name, _ in lines} >= {"convert", "finetune", "eval"}
-    for name, rest in lines:
-        given = get_command(app).commands[name].make_context(name, shlex.split(rest, comments=True)).params
-        if name in ("convert", "plan"):
-            flags = ("mixer", "mix", "window", "sinks", "keep_softmax", "softmax_window")
-            load_config(given["config"], {flag: given[flag] for flag in flags}, given["set_"])
-        if name == "finetune" and given["recipe"] != "recipe.yaml":
-            load_recipe(given["recipe"], sets=given["set_"])
 
 
 def test_bench_measures_every_structure(cli):

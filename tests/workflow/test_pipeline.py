@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from helpers import ROOT
 
 from linearize.evaluation.suite import SUITES
 
@@ -156,14 +155,3 @@ def test_a_pipeline_asks_for_what_eval_can(tmp_path):
     suite = load_pipeline(path)[0].eval.chosen()
     assert (suite.passkey, suite.passkey_rows, suite.associative, suite.seed) == ((64, 96), 3, (40,), 5)
     assert suite.data == SUITES["quick"].data and suite.recall == SUITES["quick"].recall
-
-
-def test_the_pipeline_of_the_readme_loads(tmp_path):
-
-    from linearize.workflows.pipeline import load_pipeline
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = text[text.index("# pipeline.yaml") :].partition("```")[0]
-    (tmp_path / "pipeline.yaml").write_text(example)
-    pipeline, settings, recipe = load_pipeline(tmp_path / "pipeline.yaml")
-    assert settings.keep_softmax == "18:2,17:1,8:0" and recipe.tokens == 300_000 and len(pipeline.eval.gates) == 2
