@@ -359,7 +359,9 @@ class LinearizedAttention(nn.Module):
                 k_rotary, v, inputs, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments
             )
             return heads(q, q_rotary, context, scores=scores, state=None)[0]
-        cached_context = heads.decoded(cache.extend(k_rotary, v, heads.encoded(inputs), padding_mask), inputs)
+        cached_context = heads.decode_context(
+            cache.extend(k_rotary, v, heads.encode_inputs(inputs), padding_mask), inputs
+        )
         output, cache.recurrent_state = heads(q, q_rotary, cached_context, scores=scores, state=cache.recurrent_state)
         return output
 

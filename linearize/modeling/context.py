@@ -98,7 +98,7 @@ class Context:
         end = self.length - delay
         return self.slots(end - count, end)
 
-    def decoded(self, newest: Tensor, decode: Callable[[Tensor], Tensor]) -> "Context":
+    def decode_assignments(self, newest: Tensor, decode: Callable[[Tensor], Tensor]) -> "Context":
         """Return a cache's context with decoded assignments; the newest tokens' are given, [B, T, J, ·]."""
         assert self.recurrent_inputs.assignment is not None, "a context without assignments has none to decode"
         cached = self.recurrent_inputs.assignment[:, : -newest.shape[1]]
@@ -143,8 +143,8 @@ class Step:
         """Return the slot that left the window if there is a delay, else the query's own; see `Context.behind`."""
         return self.leaving if delay else self.arriving
 
-    def decoded(self, newest: Tensor, decode: Callable[[Tensor], Tensor]) -> "Step":
-        """Return the step with decoded assignments; see `Context.decoded`."""
+    def decode_assignments(self, newest: Tensor, decode: Callable[[Tensor], Tensor]) -> "Step":
+        """Return the step with decoded assignments; see `Context.decode_assignments`."""
         arriving = self.arriving._replace(recurrent_inputs=RecurrentInputs(assignment=newest))
         leaving = self.leaving._replace(recurrent_inputs=self.leaving.recurrent_inputs.map(decode))
         return replace(self, arriving=arriving, leaving=leaving)

@@ -82,7 +82,7 @@ def fit_mix(
 
 def _mixed_error(heads: LinearHeads, sample: MixSample) -> Tensor:
     """Return the square error [B, H] of the mix as it stands."""
-    return sample.error(heads.mixed(sample.window, sample.log_sum, sample.recurrent).sum())
+    return sample.error(heads.mix_outputs(sample.window, sample.log_sum, sample.recurrent).sum())
 
 
 def _fit_log_mass(

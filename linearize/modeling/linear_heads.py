@@ -148,18 +148,18 @@ class LinearHeads(WindowHeads):
             offset = F.linear(hidden.to(dtype), self.gate_projection.to(dtype)).unflatten(-1, (k.shape[2], -1))
         return RecurrentInputs(keys=k.to(dtype), gate_offset=offset)
 
-    def encoded(self, inputs: RecurrentInputs) -> RecurrentInputs:
+    def encode_inputs(self, inputs: RecurrentInputs) -> RecurrentInputs:
         """Encode recurrent inputs for a cache."""
         if inputs.assignment is None:
             return inputs
         return inputs._replace(assignment=self.structure.encode_assignment(inputs.assignment))
 
-    def decoded(self, context: Context | Step, newest: RecurrentInputs) -> Context | Step:
+    def decode_context(self, context: Context | Step, newest: RecurrentInputs) -> Context | Step:
         """Decode a cache's context. Its newest tokens take their inputs, and the gradients of these, from `newest`."""
         if newest.assignment is None:
             return context
         dtype = newest.assignment.dtype
-        return context.decoded(newest.assignment, lambda x: self.structure.decode_assignment(x, dtype))
+        return context.decode_assignments(newest.assignment, lambda x: self.structure.decode_assignment(x, dtype))
 
     def attend(
         self, q: Tensor, q_rotary: Tensor, context: Context | Step, scores: Scores, state: Tensor | None
@@ -171,18 +171,18 @@ class LinearHeads(WindowHeads):
         queries = q_rotary if self.structure.rotary else q
         if not self.delayed:
             recurrent, state = self.attend_recurrent(queries, context, state, start=0, delay=0)
-            return self._output(self.mixed(window, log_sum, recurrent)).to(q.dtype), state
+            return self._output(self.mix_outputs(window, log_sum, recurrent)).to(q.dtype), state
         # the first query with a token outside its window; before it the output is that of the window alone
         start = max(0, self.window - (context.length - q.shape[1]))
         if start >= q.shape[1]:
             return window if self.window_enabled else torch.zeros_like(window), state
         past, state = self.attend_recurrent(queries, context, state, start=start, delay=self.window)
         early, late = window.split([start, q.shape[1] - start], dim=1)
-        late = self._output(self.mixed(late, None if log_sum is None else log_sum[:, start:], past))
+        late = self._output(self.mix_outputs(late, None if log_sum is None else log_sum[:, start:], past))
         early = early if self.window_enabled else torch.zeros_like(early)
         return torch.cat([early, late.to(q.dtype)], dim=1), state
 
-    def mixed(self, window: Tensor, log_sum: Tensor | None, recurrent: Tensor) -> Addends:
+    def mix_outputs(self, window: Tensor, log_sum: Tensor | None, recurrent: Tensor) -> Addends:
         """Mix the window's and the recurrent branch's output as the plan says.
 
         Args:

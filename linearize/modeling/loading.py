@@ -44,7 +44,7 @@ def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None =
     from peft import PeftModel
 
     parent = load_student(student.weights_folder, dtype=dtype)
-    return merged(PeftModel.from_pretrained(parent, folder / ADAPTER))
+    return merge_adapters(PeftModel.from_pretrained(parent, folder / ADAPTER))
 
 
 def _quantized(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -56,7 +56,7 @@ def _quantized(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def merged(adapted: Any) -> PreTrainedModel:
+def merge_adapters(adapted: Any) -> PreTrainedModel:
     """Merge the adapters of a PeftModel into the model under them, in place, and return that model.
 
     PEFT's own merging of some variants (VeRA) takes every module that was trained whole for a projection.

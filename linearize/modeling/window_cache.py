@@ -77,7 +77,7 @@ class WindowCache:
 
         Args:
             keys, values: [B, T, J, K], keys after rotary.
-            recurrent_inputs: encoded, see `WindowHeads.encoded`.
+            recurrent_inputs: encoded, see `WindowHeads.encode_inputs`.
             padding_mask: [B, T] bool, False for padding.
         """
         if padding_mask is None and keys.shape[1] == 1 and self._can_step(keys, values, recurrent_inputs):

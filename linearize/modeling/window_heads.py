@@ -55,11 +55,11 @@ class WindowHeads(nn.Module):
         """Return the inputs of the recurrent branch, from keys before rotary [B, T, J, K] and hidden states [B, T, D]."""
         return RecurrentInputs()
 
-    def encoded(self, inputs: RecurrentInputs) -> RecurrentInputs:
+    def encode_inputs(self, inputs: RecurrentInputs) -> RecurrentInputs:
         """Encode recurrent inputs for a cache."""
         return inputs
 
-    def decoded(self, context: Context | Step, newest: RecurrentInputs) -> Context | Step:
+    def decode_context(self, context: Context | Step, newest: RecurrentInputs) -> Context | Step:
         """Decode a cache's context. Its newest tokens take their inputs, and the gradients of these, from `newest`."""
         return context
 

@@ -15,7 +15,7 @@ from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.student import ADAPTER, UNTRAINED_FILE, Student
 from linearize.checkpoint.weights import FLOATING, INDEX, read_weights
 from linearize.modeling.export import PORTABLE_FILE
-from linearize.modeling.loading import load_student, merged, untrained_parameters
+from linearize.modeling.loading import load_student, merge_adapters, untrained_parameters
 from linearize.settings.recipe import CHANGES_BASE, Recipe
 from linearize.training.schedule import ScheduledStage
 
@@ -69,7 +69,7 @@ def write_merged(
     """
     if _rounds_weights(parent, recipe, dtype):
         adapted = PeftModel.from_pretrained(load_student(parent.folder, dtype=torch.float32), folder / ADAPTER)
-    weights = merged(adapted).state_dict()
+    weights = merge_adapters(adapted).state_dict()
     for file in read_weights(parent.folder).files:
         with safe_open(parent.folder / file, framework="pt") as shard:
             tensors = {}
