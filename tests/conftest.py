@@ -66,7 +66,7 @@ def base_folder(tmp_path, tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """Return the real base model, a .gguf file or a folder: fetched by scripts/get_model.py, skipped where it cannot be."""
+    """Return the real base model, a .gguf file or a folder. Skip where scripts/get_model.py cannot fetch it."""
     named = os.environ.get("LINEARIZE_TEST_MODEL")
     if named:
         return named

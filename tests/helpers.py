@@ -173,7 +173,7 @@ def family_config(model_type: str, **changes):
 
 
 def family_base(model_type: str, seed: int = 0, **changes):
-    """Return a random model whose attention is far from uniform and whose biases, norms and sinks are not at their start."""
+    """Return a random model whose attention is far from uniform; its biases, norms and sinks have left their start."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)

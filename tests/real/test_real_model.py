@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, for truth: known figures of the base, an exact conversion, a start no worse than the window."""
+"""SmolLM2-135M-Instruct: known figures of the base, an exact conversion, a start no worse than the window."""
 
 import contextlib
 import json
@@ -113,7 +113,7 @@ def test_cache_is_constant_and_a_fraction(converted):
 
 
 def test_the_config_keeps_the_heads_that_recall_needs(converted):
-    """Without any training what stands beyond the window is copied and facts are named; with every head linear nothing is."""
+    """Without training, text beyond the window is copied and facts are named; with every head linear, nothing is."""
     from linearize.conversion.inspection import make_plan
     from linearize.conversion.probes import facts_probe
     from linearize.data.recall_rows import recall_task
@@ -217,7 +217,8 @@ def test_portable_file_of_the_real_model(converted, tmp_path):
     script = (
         "import sys; sys.modules['linearize'] = None\n"
         "import torch; from safetensors.torch import save_file; from transformers import AutoModelForCausalLM\n"
-        f"m = AutoModelForCausalLM.from_pretrained({str(converted)!r}, trust_remote_code=True, dtype=torch.float32).eval()\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(converted)!r}, trust_remote_code=True, dtype=torch.float32)\n"
+        "m.eval()\n"
         f"save_file({{'logits': m(torch.arange(300)[None]).logits.detach()}}, {str(tmp_path / 'logits.safetensors')!r})"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -73,8 +73,12 @@ BY_CONFIG = {
     ),
     "layers without rotary": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, {"no_rope_layers": [1, 1, 1, 1]}),
     "softcap": ("gemma2", {**FULL, "attn_logit_softcapping": 2.0}, {**FULL, "attn_logit_softcapping": None}),
-    "softcap of the logits": ("gemma2", {**FULL, "final_logit_softcapping": 2.0}, {**FULL, "final_logit_softcapping": None}),
-    "query pre-attention scalar": ("gemma2", {**FULL, "query_pre_attn_scalar": 20}, {**FULL, "query_pre_attn_scalar": 256}),
+    "softcap of the logits": (
+        "gemma2", {**FULL, "final_logit_softcapping": 2.0}, {**FULL, "final_logit_softcapping": None},
+    ),
+    "query pre-attention scalar": (
+        "gemma2", {**FULL, "query_pre_attn_scalar": 20}, {**FULL, "query_pre_attn_scalar": 256},
+    ),
     "attention multiplier": ("granite", {"attention_multiplier": 0.4}, {"attention_multiplier": 0.1}),
     "residual multiplier": ("granite", {"residual_multiplier": 0.5}, {"residual_multiplier": 1.0}),
     "divided logits": ("granite", {"logits_scaling": 3.0}, {"logits_scaling": 1.0}),

@@ -53,16 +53,30 @@ def test_bad_placement(spec):
         softmax_heads(spec, 3, 2)
 
 
-def test_top_heads():
-    scores = [[0.1, 0.9, 0.0], [0.5, 0.2, 0.3]]
-    assert top_heads(scores, 0.5) == ((1,), (0, 2))
-    assert top_heads(scores, 0.01) == ((1,), ())
-    assert softmax_heads("recall:50%", 2, 3, lambda by: scores) == ((1,), (0, 2))
-    assert softmax_heads("text:50%", 2, 3, {"text": scores}.get) == ((1,), (0, 2))
+SCORES = [[0.1, 0.9, 0.0], [0.5, 0.2, 0.3]]
+
+
+@pytest.mark.parametrize(("share", "heads"), [(0.5, ((1,), (0, 2))), (0.01, ((1,), ()))])
+def test_top_heads_are_those_with_the_highest_scores(share, heads):
+    assert top_heads(SCORES, share) == heads
+
+
+@pytest.mark.parametrize("by", ["recall", "text"])
+def test_a_share_keeps_the_heads_that_score_highest(by):
+    assert softmax_heads(f"{by}:50%", 2, 3, {by: SCORES}.get) == ((1,), (0, 2))
+
+
+def test_a_share_is_a_percentage_or_a_fraction():
     assert scored_share("recall:12.5%") == scored_share("recall:0.125") == ("recall", 0.125)
-    for spec in ("recall:", "recall:0", "text:100%", "both:x", "recall:nan"):
-        with pytest.raises(ConfigError, match=f"{spec.partition(':')[0]}:SHARE"):
-            softmax_heads(spec, 2, 3, lambda by: scores)
+
+
+@pytest.mark.parametrize("spec", ["recall:", "recall:0", "text:100%", "both:x", "recall:nan"])
+def test_a_share_that_makes_no_sense_is_refused(spec):
+    with pytest.raises(ConfigError, match=f"{spec.partition(':')[0]}:SHARE"):
+        softmax_heads(spec, 2, 3, lambda by: SCORES)
+
+
+def test_no_recall_is_scored_within_a_window():
     with pytest.raises(ConfigError, match="no recall can be scored"):
         recall_probes((20, 60), 2, window=100, positions=512, vocabulary=300, start_token=0)
 

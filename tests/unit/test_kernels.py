@@ -1,7 +1,7 @@
 """flash-linear-attention's Triton kernels behind our operators: equal to the naive loops, values and gradients.
 
-On a CUDA device they are compiled; elsewhere they run in Triton's interpreter, minutes for all of them. Of the dozens of
-configurations that fla tries for its speed the first serves, for trying takes minutes more:
+On a CUDA device they are compiled. Elsewhere they run in Triton's interpreter, which takes minutes for all of them. fla
+tries dozens of configurations for speed; here the first one serves, for trying them takes minutes more:
 
     TRITON_INTERPRET=1 python -m pytest tests/unit/test_kernels.py       needs triton 3.9 and fla-core 0.6
 """

@@ -1,6 +1,6 @@
 """Every gated structure: chunked = token by token, values and gradients; states, documents, padding, extreme gates.
 
-A new structure is one row of STRUCTURES in helpers.py. The formulas are held against flash-linear-attention's in test_fla.py.
+A new structure is one row of STRUCTURES in helpers.py. test_fla.py compares the formulas with flash-linear-attention's.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The linearized model: against a plain loop, against the base, cached against full, padded, packed, batched, reloaded."""
+"""The linearized model against a plain loop and its base: cached, padded, packed, batched and reloaded."""
 
 import copy
 import itertools

@@ -294,7 +294,8 @@ def test_every_sink_is_seen_without_a_mask(T, window, past, sinks, scores):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    T=st.integers(1, 200), past=st.integers(0, 60), window=st.integers(1, 150), J=st.integers(1, 2), G=st.integers(1, 3),
+    T=st.integers(1, 200), past=st.integers(0, 60), window=st.integers(1, 150),
+    J=st.integers(1, 2), G=st.integers(1, 3),
     padding=st.booleans(), documents=st.booleans(), sinks=st.booleans(), seed=st.integers(0, 10_000),
 )  # fmt: skip
 def test_window_any_shape(T, past, window, J, G, padding, documents, sinks, seed):

@@ -43,23 +43,31 @@ def test_bad_stages(tmp_path, sets, message):
         load_recipe(str(path))
 
 
-def test_what_is_given_beside_the_file_holds_for_every_stage():
+def test_a_key_given_beside_the_file_holds_for_every_stage():
     given = load_recipe("lolcats", {"seq_len": 2048}, ["optimizer.lr=1e-3", "optimizer.mixer_lr=0.5"])
     rates = [(stage.optimizer.lr, stage.optimizer.mixer_lr, stage.seq_len) for stage in given.resolved_stages()]
     assert rates == [(1e-3, 0.5, 2048)] * 2
-    assert load_recipe("full", {"batch_size": 4}).resolved_stages()[-1].batch_size == 4
-    assert load_recipe("full").resolved_stages()[-1].batch_size == 8
+
+
+@pytest.mark.parametrize(("flags", "batch_size"), [({"batch_size": 4}, 4), ({}, 8)])
+def test_a_key_given_beside_the_file_lies_over_the_stage_s_own(flags, batch_size):
+    assert load_recipe("full", flags).resolved_stages()[-1].batch_size == batch_size
+
+
+def test_the_loss_of_a_stage_follows_from_its_name():
     with pytest.raises(ConfigError, match="in a recipe of stages their names decide"):
         load_recipe("lolcats", {}, ["loss.kind=ce"])
-    # a mapping lies over what is there
+
+
+def test_a_mapping_lies_over_what_is_there():
     merged = load_recipe("lora", {"optimizer": {"lr": 3e-4}, "lora": {"rank": 2}})
     assert (merged.optimizer.lr, merged.optimizer.mixer_lr, merged.lora.alpha) == (3e-4, 1e-3, 32)
-    # completion_only is what a stage called finetune starts from, not what it insists on
-    stages = ["stages=[{name: finetune}]"]
-    assert load_recipe("lora", {}, stages).resolved_stages()[0].loss.completion_only
-    assert (
-        not load_recipe("lora", {}, [*stages, "loss.completion_only=false"]).resolved_stages()[0].loss.completion_only
-    )
+
+
+@pytest.mark.parametrize(("sets", "completion_only"), [([], True), (["loss.completion_only=false"], False)])
+def test_a_stage_called_finetune_trains_on_completions_unless_told_otherwise(sets, completion_only):
+    (stage,) = load_recipe("lora", {}, ["stages=[{name: finetune}]", *sets]).resolved_stages()
+    assert stage.loss.completion_only is completion_only
 
 
 def test_every_packaged_recipe_trains_the_default_conversion():

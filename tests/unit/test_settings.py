@@ -74,7 +74,7 @@ def test_every_mistake_of_a_config_is_named_at_once(base_folder, cli, tmp_path):
 
 
 def test_yaml_reads_what_people_mean(tmp_path):
-    """Pairs of layer and head are no numbers of base 60, 1e-3 is one; merge keys are YAML, keys that stand twice are not."""
+    """1:0 is a layer and a head, no number of base 60; 1e-3 is a number; merge keys work; a key twice is refused."""
     from linearize.errors import ConfigError
     from linearize.settings.loading import load_config, load_recipe
     from linearize.settings.yaml_file import read_yaml

@@ -92,7 +92,9 @@ SINGLE = {
     "pickle only": (pickle_only, 1, ["pytorch_model.bin", "never loaded"]),
     "pickle in disguise": (pickle_in_disguise, 1, ["not a safetensors file"]),
     "duplicate key": (duplicate_key, 1, ["duplicate key"]),
-    "missing tensor": (edit_tensors(lambda t: t.pop("model.norm.weight")), 1, ["1 tensors are missing", "model.norm.weight"]),
+    "missing tensor": (
+        edit_tensors(lambda t: t.pop("model.norm.weight")), 1, ["1 tensors are missing", "model.norm.weight"],
+    ),
     "unexpected tensor": (edit_tensors(lambda t: t.update(extra=torch.ones(2))), 1, ["1 unexpected", "'extra'"]),
     "misnamed tensor": (edit_tensors(rename_tensor), 1, ["missing", "k_proj"]),
     "wrong shape": (

@@ -212,8 +212,10 @@ def harness(tmp_path, monkeypatch):
 
 
 def test_generation_tasks_are_scored_by_every_reading(harness, student, cli, tmp_path):
-    """The right answers of half the items are what the base says, so that it scores exactly a half where answers are read as
-    they stand, and nothing where they have to follow ####."""
+    """Half of the items have the base's own answer as the right one.
+
+    So the base scores exactly a half where answers are read as they stand, and nothing where they have to follow ####.
+    """
     tokenizer, model = loading.load_tokenizer(student), tiny_base()
     rows = []
     for i in range(4):

@@ -363,19 +363,40 @@ MIXED = {
 }
 
 
-def test_settings_per_layer(base_folder, tmp_path, cli):
-    """Three structures in one model, through the file, the portable file, and a reload."""
-    path = tmp_path / "mixed.yaml"
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, tokenizer_folder):
+    """Convert to three structures in one model. Return (base, folder)."""
+    folder = tmp_path_factory.mktemp("mixed")
+    path = folder / "mixed.yaml"
     path.write_text(json.dumps({"mixer": "gsa", "window": 8, "sinks": 2, "layers": MIXED}))
-    code, out, err = cli("convert", base_folder(), "-o", tmp_path / "out", "--config", path, "--json")
-    assert code == 0, err
-    result = json.loads(out)
-    layers = result["plan"]["layers"]
-    assert [layer["mixer"] for layer in layers] == ["hedgehog", "mom", "gsa"]
-    assert [layer["mix"] for layer in layers] == ["joint", "outside", "outside"]
-    assert [layer["window"] for layer in layers] == [8, 5, 8]
-    assert layers[1]["gate"] == "learned" and result["verification"]["softmax_everywhere_max_difference"] == 0
-    portable = (tmp_path / "out" / "modeling_linearized.py").read_text()
+    base = write_base(folder / "base", tokenizer_folder)
+    convert(str(base), load_config(str(path)), out=folder / "out", verify=False, progress=quiet)
+    return base, folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [("mixer", ["hedgehog", "mom", "gsa"]), ("mix", ["joint", "outside", "outside"]), ("window", [8, 5, 8])],
+)
+def test_layers_have_settings_of_their_own(mixed, setting, values):
+    assert [layer[setting] for layer in written_layers(mixed[1])] == values
+
+
+def test_a_layer_can_have_a_learned_gate(mixed):
+    assert written_layers(mixed[1])[1]["gate"] == "learned"
+
+
+def written_layers(out: Path) -> list[dict]:
+    return json.loads((out / "config.json").read_bytes())["linearize"]["layers"]
+
+
+def test_a_model_of_three_structures_passes_verification(mixed):
+    base, out = mixed
+    assert verify.verify(out, base)["softmax_everywhere_max_difference"] == 0
+
+
+def test_the_portable_file_holds_the_structures_of_the_plan_alone(mixed):
+    portable = (mixed[1] / "modeling_linearized.py").read_text()
     for name in ("class Hedgehog", "class MixtureOfMemories", "class KimiDeltaAttention", "class GatedSlotAttention"):
         assert name in portable
     assert "class RWKV7" not in portable

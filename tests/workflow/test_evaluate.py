@@ -135,6 +135,9 @@ def test_verdict_exit_code_and_files_come_from_one_object(converted, cli, tmp_pa
     assert [gate["passed"] for gate in document["gates"]] == [False, True]
     assert json.loads((tmp_path / "report" / "results.json").read_bytes()) == document
     assert document["verdict"] in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_gate_that_holds_passes_and_the_report_lies_beside_the_model(converted, cli):
     code, out, _ = cli("eval", converted, *FLAGS, "--gate", "perplexity@64.ratio<=50")
     assert code == 0 and "passed 1 gate(s)" in out
     assert (converted / "eval" / "results.json").is_file()

@@ -127,7 +127,7 @@ def test_generation(case):
 
 
 def test_generation_from_a_chat_template(case):
-    """The template travels with the checkpoint and what it makes of a conversation is continued the same without cache."""
+    """The chat template travels with the checkpoint; its prompt is continued the same with and without cache."""
     tokenizer, student = AutoTokenizer.from_pretrained(case.out), case.student()
     chat = [{"role": "user", "content": "What is the report about?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -156,7 +156,7 @@ def test_every_layer_of_a_family_with_sliding_windows(model_type, tmp_path):
 
 
 def test_training(case, tmp_path):
-    """Checkpointed gradients are the same; LoRA hits the family's projections and nothing else; merged equals adapted."""
+    """Checkpointed gradients are the same; LoRA adapts the family's projections alone; merged equals adapted."""
     student, ids = case.student().train(), tokens(length=30)
 
     def gradients():
@@ -226,7 +226,8 @@ for name, wanted in saved["wanted"].items():
     assert not info["missing_keys"] and not info["unexpected_keys"], (name, info)
     with torch.no_grad():
         # two processes may add up a product in different orders
-        torch.testing.assert_close(model.eval()(saved["ids"]).logits, wanted, rtol=1e-6, atol=1e-4, msg=lambda text: name + text)
+        logits = model.eval()(saved["ids"]).logits
+        torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-4, msg=lambda text: name + text)
         model.generate(saved["ids"], max_new_tokens=3, pad_token_id=1, do_sample=False)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)

@@ -324,7 +324,7 @@ def pixels(path) -> tuple[int, int, set]:
 
 
 def test_the_page_in_a_browser(whole, tmp_path):
-    """Headless Chromium opens the file offline, at a phone's width, and the verdict and every curve are in the picture."""
+    """Headless Chromium opens the file offline at a phone's width; the verdict and every curve are in the picture."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no chromium here (apt-get install chromium)")

@@ -114,7 +114,7 @@ def test_who_is_refused_clears_nothing_away(converted, tmp_path, cli, monkeypatc
 
 
 def test_what_was_trained_is_written_after_all(converted, tmp_path, monkeypatch):
-    """A run that ends between its last state and its output, for want of room or by a kill, is resumed to the same bytes."""
+    """A run that ends between its last state and its output is resumed to the same bytes."""
     train(converted, tmp_path / "whole")
 
     def full(*args, **kwargs):

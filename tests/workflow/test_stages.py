@@ -1,4 +1,4 @@
-"""Recipes of stages: attention transfer, window dropout, resumption over a stage's end, variants of LoRA, optimizers."""
+"""Recipes of stages: their order, resumption over a stage's end, variants of LoRA, optimizers, quantised weights."""
 
 import json
 import os

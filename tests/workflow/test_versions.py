@@ -30,7 +30,8 @@ def test_the_oldest_transformers(tmp_path):
     )  # fmt: skip
     assert version.stdout.strip() == f"{bound}.0", version.stderr[-2000:]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/workflow/test_families.py", "-k", CASES],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", CASES,
+         "tests/workflow/test_families.py"],
         capture_output=True, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:]
