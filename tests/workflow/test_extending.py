@@ -1,4 +1,4 @@
-"""Adding a mixer takes one new file and one registry line; so does a measurement, and a family two. Counted on a copy."""
+"""A new mixer, measurement or family is one file and one or two registry lines, counted on a copy of the package."""
 
 import json
 import os
