@@ -1,1 +1,1 @@
-"""What `linearize eval` measures: one file a measurement, and the suites, weights and stages around them."""
+"""Measurements of `linearize eval`: one file each, and the suites, weights and stages around them."""
