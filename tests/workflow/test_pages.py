@@ -1,8 +1,8 @@
 """Run every command of every page on a tiny model, and every Python example; nothing that a page shows is untested.
 
 A page's commands are the lines of its ``console`` and indented blocks, and the commands in its running text. Each is
-first parsed as it stands, then run in one folder with the tiny model of `workspace`, with the words, values and flags of the
-tables below. A command that cannot be run here stands in NOT_RUN with the reason, and is parsed all the same.
+first parsed as it stands, then run in one folder with the tiny model of `workspace`, with the words, values and flags
+of the tables below. A command that cannot be run here stands in NOT_RUN with the reason, and is parsed all the same.
 """
 
 import argparse
