@@ -67,7 +67,6 @@ VALUES = {
     "--softmax-window": "32",
     "--passkey": "128",
     "--passkey-rows": "1",
-    "--gib": "0.001",
 }
 # flags that make a command small where the page does not give them
 FLAGS = {
@@ -94,15 +93,12 @@ NOT_RUN = {
     "bash scripts/setup.sh": "installs from a package index",
     "pip install": "installs from a package index",
     "pre-commit": "installs from a package index",
-    "git": "changes a repository",
-    "torchrun": "starts processes that need ports of their own; tests/workflow/test_finetune.py runs two",
     "python scripts/compare_methods.py run": "hours",
     "python scripts/structures.py": "hours",
     "python scripts/compare_scoring.py": "minutes on the real model",
-    "python scripts/branch_value.py": "minutes on the real model",
+    "python scripts/make_synthetic.py": "writes 4 GiB",
     "python scripts/bench.py": "minutes on the real model",
     "python scripts/train_tiny.py": "minutes",
-    "python scripts/get_model.py": "fetches the real model",
     "python -m pytest": "is the run that this test is part of",
 }
 
