@@ -28,22 +28,33 @@ def student_named(name: str):
     return tiny_student(plan_for(mix, base.config.num_key_value_heads), base)
 
 
-# one fresh process for all models, for its imports take seconds; a failure of one leaves the others alone
+# One fresh process imports torch and transformers, for that takes seconds, and forks into one process for every model:
+# transformers would take the class of the first model for all of them.
 LOOP = """
-import json, sys, traceback
+import json, os, sys, traceback
+import transformers.models.llama.modeling_llama
 failures = {}
 for name in json.loads(sys.argv[1]):
-    try:
-        check(name)
-        failures[name] = ""
-    except Exception:
-        failures[name] = traceback.format_exc()
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            check(name)
+        except BaseException:
+            os.write(writer, traceback.format_exc()[-3000:].encode())
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        failures[name] = pipe.read()
+    _, status = os.wait()
+    if status and not failures[name]:
+        failures[name] = f"ended with status {status}"
 print(json.dumps(failures))
 """
 
 
 def check_apart(script: str, names: list[str], folder) -> dict[str, str]:
-    """Run check(name), which `script` defines, of every name in one fresh process. Return the failures, "" for none."""
+    """Run check(name), which `script` defines, apart from this process. Return what failed by name, "" for nothing."""
     command = [sys.executable, "-c", script + LOOP, json.dumps(names)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert run.returncode == 0, run.stderr[-2000:]
