@@ -1,8 +1,8 @@
 """Read datasets as documents of token ids, for training, scoring and evaluation alike.
 
-A dataset is the name `sample`, a file (.txt, .jsonl, .json, .parquet, each also compressed), a folder of .parquet files,
-or a hub id. Its rows hold a text field, `messages` for the chat template, or `instruction`, `input` and `output`. Rows
-whose text is null, or that have no messages, are skipped. Reading streams, so size does not matter.
+A dataset is the name `sample`, a file (.txt, .jsonl, .json, .parquet, each also compressed), a folder of .parquet
+files, or a hub id. Its rows hold a text field, `messages` for the chat template, or `instruction`, `input` and
+`output`. Rows whose text is null, or that have no messages, are skipped. Reading streams, so size does not matter.
 """
 
 import contextlib
@@ -213,8 +213,8 @@ def _tokenise(
             yield len(prompt), ids
         elif not _is_blank(row, text_field):
             raise ConfigError(
-                f"--data: row {number} of {dataset} has the fields {', '.join(row) or 'none'}; needed is '{text_field}' "
-                "(text), 'messages', or 'instruction' and 'output'"
+                f"--data: row {number} of {dataset} has the fields {', '.join(row) or 'none'}; needed is "
+                f"'{text_field}' (text), 'messages', or 'instruction' and 'output'"
             )
 
 
@@ -257,7 +257,8 @@ def _tokenise_alpaca(messages: list[Message], tokenizer: "PreTrainedTokenizerBas
     for turn in messages:
         if not isinstance(turn.get("content"), str):
             raise ChatError(
-                f"a turn of the {turn.get('role')} is {turn.get('content')!r}; without a chat template it has to be text"
+                f"a turn of the {turn.get('role')} is {turn.get('content')!r}; without a chat template it has to be "
+                "text"
             )
     *earlier, answer = (turn["content"] for turn in messages)
     prompt = ALPACA_PROMPT.format(instruction="\n\n".join(earlier))

@@ -1,7 +1,7 @@
 """Measure associative recall by distance: naming the value that went with a key (multi-query, arXiv 2312.04927).
 
-A row has pairs of random tokens "key value", filler, and the same pairs in another order. The model is to name each value
-after its key. The distance of a pair is at least the filler's length.
+A row has pairs of random tokens "key value", filler, and the same pairs in another order. The model is to name each
+value after its key. The distance of a pair is at least the filler's length.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Ask multiple-choice questions by letter, as MMLU does, with the options rotated so that a bias to a letter shows.
 
-A file's rows have `query`, `choices` and `gold` (an index). Every item is asked once for each rotation of its options, so
-that each option stands once at every letter. A model without a bias then chooses all letters equally often.
-An item's score is the share of its rotations with the right answer. It is consistent if every rotation has the same option
-for an answer.
+A file's rows have `query`, `choices` and `gold` (an index). Every item is asked once for each rotation of its options,
+so that each option stands once at every letter. A model without a bias then chooses all letters equally often.
+An item's score is the share of its rotations with the right answer. It is consistent if every rotation has the same
+option for an answer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROGRESS_ITEMS = 50
 
 
 class Choice(Measurement):
-    """Accuracy and consistency of answers by letter, and a histogram of the letters. `task_limit` is an option of tasks."""
+    """Accuracy and consistency of answers by letter, and a histogram of letters. `task_limit` belongs to tasks."""
 
     name = "choice"
     options = (Option("choice", str, ()),)

@@ -1,7 +1,7 @@
 """Hold what every stage of an evaluation works with: the models, the tokenizer and the text.
 
-A few sets of weights serve all models, each in some mode. Where the sets do not fit into memory together they take turns.
-A stage therefore hands over a function to run with a model instead of holding the model.
+A few sets of weights serve all models, each in some mode. Where the sets do not fit into memory together they take
+turns. A stage therefore hands over a function to run with a model instead of holding the model.
 """
 
 import contextlib

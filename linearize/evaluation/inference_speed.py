@@ -1,4 +1,4 @@
-"""Time prefill and decoding of a linearized model, and weigh its cache and its peak of memory, beside softmax attention."""
+"""Time prefill and decoding of a linearized model, and measure its cache and peak memory, beside softmax attention."""
 
 import contextlib
 import ctypes

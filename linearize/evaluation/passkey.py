@@ -71,7 +71,7 @@ class PasskeyTask:
 
 
 def passkey_task(context: EvaluationContext, length: int, depth: float, rows: int) -> PasskeyTask:
-    """Make `rows` prompts of about `length` tokens with the needle at `depth`, each from another stretch of the text."""
+    """Make `rows` prompts of about `length` tokens with the needle at `depth`, each from another part of the text."""
     import torch
 
     generator = torch.Generator().manual_seed(context.seed * 7919 + length + int(100 * depth))

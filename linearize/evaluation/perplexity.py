@@ -6,7 +6,7 @@ not depend on the tokenizer.
 
 With y the tokens of a window, p the base's distribution and q the model's:
 
-    perplexity = exp(mean -log q(y))          kl = mean Σ p (log p - log q)          agreement = mean [argmax p = argmax q]
+    perplexity = exp(mean -log q(y))        kl = mean Σ p (log p - log q)        agreement = mean [argmax p = argmax q]
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Perplexity(Measurement):
 
 
 def _measures_window_off(suite: Suite, length: int) -> bool:
-    """Return True if the student with its window off is measured, too: at the longest length of suites with `branch`."""
+    """Return True if the student with its window off is measured too: at the longest length of suites with `branch`."""
     return suite.branch and length == max(suite.lengths)
 
 

@@ -1,9 +1,9 @@
 """Measure copy recall by distance: next-token accuracy on the second copy of a span of random tokens.
 
 A row is [start, random span, filler, the span again]. The span is as long as the distance, at most 256 tokens, and the
-filler makes up the rest of the distance. Random tokens cannot be predicted, so every right answer was read from the first
-copy, `distance` tokens back. The first 8 tokens of the second copy are not counted: until some of it has been read there
-is nothing to match.
+filler makes up the rest of the distance. Random tokens cannot be predicted, so every right answer was read from the
+first copy, `distance` tokens back. The first 8 tokens of the second copy are not counted: until some of it has been
+read there is nothing to match.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class CopyRecall(Measurement):
 
 
 def _measures_window_off(suite: Suite, distance: int) -> bool:
-    """Return True if the student with its window off is measured, too: at the longest distance, in suites with `branch`."""
+    """Return True if the student with its window off is measured too: at the longest distance, with `branch`."""
     return suite.branch and distance == max(suite.recall)
 
 

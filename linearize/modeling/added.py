@@ -1,4 +1,4 @@
-"""Build what a plan adds to a model, without the model: the linear heads of its layers, and their parameters by name."""
+"""Build what a plan adds to a model, without the model: the linear heads of its layers, their parameters by name."""
 
 from typing import Any
 

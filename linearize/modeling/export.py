@@ -1,9 +1,9 @@
 """Write the portable file: this package's modelling code as one static file beside the weights.
 
 With `auto_map` in config.json it loads through `trust_remote_code=True` on a machine without this package. It is the
-package's own source, module after module: their imports of each other are taken out, and the two registries are replaced
-by the plan's own family and mixers. So there is nothing to keep in step. All modules share one namespace, therefore no
-two of them may define the same name at the top.
+package's own source, module after module: their imports of each other are taken out, and the two registries are
+replaced by the plan's own family and mixers. So there is nothing to keep in step. All modules share one namespace,
+therefore no two of them may define the same name at the top.
 """
 
 import ast

@@ -309,7 +309,7 @@ def _segments(
 
 
 def _packed_masks(config: Any, inputs_embeds: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
-    """Make the masks of packed rows for a family whose forward does not pass positions to transformers' mask functions."""
+    """Make the masks of packed rows for a family that passes no positions to transformers' mask functions."""
     masks = {}
     for kind, make in ((FULL, create_causal_mask), (SLIDING, create_sliding_window_causal_mask)):
         names = inspect.signature(make).parameters  # versions name cache and embeddings differently

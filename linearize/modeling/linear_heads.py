@@ -1,8 +1,8 @@
 """The linear heads of one layer: a softmax window with sinks, a recurrent branch, and the mix of the two (mix.py).
 
 In the mixes `outside` and `joint` the recurrent branch sees only tokens that have left the window (RAttention, arXiv
-2506.15545): it is the same causal operator run on keys, values and gates delayed by the window, sinks left out. In `sum`
-it sees every token.
+2506.15545): it is the same causal operator run on keys, values and gates delayed by the window, sinks left out. In
+`sum` it sees every token.
 
 Shapes: B batch, T queries, H query heads, J key/value heads, K head dim, V value dim, D hidden size.
 """
@@ -133,7 +133,7 @@ class LinearHeads(WindowHeads):
         return 4 * (self.site.head_dim + self.structure.gate_width())  # key and gate logits in float32
 
     def recurrent_inputs(self, k: Tensor, hidden: Tensor) -> RecurrentInputs:
-        """Return the inputs of the recurrent branch, from keys before rotary [B, T, J, K] and hidden states [B, T, D]."""
+        """Return the recurrent branch's inputs, from keys before rotary [B, T, J, K] and hidden states [B, T, D]."""
         if self.structure.rotary:
             if not self.structure.assigns:
                 return RecurrentInputs()
@@ -267,7 +267,7 @@ class LinearHeads(WindowHeads):
         return write_mask, segments
 
     def _weights(self, like: Tensor) -> Tensor:
-        """Return the weights of window and recurrent branch in the mix `sum`: [2, H, 1], or [2, 1, 1] if not learned."""
+        """Return the weights of window and recurrent branch in the mix `sum`: [2, H, 1]; [2, 1, 1] if fixed."""
         if self.branch_weights is not None:
             return self.branch_weights[..., None]
         pair = [self.mix_options["window_weight"], self.mix_options["recurrent_weight"]]

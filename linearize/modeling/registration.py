@@ -2,8 +2,8 @@
 
 The sequence works in any order of imports, and `import linearize` alone imports neither torch nor transformers:
 
-1. `import linearize` calls `register_on_import`, which puts an import hook (modeling/import_hook.py) on transformers' auto
-   modules and on every family's configuration module. Nothing is imported yet.
+1. `import linearize` calls `register_on_import`, which puts an import hook (modeling/import_hook.py) on transformers'
+   auto modules and on every family's configuration module. Nothing is imported yet.
 2. After each of these modules has been executed, the hook calls `register_configs`. It builds a family's config class
    (modeling/configuration.py) once the modules that the class is made from are complete: transformers' modules import
    one another in circles, so the hook may fire while one of them is half imported.

@@ -197,7 +197,7 @@ class WindowCache:
 
 
 def can_write(stored: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
-    """Return True if new tokens can be written into stored tensors in place: no gradient passes, same kind of tensor."""
+    """Return True if new tokens can be written into stored tensors in place: no gradients, same kind of tensor."""
     if torch.is_grad_enabled() or any(x.requires_grad for x in stored):
         return False
     if any(x.dtype != y.dtype or x.shape[0] != y.shape[0] for x, y in zip(stored, new)):

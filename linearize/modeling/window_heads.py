@@ -13,8 +13,8 @@ from linearize.modeling.context import Context, Step
 from linearize.ops.window import Scores, single_query_attention, window_attention
 from linearize.plan import LayerPlan
 
-# tokens of one part of a prefill without gradients, on a CPU and on other devices: short enough that intermediate arrays
-# stay small, long enough that a device is busy
+# tokens of one part of a prefill without gradients, on a CPU and on other devices: short enough that intermediate
+# arrays stay small, long enough that a device is busy
 PREFILL_PART, DEVICE_PREFILL_PART = 4096, 16384
 
 
@@ -52,7 +52,7 @@ class WindowHeads(nn.Module):
         return 0
 
     def recurrent_inputs(self, k: Tensor, hidden: Tensor) -> RecurrentInputs:
-        """Return the inputs of the recurrent branch, from keys before rotary [B, T, J, K] and hidden states [B, T, D]."""
+        """Return the recurrent branch's inputs, from keys before rotary [B, T, J, K] and hidden states [B, T, D]."""
         return RecurrentInputs()
 
     def encode_inputs(self, inputs: RecurrentInputs) -> RecurrentInputs:

@@ -22,7 +22,7 @@ def conversion_card(manifest: Manifest, base_folder: Path) -> str:
     base, coverage, name = manifest.base, manifest.coverage, manifest.base.name
     weights = "unchanged" if manifest.finetune is None else "merged with LoRA"
     changed = [layer for layer in manifest.plan.layers if len(layer.softmax_heads) < coverage.heads_per_layer]
-    softmax_window = manifest.settings.softmax_window
+    added, softmax_window = manifest.parameters_added, manifest.settings.softmax_window
     other_heads = f" The other heads see {softmax_window:,} keys and the sinks." if softmax_window else ""
     return f"""---
 {_metadata(base, base_folder)}library_name: transformers
@@ -33,7 +33,7 @@ tags: [linearize, linear-attention]
 # {name}, linearized
 
 [{name}]({_link(base)}) with softmax attention replaced in {coverage.heads_converted} of {coverage.heads} key/value
-heads by {_replacement(changed)}.{other_heads} Base weights are {weights}; {manifest.parameters_added:,} parameters were added.
+heads by {_replacement(changed)}.{other_heads} Base weights are {weights}; {added:,} parameters were added.
 {_calibration_note(manifest)}{_recovery_note(manifest)}
 {_cache_table(manifest.cache_bytes)}
 
@@ -69,8 +69,8 @@ def _calibration_note(manifest: Manifest) -> str:
     window_error, error = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
     return (
         f"\nThe added parameters were fitted to the base's attention on rows of {calibration.tokens:,} tokens, from "
-        f"{calibration.text} and random ones copied; on two rows held out the relative square error beyond the window is "
-        f"{error:.3f} (window + sinks: {window_error:.3f}).\n"
+        f"{calibration.text} and random ones copied; on two rows held out the relative square error beyond the window "
+        f"is {error:.3f} (window + sinks: {window_error:.3f}).\n"
     )
 
 

@@ -20,11 +20,12 @@ from linearize.report.tables import (
 # answers shown in full; the page has all of them
 SAMPLES = 3
 LEGEND = (
-    "Each number is a mean; ± is one bootstrapped standard error over windows, rows or items. Ratio is to the base in the "
-    "same run. Recovery is the share of what window + sinks lost that the student has: 0 is window + sinks without "
-    "training, 1 is the base. Over chance, where guessing scores something, it is (student - chance) / (base - chance). "
-    "The difference is student minus base, paired; for perplexities it is of their logarithms. p is the probability of a "
-    "difference as large if there were none: exact McNemar for items, otherwise sign flips of the paired differences."
+    "Each number is a mean; ± is one bootstrapped standard error over windows, rows or items. Ratio is to the base in "
+    "the same run. Recovery is the share of what window + sinks lost that the student has: 0 is window + sinks without "
+    "training, 1 is the base. Over chance, where guessing scores something, it is (student - chance) / (base - "
+    "chance). The difference is student minus base, paired; for perplexities it is of their logarithms. p is the "
+    "probability of a difference as large if there were none: exact McNemar for items, otherwise sign flips of the "
+    "paired differences."
 )
 
 

@@ -1,6 +1,6 @@
 """Define the schema of a conversion config: every choice that `linearize convert` makes about a model.
 
-A config names a mixer and how it meets the window, and which heads keep softmax. Single layers can differ from the rest.
+A config names a mixer and how it meets the window, and which heads keep softmax. Single layers can differ.
 """
 
 from collections.abc import Iterable

@@ -17,8 +17,8 @@ class Loss(Strict):
     """The loss that a stage minimises.
 
     Attributes:
-        kind: "kl" is the forward divergence from the teacher to the student; "ce" is next-token loss; "attention" is the
-            square error of every layer's attention output, relative to the base's, on the base's own hidden states
+        kind: "kl" is the forward divergence from the teacher to the student; "ce" is next-token loss; "attention" is
+            the square error of every layer's attention output, relative to the base's, on the base's own hidden states
             (training/transfer.py).
         ce_share: the share of next-token loss in "kl".
         completion_only: count the assistant's last answer only.
@@ -84,7 +84,8 @@ class Stage(Strict):
     """One part of a recipe. Keys that it leaves out have the recipe's values; its name decides the kind of loss.
 
     Attributes:
-        name: "transfer" matches attention outputs, "distill" and "longcontext" the teacher's logits, "finetune" the text.
+        name: "transfer" matches attention outputs, "distill" and "longcontext" the teacher's logits, "finetune" the
+            text.
         share: share of the recipe's tokens.
     """
 

@@ -1,7 +1,7 @@
 """AdaLoRA (arXiv 2303.10512): adapters B diag(E) A, under one budget of ranks that go where the loss is most sensitive.
 
-PEFT allocates the ranks. This module gives it the steps, draws A and B towards orthogonality (equation 4), and hands out
-the allocator's memory, so that a stopped run goes on to the same weights.
+PEFT allocates the ranks. This module gives it the steps, draws A and B towards orthogonality (equation 4), and hands
+out the allocator's memory, so that a stopped run goes on to the same weights.
 """
 
 import math

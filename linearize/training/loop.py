@@ -7,8 +7,8 @@
 3. Write the step to metrics.jsonl and report it.
 4. Save the state every `checkpoint_every` steps, at the stage's end, and before an interruption.
 
-The summed loss of a step is divided by the positions counted in all of its rows, so the result does not depend on how the
-rows are spread.
+The summed loss of a step is divided by the positions counted in all of its rows, so the result does not depend on how
+the rows are spread.
 """
 
 import itertools
@@ -189,8 +189,8 @@ class StageTrainer:
             work = self.run.work
             state = f"the last good state is kept in {work}" if saved_states(work) else "no state had been saved yet"
             raise LinearizeError(
-                f"the loss became {loss} at step {self.scheduled.steps_before + step}; {state}. Start again (--restart) at "
-                "a lower rate (--lr) or clip (--set optimizer.clip_norm=1.0)"
+                f"the loss became {loss} at step {self.scheduled.steps_before + step}; {state}. Start again "
+                "(--restart) at a lower rate (--lr) or clip (--set optimizer.clip_norm=1.0)"
             )
         return loss, grad_norm
 

@@ -1,7 +1,7 @@
 """Losses over a large vocabulary, some tokens at a time.
 
-Both take hidden states, never logits. Logits exist for `chunk_tokens` tokens at once, and their gradient with respect to
-the hidden states is formed in the same pass, so no [tokens, vocabulary] float32 array is ever made.
+Both take hidden states, never logits. Logits exist for `chunk_tokens` tokens at once, and their gradient with respect
+to the hidden states is formed in the same pass, so no [tokens, vocabulary] float32 array is ever made.
 
 Shapes: N tokens, D hidden size, C vocabulary.
 """
@@ -43,8 +43,8 @@ def chunked_cross_entropy(hidden: Tensor, head: Readout, targets: Tensor, weight
 class _ChunkedLoss(torch.autograd.Function):
     """The sum over tokens t of weights_t l(logits_t), with its gradients formed in the forward pass.
 
-    l is the divergence from a teacher, d l / d logits = p - p_teacher, or the cross-entropy to a target, p - onehot, where
-    p = softmax(logits).
+    l is the divergence from a teacher, d l / d logits = p - p_teacher, or the cross-entropy to a target, p - onehot,
+    where p = softmax(logits).
     """
 
     @staticmethod

@@ -158,7 +158,7 @@ class Distiller(nn.Module):
         object.__setattr__(self, "teacher", teacher)
 
     def start(self, stage: Stage) -> None:
-        """Take the loss of a stage and unfreeze what trains in it. Attention transfer trains the added parameters alone.
+        """Take the loss of a stage and unfreeze what trains in it. Attention transfer trains added parameters alone.
 
         Raises:
             ConfigError: the stage has nothing to train.

@@ -1,4 +1,4 @@
-"""Write the outcome of a training run: its figures, the adapter, and the parent's weights with the adapter merged in."""
+"""Write the outcome of a training run: its figures, the adapter, and the parent's weights with the adapter merged."""
 
 import json
 from pathlib import Path

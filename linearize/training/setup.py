@@ -112,8 +112,8 @@ def _load_teacher(
     vocabulary = student.manifest.vocabulary
     if teacher.config.vocab_size != vocabulary:
         raise ConfigError(
-            f"--teacher: '{override}' has a vocabulary of {teacher.config.vocab_size}, the student one of {vocabulary}; "
-            "distillation needs the same tokenizer"
+            f"--teacher: '{override}' has a vocabulary of {teacher.config.vocab_size}, the student one of "
+            f"{vocabulary}; distillation needs the same tokenizer"
         )
     return teacher
 

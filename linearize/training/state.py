@@ -131,8 +131,8 @@ def check_same_run(state: Path, fingerprint: dict[str, Any]) -> None:
     ]
     if differing:
         raise ConfigError(
-            f"{state.parent} holds an unfinished run with other settings ({'; '.join(differing)}); use the same, another "
-            "OUT, or --restart to discard it"
+            f"{state.parent} holds an unfinished run with other settings ({'; '.join(differing)}); use the same, "
+            "another OUT, or --restart to discard it"
         )
 
 

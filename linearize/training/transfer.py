@@ -1,7 +1,7 @@
 """Attention transfer: match every layer's linear heads to the softmax they replace, on the base's own hidden states.
 
-One pass of the base model serves all layers. Each layer's loss goes backward at once, so the memory is that of one layer.
-Only the added parameters train. Source: LoLCATs, arXiv 2410.10254, section 3.2.
+One pass of the base model serves all layers. Each layer's loss goes backward at once, so the memory is that of one
+layer. Only the added parameters train. Source: LoLCATs, arXiv 2410.10254, section 3.2.
 """
 
 import torch
@@ -18,8 +18,8 @@ EPSILON = 1e-6
 def transfer_backward(model: PreTrainedModel, batch: Batch, share: float) -> Tensor:
     """Add the gradients of `share` times the loss on one batch, and return that loss.
 
-    The loss is the sum over layers of the mean over rows of |linear - softmax|^2 / |softmax|^2, divided by the number of
-    layers. Both are attention outputs before the output projection.
+    The loss is the sum over layers of the mean over rows of |linear - softmax|^2 / |softmax|^2, divided by the number
+    of layers. Both are attention outputs before the output projection.
 
     Args:
         model: the student.

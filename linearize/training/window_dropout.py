@@ -1,4 +1,4 @@
-"""Window dropout: in one training step some linear heads see less of their window, so the recurrent branch does more."""
+"""Window dropout: in a training step some linear heads see less of their window, so the recurrent branch does more."""
 
 import contextlib
 from collections.abc import Iterator

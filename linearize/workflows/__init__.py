@@ -1,1 +1,1 @@
-"""Run each command as a function that reads as a numbered list: convert, finetune, evaluate, pipeline, bench, doctor."""
+"""Run each command as a function that reads as a numbered list: convert, finetune, evaluate, run, bench, doctor."""

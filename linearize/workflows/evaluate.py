@@ -73,8 +73,8 @@ def evaluate(
 
     Args:
         model: a folder that `convert` or `finetune` wrote.
-        suite: "quick", "standard" or "full", or a `Suite`; `linearize.evaluation.suite.choose_suite` changes a named one.
-        base: the base model, if it is no longer where the conversion found it.
+        suite: "quick", "standard" or "full", or a `Suite`; `linearize.evaluation.suite.choose_suite` changes a named
+        one. base: the base model, if it is no longer where the conversion found it.
         gates: conditions such as "perplexity@2048.ratio<=1.05", or files of them.
         min_recovery: least recovery of perplexity at every length beyond the window, as one more gate.
         compare: results.json of an earlier run that this one must not fall behind, as more gates.
@@ -136,7 +136,7 @@ class _Models:
 
 
 def _measure(student: Student, suite: Suite, request: Request, execution: _Execution) -> tuple[Suite, Results]:
-    """Open the base and run the stages; return the suite that its positions allow, and results that are not judged yet."""
+    """Open the base and run the stages; return the suite that its positions allow, and unjudged results."""
     tokenizer = load_tokenizer(student.folder)
     unfinished = None if execution.out is None else execution.out / UNFINISHED
     with student.open_base(execution.base) as source, work_folder(unfinished) as work:
