@@ -33,14 +33,10 @@ LONGEST_FUNCTION, LONGEST_FILE = 60, 400
 # function -> why it is longer
 LONG_FUNCTIONS: dict[str, str] = {
     "cli/eval.py:evaluate": "its signature has one line for each of 26 options",
+    "workflows/convert.py:convert": "its docstring explains every argument and has an example that a test runs",
 }
 # file -> why it is longer
 LONG_FILES: dict[str, str] = {}
-# how many findings are left; these numbers may only fall
-ALLOWED_CIRCLES = 0
-ALLOWED_LONG_FUNCTIONS = 1
-ALLOWED_LONG_FILES = 0
-ALLOWED_WORDS = 0
 
 
 @functools.cache
@@ -126,7 +122,7 @@ def test_no_modules_import_each_other_in_a_circle():
         for module in free:
             del remaining[module]
     # what is left lies in a circle or imports from one
-    assert len(remaining) <= ALLOWED_CIRCLES, sorted(remaining)
+    assert not remaining, sorted(remaining)
 
 
 def test_the_root_holds_only_what_all_rooms_need():
@@ -141,7 +137,7 @@ def test_a_folder_says_what_lives_in_it(room):
 
 def test_no_function_is_longer_than_a_screen():
     long = {name: lines for name, lines in functions() if lines > LONGEST_FUNCTION and name not in LONG_FUNCTIONS}
-    assert len(long) <= ALLOWED_LONG_FUNCTIONS, long
+    assert not long, long
 
 
 def test_no_file_is_longer_than_one_topic():
@@ -150,7 +146,7 @@ def test_no_file_is_longer_than_one_topic():
         for path in sources().values()
     }
     long = {file: lines for file, lines in lengths.items() if lines > LONGEST_FILE and file not in LONG_FILES}
-    assert len(long) <= ALLOWED_LONG_FILES, long
+    assert not long, long
 
 
 def test_exceptions_are_still_needed():
@@ -171,7 +167,7 @@ def test_docstrings_begin_with_a_verb_and_not_with_a_question():
                 text = ast.get_docstring(node) or ""
                 if re.match(r"(What|Whether|Of|How many|Where)\b", text):
                     wrong.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {text.splitlines()[0]}")
-    assert len(wrong) <= ALLOWED_WORDS, "\n".join(wrong)
+    assert not wrong, "\n".join(wrong)
 
 
 def top_level_names(path: Path) -> set[str]:
