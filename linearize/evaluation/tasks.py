@@ -151,12 +151,15 @@ def _run(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
+    # the task is loaded already; without a manager of ours every call would index the harness's thousands of tasks
+    manager = TaskManager(include_defaults=False)
     seed = context.seed
     wrapped = HFLM(pretrained=model, tokenizer=context.tokenizer, batch_size=BATCH, backend="causal")
     report = simple_evaluate(
-        model=wrapped, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True, random_seed=seed,
-        numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        model=wrapped, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
+        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
     )  # fmt: skip
     by_reading = defaultdict(list)
     for sample in sorted(report["samples"][name], key=lambda sample: sample["doc_id"]):
