@@ -341,7 +341,7 @@ def test_a_small_share_learns_as_exactly_as_a_large_one(mass):
         torch.nn.init.constant_(heads.log_mass, mass)
         windowed, past = torch.ones(1, 1, 1, 8, dtype=dtype), torch.full((1, 1, 1, 9), 1.5, dtype=dtype)
         past[..., -1] = 0
-        heads._mixed(windowed, torch.zeros(1, 1, 1, 1, dtype=dtype), past).sum().backward()
+        heads.mix_outputs(windowed, torch.zeros(1, 1, 1, 1, dtype=dtype), past).sum().sum().backward()
         gradients.append(heads.log_mass.grad.item())
     assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
 
