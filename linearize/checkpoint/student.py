@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # folder of the LoRA adapter in a finetuned checkpoint
 ADAPTER = "adapter"
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+# a folder with one of these files has a tokenizer
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # beside finetuned weights: the added parameters before any training
 UNTRAINED_FILE = "untrained.safetensors"
 
@@ -61,12 +62,12 @@ class Student:
 
     @property
     def is_adapter_only(self) -> bool:
-        """Return True if the folder holds a LoRA adapter and no model; its parent has the rest."""
+        """Return True if the folder holds a LoRA adapter and no model. The parent's folder holds the rest."""
         return self.kind == "adapter"
 
     @property
     def weights_folder(self) -> Path:
-        """Return the folder of config.json and weights: the checkpoint's own, or that of an adapter's parent.
+        """Return the folder of config.json and weights. That of an adapter is its parent's.
 
         Raises:
             ConfigError: the parent is gone, or has changed.
@@ -75,7 +76,7 @@ class Student:
 
     @property
     def parent_folder(self) -> Path:
-        """Return the folder of the checkpoint that was trained, as recorded; it may be gone."""
+        """Return the folder of the checkpoint that this one was trained from, as recorded. It may be gone."""
         return Path(self._training().parent)
 
     def _training(self) -> FinetuneRecord:
@@ -145,13 +146,13 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """Load the tokenizer of a checkpoint folder; None if it has no tokenizer files.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the files are there, and cannot be loaded.
     """
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare ones
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {one_line(error, 200)}") from None

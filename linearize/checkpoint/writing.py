@@ -24,9 +24,10 @@ COPY_BYTES = 2**27
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder beside `out` to write into; rename it to `out` when the block ends, remove it if the block fails.
+    """Yield a folder beside `out` to write into.
 
-    The unfinished folder is hidden and named after `out`, so that the next run clears what a killed run left.
+    It is renamed to `out` when the block ends, and removed if the block fails. The unfinished folder is hidden and
+    named after `out`, so that the next run clears what a killed run left.
 
     Raises:
         ConfigError: `out` may not be written, or another process is writing it.
@@ -104,10 +105,12 @@ def make_folder(folder: Path) -> None:
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """Check that `out` can be written and is free, or may be overwritten and is an output of this package.
+    """Check that an output folder can be written at `out`.
+
+    What exists there must be an empty folder, or an output of this package that may be overwritten.
 
     Raises:
-        ConfigError: one of these does not hold.
+        ConfigError: `out` cannot be written, or holds something else.
     """
     check_writable(out)
     if not out.exists():
@@ -123,7 +126,10 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> None:
-    """Check that an output can be written: permissions, parents that are folders, and the right type at `out`.
+    """Check that an output can be written at `out`.
+
+    The nearest parent that exists must be a folder with permission to write. What exists at `out` must be of the right
+    type.
 
     Args:
         option: the command-line option that names `out`, for errors.
@@ -159,17 +165,27 @@ def check_space(where: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def placing(files: dict[Path, Path], link: str) -> Iterator[Callable[[], str]]:
-    """Place files, source -> target, in a background thread. `link` is as in `place`.
+def place_in_background(files: dict[Path, Path], link: str) -> Iterator[Callable[[], str]]:
+    """Place files in a background thread while the block runs.
+
+    Leaving the block before the yielded function has returned stops a copy in progress; see `place`.
+
+    Args:
+        files: target by source.
+        link: as in `place`.
 
     Yields:
-        A function that waits for the last file and returns how they were placed: "hard", "copy", or several with a
-        plus. Leaving the block earlier stops the copying.
+        A function that waits for the last file. It returns the methods that were used, joined by "+": "hard",
+        "reflink", "copy".
     """
     stop = threading.Event()
+
+    def place_all() -> set[str]:
+        return {place(source, target, link, stop) for source, target in files.items()}
+
     with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(lambda: {place(source, target, link, stop) for source, target in files.items()})
-        if link == "hard":  # linking takes no time; if it fails, nothing else should begin
+        future = pool.submit(place_all)
+        if link == "hard":  # takes no time; wait, so that a failure is raised before the block starts its work
             future.result()
         try:
             yield lambda: "+".join(sorted(future.result()))
@@ -178,15 +194,19 @@ def placing(files: dict[Path, Path], link: str) -> Iterator[Callable[[], str]]:
 
 
 def place(source: Path, target: Path, link: str, stop: threading.Event) -> str:
-    """Put the bytes of `source` at `target`; return how: "hard", "reflink" or "copy".
+    """Place the content of one file at another path, by a hard link, a reflink or a copy.
 
     Args:
-        link: "auto" tries a hard link, then a reflink, then a copy; "hard" requires the link; "copy" makes the target
-            independent of the source (a reflink if the file system has them).
-        stop: ends a copy early, half done.
+        link: the value of --link. "auto" tries a hard link, then a reflink, then a copy. "hard" requires a hard link.
+            "copy" never makes one: it tries a reflink, which is as independent of the source as a copy, then a copy.
+        stop: when it is set, a copy stops. The target is then incomplete, although "copy" is returned. Whoever sets
+            `stop` must discard the target, as `atomic_folder` does.
+
+    Returns:
+        The method that was used: "hard", "reflink" or "copy".
 
     Raises:
-        ConfigError: "hard", and the link cannot be made.
+        ConfigError: `link` is "hard", and no hard link can be made.
     """
     source = source.resolve()  # the hub's cache holds symbolic links; link to the file itself
     if link in ("auto", "hard"):
@@ -198,24 +218,24 @@ def place(source: Path, target: Path, link: str, stop: threading.Event) -> str:
                 raise ConfigError(
                     f"--link hard: {target.parent} cannot hold a hard link to {source} ({error.strerror})"
                 ) from None
-    with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as write:
+    with open(source, "rb", buffering=0) as source_file, open(target, "wb", buffering=0) as target_file:
         try:
-            fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
+            fcntl.ioctl(target_file.fileno(), FICLONE, source_file.fileno())
             return "reflink"
-        except OSError:
+        except OSError:  # this file system has no reflinks
             pass
-        _copy(read.fileno(), write.fileno(), stop)
+        _copy(source_file.fileno(), target_file.fileno(), stop)
     return "copy"
 
 
-def _copy(read: int, write: int, stop: threading.Event) -> None:
+def _copy(source: int, target: int, stop: threading.Event) -> None:
     """Copy from one file descriptor to another until the end or until `stop` is set."""
     if sys.platform == "linux":  # on other systems sendfile only writes to sockets
-        while not stop.is_set() and os.sendfile(write, read, None, COPY_BYTES):
+        while not stop.is_set() and os.sendfile(target, source, None, COPY_BYTES):
             pass
-    while not stop.is_set() and (block := os.read(read, COPY_BYTES)):
-        while block:
-            block = block[os.write(write, block) :]
+    while not stop.is_set() and (block := os.read(source, COPY_BYTES)):
+        while block:  # one write may take a part only
+            block = block[os.write(target, block) :]
 
 
 def write_json(path: Path, value: Any) -> None:

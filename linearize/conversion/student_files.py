@@ -40,17 +40,19 @@ def write_student_files(
     """Write everything but the base's weights, and return the manifest.
 
     Args:
-        wait_for_weights: waits until the base's weights are in the folder, and returns how they got there.
+        calibration: the fitted parameters; None for their first values.
+        wait_for_weights: waits until the base's weights are in the folder. It returns the methods that placed them; see
+            `place_in_background`.
 
     Raises:
         CoverageError: the student's heads or tensors are not those of the plan.
     """
-    coverage = _converted_coverage(inspection)
+    coverage = _check_coverage(inspection)
     copy_assets(inspection.source.folder, folder)
     write_json(folder / "config.json", _student_config(inspection))
-    write_portable(folder, inspection.plan)
+    write_portable(folder, inspection.plan)  # the modelling code, for machines without this package
     placed = wait_for_weights()
-    weight_files = _complete_weights(folder, inspection, calibration)
+    weight_files = _write_added_and_index(folder, inspection, calibration)
     plan = inspection.plan.to_dict()
     document = {
         "format_version": MANIFEST_VERSION,
@@ -63,10 +65,12 @@ def write_student_files(
         "ignored_tensors": list(inspection.ignored),
         "parameters_added": inspection.added_parameters,
         "calibration": None if calibration is None else calibration.to_dict(),
+        # of one sequence: the recurrent states, and below the caches by length of context
         "state_bytes": inspection.state_bytes,
         "vocabulary": inspection.config["vocab_size"],
         "cache_bytes": {str(length): sizes for length, sizes in inspection.cache_bytes.items()},
         "weights": {"placed": placed, "files": weight_files, "bytes": inspection.weights.nbytes},
+        # a lone model.safetensors has no index
         "sha256": {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()},
         "versions": versions(),
     }
@@ -76,8 +80,11 @@ def write_student_files(
     return manifest
 
 
-def _converted_coverage(inspection: Inspection) -> dict[str, int]:
-    """Build the student without weights and count what became linear.
+def _check_coverage(inspection: Inspection) -> dict[str, int]:
+    """Check that the student has the linear heads and the tensors of the plan. It is built without weights for that.
+
+    Returns:
+        The coverage: numbers of layers and key/value heads, in all, planned to become linear and converted.
 
     Raises:
         CoverageError: the heads or the tensors are not those of the plan.
@@ -98,11 +105,12 @@ def _converted_coverage(inspection: Inspection) -> dict[str, int]:
             f"planned {planned['layers_planned']} layers and {planned['heads_planned']} heads, converted "
             f"{converted['layers_converted']} and {converted['heads_converted']}"
         )
+    # transformers renames and joins some tensors while it loads; files have the names from before that
     names = set(revert_weight_conversion(student, student.state_dict()))
     base_names, _ = expected_tensors(inspection.config, inspection.plan.base_model_type)
     expected = set(base_names) | set(inspection.added)
-    if names != expected:
-        raise CoverageError(f"the student's tensors differ from base and additions, first '{min(names ^ expected)}'")
+    if differing := names ^ expected:
+        raise CoverageError(f"the student's tensors differ from base and additions, first '{min(differing)}'")
     return {**planned, **converted}
 
 
@@ -118,10 +126,10 @@ def _student_config(inspection: Inspection) -> dict[str, Any]:
     return config
 
 
-def _complete_weights(folder: Path, inspection: Inspection, calibration: Calibration | None) -> list[str]:
+def _write_added_and_index(folder: Path, inspection: Inspection, calibration: Calibration | None) -> list[str]:
     """Write the added parameters and the index beside the base's weight files; return the names of all weight files."""
     weights = inspection.weights
-    renamed = {name: name for name in weights.files}
+    renamed = {name: name for name in weights.files}  # name in the student's folder by name in the base's
     if weights.files == (SINGLE,) and inspection.added:
         # readers take a lone model.safetensors for the whole model, so beside a second file it needs a shard's name
         renamed[SINGLE] = "model-00001-of-00002.safetensors"
@@ -136,6 +144,7 @@ def _complete_weights(folder: Path, inspection: Inspection, calibration: Calibra
     if files != [SINGLE]:
         metadata = {
             "total_parameters": inspection.base_parameters + inspection.added_parameters,
+            # bytes; added parameters are float32
             "total_size": sum(info.nbytes for info in weights.tensors.values()) + 4 * inspection.added_parameters,
         }
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

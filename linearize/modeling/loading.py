@@ -14,7 +14,7 @@ from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import (
     ADAPTER,
-    TOKENIZERS,
+    TOKENIZER_FILES,
     UNTRAINED_FILE,
     Student,
     read_tokenizer,
@@ -84,7 +84,7 @@ def load_tokenizer(folder: Path) -> Any:
     folder = Student.read(folder).weights_folder
     register_checkpoint(folder)
     if (tokenizer := read_tokenizer(folder)) is None:
-        raise ConfigError(f"MODEL: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); put the base's into it")
+        raise ConfigError(f"MODEL: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); put the base's into it")
     return tokenizer
 
 

@@ -28,7 +28,7 @@ from linearize.checkpoint.outputs import default_output
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import Student
 from linearize.checkpoint.weights import Weights, read_weights
-from linearize.checkpoint.writing import atomic_folder, check_space, check_target, placing, write_json
+from linearize.checkpoint.writing import atomic_folder, check_space, check_target, place_in_background, write_json
 from linearize.conversion.inspection import Inspection, inspect_source
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
@@ -99,7 +99,9 @@ def convert(
         with (
             atomic_folder(target, overwrite=overwrite) as folder,
             # in the background, while torch and transformers are imported
-            placing({weights.folder / name: folder / name for name in weights.files}, link) as wait_for_weights,
+            place_in_background(
+                {weights.folder / name: folder / name for name in weights.files}, link
+            ) as wait_for_weights,
         ):
             from linearize.conversion.student_files import write_student_files
 

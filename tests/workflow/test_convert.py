@@ -337,13 +337,13 @@ def test_a_copy_stops_when_the_checks_fail(tmp_path, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(os, "sendfile", slowly)
-    with pytest.raises(ZeroDivisionError), writing.placing({source: target}, "copy"):
+    with pytest.raises(ZeroDivisionError), writing.place_in_background({source: target}, "copy"):
         assert started.wait(10)
         threading.Timer(0.2, go_on.set).start()
         raise ZeroDivisionError
     assert target.stat().st_size < 4096
     monkeypatch.setattr(os, "sendfile", real)
-    with writing.placing({source: target}, "copy") as placed:
+    with writing.place_in_background({source: target}, "copy") as placed:
         assert placed() == "copy"
     assert target.read_bytes() == source.read_bytes()
 
