@@ -29,8 +29,8 @@ from linearize.ops.simple_gla import simple_gla
 SHARPNESS = 8.0
 # an assignment from 0 to 1 is a whole number of steps, in four bits
 STEPS = 15
-# of k-means
-ITERATIONS = 10
+# rounds of k-means (Lloyd's algorithm) after its first choice of centres
+K_MEANS_ROUNDS = 10
 # a cluster with a smaller count is empty: half a step
 LEAST_COUNT = 0.5 / STEPS
 
@@ -69,10 +69,11 @@ class VectorQuantized(Mixer):
 
     @torch.no_grad()
     def fit(self, q: Tensor, q_rotary: Tensor, k: Tensor, scale: float) -> None:
-        """Find the codes by k-means over keys; the distance of two keys is the mean square difference of their scores.
+        """Find the codes by k-means over keys.
 
-        Queries are rotated by the average rotation over the positions in `q_rotary`. Channels that rotate fast average
-        out and do not count. Computed in float64 and rounded, so that every run finds the same parameters.
+        The distance of two keys is the mean square difference of the scores that queries give them. Queries are rotated
+        by the average rotation over the positions in `q_rotary`. Channels that rotate fast average out and do not
+        count. Everything is computed in float64 and rounded, so that every run finds the same parameters.
         """
         group = self.site.group
         for j in range(len(self.site.heads)):
@@ -80,7 +81,9 @@ class VectorQuantized(Mixer):
             rotation = torch.linalg.lstsq(plain, rotated).solution
             queries = scale * plain @ rotation
             moment = queries.T @ queries / queries.shape[0]
+            # a Cholesky factor exists only if no direction is left without queries
             moment.diagonal().add_(1e-4 * moment.diagonal().mean() + 1e-12)
+            # maps keys to points whose squared distance is the mean square difference of scores
             metric = rotation @ torch.linalg.cholesky(moment)
             codes = _k_means(k[:, j].cpu().double() @ metric, self.codes)
             self.key_codes[j] = _rounded(SHARPNESS * codes @ metric.T)
@@ -136,47 +139,49 @@ class VectorQuantized(Mixer):
         )
 
 
-def _running_counts(s: Tensor, before: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Count the tokens assigned to each code, up to each token of its own document.
+def _running_counts(s: Tensor, initial: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Count, at each token, the tokens of its document so far that are assigned to each code.
 
     Args:
         s: the assignment, [B, T, J, codes].
-        before: counts that the first document starts from, [B, J, codes].
+        initial: counts that the first document starts from, [B, J, codes].
         segments: [B, T] document numbers, or None.
 
     Returns:
         counts [B, T, J, codes]; the last of them, [B, J, codes].
     """
     # a document's count is a difference of long sums, so it needs float64, which MPS lacks
-    wide = torch.cat([before[:, None], s], dim=1).to(s.dtype if s.device.type == "mps" else torch.float64)
+    addends = torch.cat([initial[:, None], s], dim=1).to(s.dtype if s.device.type == "mps" else torch.float64)
     # CUDA sums adjacent elements many times as fast
-    sums = wide.movedim(1, -1).contiguous().cumsum(-1).movedim(-1, 1) if s.is_cuda else wide.cumsum(1)
+    sums = addends.movedim(1, -1).contiguous().cumsum(-1).movedim(-1, 1) if s.is_cuda else addends.cumsum(1)
     if segments is None:
         counts = sums[:, 1:]
     else:
         slots = torch.arange(1, segments.shape[1], device=s.device)
+        # for each token, the slot where its document starts
         starts = torch.where(segments[:, 1:] != segments[:, :-1], slots, 0).cummax(-1).values
-        starts = F.pad(starts, (1, 0))  # slot of each token's document's first token
-        earlier = sums.gather(1, starts[:, :, None, None].expand_as(s))
-        counts = sums[:, 1:] - earlier * (starts > 0)[:, :, None, None]
+        starts = F.pad(starts, (1, 0))
+        sums_at_start = sums.gather(1, starts[:, :, None, None].expand_as(s))
+        # the first document goes on from the initial counts, every other starts at zero
+        counts = sums[:, 1:] - sums_at_start * (starts > 0)[:, :, None, None]
     counts = counts.to(s.dtype)
-    return counts, counts[:, -1] if counts.shape[1] else before
+    return counts, counts[:, -1] if counts.shape[1] else initial
 
 
 def _weights(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise the weights of the codes.
+    """Compute the weights of the codes: a softmax over mean scores, in which a code counts once for each of its keys.
 
     Args:
-        scores: sums of the scores of each code's keys, [..., codes].
+        scores: sum of the scores of each code's keys, [..., codes].
         counts: N_c, [..., codes].
 
     Returns:
         w_c / sum_c w_c N_c, [..., codes]; the logarithm of that sum, [..., 1].
     """
     empty, counts = counts <= LEAST_COUNT, counts.clamp(min=LEAST_COUNT)
-    means = scores / counts
-    log_sum = (means + counts.log()).masked_fill(empty, NEVER).logsumexp(-1, keepdim=True)
-    return (means - log_sum).masked_fill(empty, NEVER).exp(), log_sum
+    mean_scores = scores / counts
+    log_sum = (mean_scores + counts.log()).masked_fill(empty, NEVER).logsumexp(-1, keepdim=True)
+    return (mean_scores - log_sum).masked_fill(empty, NEVER).exp(), log_sum
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -185,18 +190,26 @@ def _rounded(x: Tensor) -> Tensor:
     return torch.ldexp((mantissa * 2**16).round() / 2**16, exponent)
 
 
-def _k_means(points: Tensor, count: int) -> Tensor:
-    """Return the centres [count, K] of clusters of points [N, K], the same at every call (k-means, from k-means++)."""
+def _k_means(points: Tensor, clusters: int) -> Tensor:
+    """Cluster points [N, D] with k-means and return the centres [clusters, D].
+
+    The first centres are chosen as in k-means++. The seed is fixed, so that every call returns the same.
+    """
     generator = torch.Generator().manual_seed(0)
     centres = points[:1]
-    distances = torch.full_like(points[:, 0], float("inf"))
-    for _ in range(1, count):
-        distances = torch.minimum(distances, (points - centres[-1]).square().sum(-1))
-        index = torch.multinomial(distances + 1e-12, 1, generator=generator)
+    # of each point to the nearest centre so far
+    squared_distances = torch.full_like(points[:, 0], float("inf"))
+    for _ in range(1, clusters):
+        to_newest = (points - centres[-1]).square().sum(-1)
+        squared_distances = torch.minimum(squared_distances, to_newest)
+        # 1e-12: where every point lies on a centre, all weights would be zero, and multinomial refuses that
+        index = torch.multinomial(squared_distances + 1e-12, 1, generator=generator)
         centres = torch.cat([centres, points[index]])
-    for _ in range(ITERATIONS):
+    for _ in range(K_MEANS_ROUNDS):
+        # nearest centre: |p - c|^2 is least where p.c - |c|^2 / 2 is largest
         nearest = (points @ centres.T - 0.5 * centres.square().sum(-1)).argmax(-1)
-        counts = torch.bincount(nearest, minlength=count)[:, None]
+        sizes = torch.bincount(nearest, minlength=clusters)[:, None]
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+        # a cluster without points keeps its centre
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
     return centres

@@ -83,7 +83,7 @@ def delta_rule_chunked(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `delta_rule_naive` chunk by chunk."""
+    """Compute the same as `delta_rule_naive`, chunk by chunk."""
     dtype, T, (B, _, J, K), V = state_dtype(q), q.shape[1], k.shape, v.shape[-1]
     state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if T == 0:
@@ -110,16 +110,19 @@ def delta_rule(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `delta_rule_naive` by the fastest operator available for these inputs.
+    """Compute the same as `delta_rule_naive`, by fla's kernel where that can serve these inputs, else in chunks.
 
-    Autocast is off inside: the state stays float32.
+    Autocast is off inside, so that the state stays float32.
+
+    Returns:
+        output [B, T, H, V] in v's dtype, final state [B, J, K, V].
     """
     keywords: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "segments": segments}
     decay = torch.zeros_like(beta) if log_decay is None else log_decay
     with torch.autocast(q.device.type, enabled=False):
         if erase is not None:
             # this kernel reads the undecayed state under its third input and subtracts the result under its fourth
-            ran = run_kernel(
+            result = run_kernel(
                 "fla.ops.generalized_delta_rule",
                 "chunk_dplr_delta_rule",
                 q,
@@ -127,18 +130,19 @@ def delta_rule(
                 **keywords,
             )
         elif decay.shape[-1] > 1:
-            ran = run_kernel("fla.ops.kda", "chunk_kda", q, lambda: [k, v, decay, beta.squeeze(-1)], **keywords)
+            result = run_kernel("fla.ops.kda", "chunk_kda", q, lambda: [k, v, decay, beta.squeeze(-1)], **keywords)
         else:  # without decay too, since fla's chunk_delta_rule takes no float32
-            ran = run_kernel(
+            result = run_kernel(
                 "fla.ops.gated_delta_rule",
                 "chunk_gated_delta_rule",
                 q,
                 lambda: [k, v, decay.squeeze(-1), beta.squeeze(-1)],
                 **keywords,
             )
-        if ran is None:
+        if result is None:  # no kernel for these inputs
             return delta_rule_chunked(q, k, v, beta, log_decay, erase=erase, **keywords)
-        return ran[0].to(v.dtype), ran[1]
+        output, state = result
+        return output.to(v.dtype), state
 
 
 def _delta_chunks(
@@ -181,8 +185,9 @@ def _delta_chunks(
     writes = (k * to_state).transpose(-1, -2)
     across = across.expand(*k.shape[:3], -1, 1)
     # each chunk is an affine map of the state: S_{n+1} = (across - writes keys) S_n + writes values
-    transition, increment = torch.diag_embed(across.squeeze(-1).expand(*k.shape[:3], k.shape[-1])), writes @ values
-    transition = transition - writes @ keys
+    channel_decays = across.squeeze(-1).expand(*k.shape[:3], k.shape[-1])
+    transition = torch.diag_embed(channel_decays) - writes @ keys
+    increment = writes @ values
     entering = []
     for T_n, I_n in zip(transition.unbind(2), increment.unbind(2)):
         entering.append(state)

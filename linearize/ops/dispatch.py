@@ -31,11 +31,11 @@ def without_kernels() -> Iterator[None]:
     Tuning takes minutes on an H200 the first time.
     """
     global _enabled
-    before, _enabled = _enabled, False
+    previous, _enabled = _enabled, False
     try:
         yield
     finally:
-        _enabled = before
+        _enabled = previous
 
 
 def run_kernel(
@@ -53,7 +53,7 @@ def run_kernel(
 
     Args:
         q: [B, T, H, K].
-        others: return its other inputs, [B, T, J, ...]; called only if they are needed.
+        others: return its other inputs, [B, T, J, ...]. Called only if there is a kernel, so that no cast is wasted.
         initial_state: [B, J, ...], zero when absent.
         segments: [B, T] document number of each token.
         adapt: wrap a kernel whose state has another layout.

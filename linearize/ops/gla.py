@@ -3,9 +3,9 @@
     S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T
     o_t = scale * S_t^T q_t
 
-Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G),
-K key dim, V value dim. The state is [B, J, K, V] and always float32 (float64 for float64 inputs): one state
-serves the whole query group, so grouped-query models pay for J states, not H.
+Shapes: B batch, T tokens, H query heads, J key/value heads (H = J * G, head h reads state h // G), K key dim, V value
+dim. The state is [B, J, K, V], float32 (float64 for float64 inputs). One state serves the whole query group, so
+grouped-query models pay for J states, not H.
 
 `gla_naive` is the definition; `gla_chunked` is the fast version with a hand-written backward; `gla` chooses.
 """
@@ -83,26 +83,22 @@ def gla_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Compute `gla_naive` in chunks of 64 or 32 tokens (arXiv 2312.06635, section 4).
 
-    No gate overflows, however strong. Where the decays across a chunk are mild, queries and keys are scaled from its
+    No decay overflows, however strong. Where the decays across a chunk are mild, queries and keys are scaled from its
     middle, by exponents of at most `MILD`. Elsewhere every exponent is a difference of cumulative log-decays, taken
     towards the past, and so at most zero.
     """
-    dtype = state_dtype(q)
-    T, (B, _, J, K), V = q.shape[1], k.shape, v.shape[-1]
-    if T == 0:
-        state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        return v.new_zeros(B, 0, q.shape[2], V), state
+    dtype, T, (B, _, J, K), V = state_dtype(q), q.shape[1], k.shape, v.shape[-1]
     state = q.new_zeros(B, J, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    if T == 0:
+        return v.new_zeros(B, 0, q.shape[2], V), state
     q_ = grouped(q, k).to(dtype)
     q_ = q_ if scale == 1.0 else q_ * scale
     # [B, J, N, C, (G,) ·]: chunks are a batch dimension
-    gates, size = chunks(log_decay.to(dtype), MILD_CHUNK), MILD_CHUNK
-    run = _MildGLA.apply
-    if not _is_mild(gates.cumsum(-2)):
-        gates, size = chunks(log_decay.to(dtype), CHUNK), CHUNK
-        run = _ChunkedGLA.apply
+    decays, size, operator = chunks(log_decay.to(dtype), MILD_CHUNK), MILD_CHUNK, _MildGLA.apply
+    if not _is_mild(decays.cumsum(-2)):
+        decays, size, operator = chunks(log_decay.to(dtype), CHUNK), CHUNK, _ChunkedGLA.apply
     q_, k_, v_ = (chunks(x.to(dtype), size) for x in (q_, k, v))
-    output, final = run(q_, k_, v_, gates, state, segment_chunks(segments, size))
+    output, final = operator(q_, k_, v_, decays, state, segment_chunks(segments, size))
     return unchunked(output, T).to(v.dtype), final
 
 
@@ -116,25 +112,32 @@ def gla(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `gla_naive` by the fastest operator available for these inputs.
+    """Compute the same as `gla_naive`, by fla's kernel where that can serve these inputs, else by `gla_chunked`.
 
-    Autocast is off inside: the state stays float32.
+    Autocast is off inside, so that the state stays float32.
+
+    Returns:
+        output [B, T, H, V] in v's dtype, final state [B, J, K, V].
     """
     keywords: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "segments": segments}
+
+    def kernel_inputs() -> list[Tensor]:
+        return [k.to(q.dtype), v.to(q.dtype), log_decay.float()]
+
     with torch.autocast(q.device.type, enabled=False):
-        ran = run_kernel(
-            "fla.ops.gla", "chunk_gla", q, lambda: [k.to(q.dtype), v.to(q.dtype), log_decay.float()], **keywords
-        )
-        if ran is None:
+        result = run_kernel("fla.ops.gla", "chunk_gla", q, kernel_inputs, **keywords)
+        if result is None:  # no kernel for these inputs
             operator = gla_naive if q.shape[1] == 1 else gla_chunked
             return operator(q, k, v, log_decay, **keywords)
-        return ran[0].to(v.dtype), ran[1]
+        output, state = result
+        return output.to(v.dtype), state
 
 
 class _MildGLA(torch.autograd.Function):
     """Compute chunks of mild decays as linear attention between q exp(b - r) and k exp(r - b).
 
-    b are the cumulative log-decays, r half of a chunk's: a constant that cancels everywhere. Shapes: see `_ChunkedGLA`.
+    b are the cumulative log-decays. r lies halfway between the first and the last b of a chunk, and cancels everywhere.
+    Shapes: see `_ChunkedGLA`.
     """
 
     @staticmethod
@@ -270,8 +273,9 @@ def intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     differences are formed directly.
     """
     if (scales := _scales_where_mild(b)) is not None:
-        grown = (q * scales[0][..., None, :]).flatten(3, 4)
-        scores = grown @ (k * scales[1]).transpose(-1, -2)
+        grow, shrink = scales
+        grown = (q * grow[..., None, :]).flatten(3, 4)
+        scores = grown @ (k * shrink).transpose(-1, -2)
         return scores.unflatten(3, q.shape[3:5]).mul_(_causal(b))
     scores = q.new_zeros(*q.shape[:-1], CHUNK)
     flat = scores.flatten(3, 4)
@@ -292,7 +296,8 @@ def intra_scores(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
 def intra_backward(q: Tensor, k: Tensor, b: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of `intra_scores` with respect to q and k, from which that of b follows."""
     if (scales := _scales_where_mild(b)) is not None:
-        grow, shrink = scales[0][..., None, :], scales[1]
+        grow, shrink = scales
+        grow = grow[..., None, :]
         d_scores = (d_scores * _causal(b)).flatten(3, 4)
         dk = (d_scores.transpose(-1, -2) @ (q * grow).flatten(3, 4)) * shrink
         return (d_scores @ (k * shrink)).unflatten(3, q.shape[3:5]) * grow, dk
@@ -324,8 +329,9 @@ def intra_read(scores: Tensor, k: Tensor, b: Tensor) -> Tensor:
         [B, J, N, C, G, K].
     """
     if (scales := _scales_where_mild(b)) is not None:
-        read = (scores * _causal(b)).flatten(3, 4) @ (k * scales[1])
-        return read.unflatten(3, scores.shape[3:5]) * scales[0][..., None, :]
+        grow, shrink = scales
+        read = (scores * _causal(b)).flatten(3, 4) @ (k * shrink)
+        return read.unflatten(3, scores.shape[3:5]) * grow[..., None, :]
     output = scores.new_empty(*scores.shape[:-1], k.shape[-1])
     for start in range(0, CHUNK, SUBCHUNK):
         rows, past = slice(start, start + SUBCHUNK), slice(0, start)
@@ -350,7 +356,7 @@ def _mild_scales(b: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scales_where_mild(b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the scales from each chunk's middle if all decays are mild."""
+    """Return the two scales of `_mild_scales` from each chunk's middle if all decays are mild, else None."""
     return _mild_scales(b, 0.5 * (b[..., :1, :] + b[..., -1:, :])) if _is_mild(b) else None
 
 
@@ -360,7 +366,11 @@ def _causal(b: Tensor) -> Tensor:
 
 
 def _decay_between(b: Tensor, rows: slice, past: slice) -> tuple[Tensor, Tensor]:
-    """Return the decays from the last token before `rows` to each row, and from each past token to it; at most one."""
+    """Return the decays on both sides of the last token before `rows`, all at most 1.
+
+    Returns:
+        from that token to each row [..., c, 1, K]; from each past token to that token.
+    """
     reference = b[..., rows.start - 1 : rows.start, :]
     return (b[..., rows, :] - reference).exp_()[..., None, :], (reference - b[..., past, :]).exp_()
 

@@ -41,7 +41,9 @@ def gsa(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute both passes by the fastest operator available for these inputs.
+    """Compute both passes, by fla's kernel where that can serve these inputs.
+
+    Autocast is off inside, so that the state stays float32.
 
     Args:
         q: [B, T, H, K]. k: [B, T, J, K]. v: [B, T, J, V]. s, log_decay: as in `slot_scores`.
@@ -52,28 +54,27 @@ def gsa(
         output [B, T, H, V] in v's dtype, final state [B, J, M, K + V].
     """
     keywords: dict[str, Any] = {"initial_state": initial_state, "segments": segments}
+
+    def kernel_inputs() -> list[Tensor]:
+        return [k.to(q.dtype), v.to(q.dtype), s.to(q.dtype), log_decay.float()]
+
     with torch.autocast(q.device.type, enabled=False):
-        ran = run_kernel(
-            "fla.ops.gsa",
-            "chunk_gsa",
-            q,
-            lambda: [k.to(q.dtype), v.to(q.dtype), s.to(q.dtype), log_decay.float()],
-            adapt=_on_one_state,
-            scale=1.0,
-            **keywords,
+        result = run_kernel(
+            "fla.ops.gsa", "chunk_gsa", q, kernel_inputs, adapt=_with_joined_state, scale=1.0, **keywords
         )
-    if ran is not None:
-        return ran[0].to(v.dtype), ran[1]
-    key_state = values = None
+    if result is not None:
+        output, state = result
+        return output.to(v.dtype), state
+    key_state = value_state = None
     if initial_state is not None:
-        key_state, values = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
-    scores, keys = slot_scores(q, k, s, log_decay, initial_state=key_state, segments=segments)
-    output, values = gla(scores.softmax(-1), s, v, log_decay, initial_state=values, segments=segments)
-    return output, torch.cat([keys, values], dim=-1)
+        key_state, value_state = initial_state.split([k.shape[-1], v.shape[-1]], dim=-1)
+    scores, key_state = slot_scores(q, k, s, log_decay, initial_state=key_state, segments=segments)
+    output, value_state = gla(scores.softmax(-1), s, v, log_decay, initial_state=value_state, segments=segments)
+    return output, torch.cat([key_state, value_state], dim=-1)
 
 
-def _on_one_state(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Wrap fla's kernel, which stores keys [K, M] and values [M, V] apart."""
+def _with_joined_state(kernel: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Wrap fla's kernel so that its state is [M, K + V]. The kernel stores keys [K, M] and values [M, V] apart."""
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, *gates: Tensor, initial_state: Tensor | None = None, **keywords: Any
@@ -121,10 +122,10 @@ def slot_scores(
 
 
 class _ChunkedSlots(torch.autograd.Function):
-    """Compute forward and backward over chunks: q is [B, J, N, C, G, K], k [B, J, N, C, K], s and g [B, J, N, C, M].
+    """Compute forward and backward over chunks.
 
-    Inside a chunk this is gated linear attention reversed: its forward is the backward of `intra_scores`, and its
-    backward the forward.
+    q is [B, J, N, C, G, K], k [B, J, N, C, K], s and g are [B, J, N, C, M]. Inside a chunk this is gated linear
+    attention reversed: its forward is the backward of `intra_scores`, and its backward the forward.
     """
 
     @staticmethod

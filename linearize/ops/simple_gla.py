@@ -1,4 +1,6 @@
-"""Linear attention with one decay per head, or none (RetNet, arXiv 2307.08621; SSD, arXiv 2405.21060, section 6).
+"""Gated linear attention (GLA) with one decay per head, or none.
+
+RetNet (arXiv 2307.08621) and SSD (arXiv 2405.21060, section 6) have this form.
 
     S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T
     o_t = scale * S_t^T q_t
@@ -63,29 +65,32 @@ def simple_gla(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `simple_gla_chunked` by the fastest operator available for these inputs.
+    """Compute the same as `simple_gla_chunked`, by fla's kernel where that can serve these inputs.
 
-    Autocast is off inside: the state stays float32.
+    Autocast is off inside, so that the state stays float32.
+
+    Returns:
+        output [B, T, H, V] in v's dtype, final state [B, J, K, V].
     """
     keywords: dict[str, Any] = {"scale": scale, "initial_state": initial_state, "segments": segments}
-    gates = [] if log_decay is None else [log_decay]
+
+    def kernel_inputs() -> list[Tensor]:
+        decays = [] if log_decay is None else [log_decay.float()]
+        return [k.to(q.dtype), v.to(q.dtype), *decays]
+
     with torch.autocast(q.device.type, enabled=False):
-        ran = run_kernel(
-            "fla.ops.simple_gla",
-            "chunk_simple_gla",
-            q,
-            lambda: [k.to(q.dtype), v.to(q.dtype), *(g.float() for g in gates)],
-            **keywords,
-        )
-        if ran is None:
+        result = run_kernel("fla.ops.simple_gla", "chunk_simple_gla", q, kernel_inputs, **keywords)
+        if result is None:  # no kernel for these inputs
             return simple_gla_chunked(q, k, v, log_decay, **keywords)
-        return ran[0].to(v.dtype), ran[1]
+        output, state = result
+        return output.to(v.dtype), state
 
 
 class _ChunkedSimpleGLA(torch.autograd.Function):
-    """Compute forward and backward over chunks: q [B, J, N, C, G, K], k and v [B, J, N, C, ·], b [B, J, N, C].
+    """Compute forward and backward over chunks.
 
-    b are the cumulative log-decays of each chunk, or None.
+    q is [B, J, N, C, G, K], k and v are [B, J, N, C, ·]. b [B, J, N, C] are the cumulative log-decays of each chunk, or
+    None.
     """
 
     @staticmethod
