@@ -1,8 +1,8 @@
 """Measure perplexity at given lengths and by position, and how far each model diverges from the base.
 
-Text is cut into windows of `length` tokens, and each window is predicted from its own start. The standard error is over
-windows, because tokens of one window are not independent. Perplexity per word (split at white space) and per byte does
-not depend on the tokenizer.
+Text is cut into windows of `length` tokens, and each window is predicted from its own start. These windows of text have
+nothing to do with the window of attention. The standard error is over windows, because tokens of one window are not
+independent. Perplexity per word (split at white space) and per byte does not depend on the tokenizer.
 
 With y the tokens of a window, p the base's distribution and q the model's:
 
@@ -81,7 +81,7 @@ def measure_perplexity(context: EvaluationContext, length: int, max_tokens: int,
     """Score consecutive windows under every model.
 
     Args:
-        length: tokens of a window.
+        length: tokens of a window of text.
         max_tokens: tokens of all windows together; one window at least.
         window_off: score the student with its window off, too.
     """
@@ -89,7 +89,7 @@ def measure_perplexity(context: EvaluationContext, length: int, max_tokens: int,
     from linearize.evaluation.window_scores import BaseOutputs, WindowScores, score_window, windows_of
     from linearize.modeling.readout import readout_of
 
-    names = context.available([*SCORED_MODELS, *[WINDOW_OFF] * window_off])
+    names = context.available([*SCORED_MODELS, WINDOW_OFF] if window_off else SCORED_MODELS)
     scores = {name: WindowScores() for name in names}
     windows = windows_of(context.text, length, max_tokens)
     base_outputs = BaseOutputs(context.work / f"base-{length}", len(windows), on_disk=not context.all_in_memory)
@@ -117,40 +117,50 @@ def measure_perplexity(context: EvaluationContext, length: int, max_tokens: int,
 def _metrics(
     context: EvaluationContext, length: int, windows: Tensor, scores: dict[str, WindowScores]
 ) -> tuple[Metric, ...]:
+    """Make the metrics of one length from the scores of its windows [windows, length]."""
+    # the first token of a window is not predicted
     texts = [context.tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows]
     nats = {name: [x.sum().item() for x in score.losses] for name, score in scores.items()}
-    # divided by the mean over all windows, so that the mean of the quotients is the sum of nats by the sum of units
-    words = max(1, sum(len(text.split()) for text in texts)) / len(texts)
-    size = max(1, sum(len(text.encode()) for text in texts)) / len(texts)
+    words = sum(len(text.split()) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    # Each window's nats are divided by the mean word (byte) count of a window, not by its own: then the mean over
+    # windows is all nats by all words (bytes).
+    words_per_window = max(1, words) / len(texts)
+    bytes_per_window = max(1, size) / len(texts)
 
-    def per(units: float) -> dict[str, list[float]]:
-        return {name: [value / units for value in values] for name, values in nats.items()}
+    def nats_per(units_per_window: float) -> dict[str, list[float]]:
+        return {name: [value / units_per_window for value in values] for name, values in nats.items()}
 
-    others = {name: score for name, score in scores.items() if name != BASE}
+    all_but_base = {name: score for name, score in scores.items() if name != BASE}
     return (
-        make_metric(f"perplexity@{length}", "lower", per(length - 1), exponentiate=True),
-        make_metric(f"word_perplexity@{length}", "lower", per(words), exponentiate=True),
-        make_metric(f"byte_perplexity@{length}", "lower", per(size), exponentiate=True),
-        make_metric(f"bits_per_byte@{length}", "lower", per(size * math.log(2))),
-        make_metric(f"kl@{length}", "lower", {name: score.kl for name, score in others.items()}),
-        make_metric(f"agreement@{length}", "higher", {name: score.agreement for name, score in others.items()}),
+        make_metric(f"perplexity@{length}", "lower", nats_per(length - 1), exponentiate=True),
+        make_metric(f"word_perplexity@{length}", "lower", nats_per(words_per_window), exponentiate=True),
+        make_metric(f"byte_perplexity@{length}", "lower", nats_per(bytes_per_window), exponentiate=True),
+        # nats / ln 2 = bits
+        make_metric(f"bits_per_byte@{length}", "lower", nats_per(bytes_per_window * math.log(2))),
+        make_metric(f"kl@{length}", "lower", {name: score.kl for name, score in all_but_base.items()}),
+        make_metric(f"agreement@{length}", "higher", {name: score.agreement for name, score in all_but_base.items()}),
     )
 
 
 def _by_position(length: int, scores: dict[str, WindowScores]) -> list[dict[str, float]]:
+    """Return the perplexity of every model over each range of `position_buckets`, a row for each."""
     import torch
 
     losses = {name: torch.stack(score.losses) for name, score in scores.items()}
     rows = []
     for start, end in position_buckets(length):
-        # position p is the p-th token after the first
-        means = {name: values[:, start - 1 : end - 1].mean().exp().item() for name, values in losses.items()}
-        rows.append({"start": start, "end": end, **means})
+        # losses[:, i] is the loss of token i + 1, since the first token is not predicted
+        perplexities = {name: values[:, start - 1 : end - 1].mean().exp().item() for name, values in losses.items()}
+        rows.append({"start": start, "end": end, **perplexities})
     return rows
 
 
 def position_buckets(length: int) -> Iterator[tuple[int, int]]:
-    """Yield position ranges [start, end) that double towards the end: the first 64, then 64 to 128, and so on."""
+    """Yield ranges of positions [start, end), each twice as long as the one before: 1 to 64, 64 to 128, and so on.
+
+    Position 0 is left out, since the first token is not predicted.
+    """
     start, end = 1, 64
     while start < length:
         yield start, min(end, length)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from linearize.evaluation.context import EvaluationContext
     from linearize.evaluation.suite import Suite
 
-# the harness's names of scores per item; the first that a task has is reported
+# the harness's names of scores per item; the first that a task has is reported. Higher is better in all of them:
+# perplexities and other scores that are better when lower are left out. A task file's `higher_is_better` is not read.
 ITEM_SCORES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "f1")
 # requests of like length that go through a model together
 BATCH = 4
@@ -79,6 +80,11 @@ def load_tasks(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
 
 
 def _load_with_data(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
+    """Return the task objects by name, with their data: from this machine if it has them, else from the hub.
+
+    Raises:
+        ConfigError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+    """
     manager = _task_manager(folder)
     for name in names:
         if name not in manager.all_tasks:
@@ -105,8 +111,11 @@ def task_fingerprint(task: Any, limit: int | None) -> str:
 
 
 def measure_task(context: EvaluationContext, name: str, task: Any, limit: int | None) -> StageResult:
-    """Run one task for base, student, window + sinks and the baselines on request."""
-    key = {
+    """Run one task for every model, and make a metric of each of its scores.
+
+    The models are base, student and window + sinks, and of the other `ANSWERING_MODELS` those that the suite asks for.
+    """
+    cache_key = {
         "base": context.base_fingerprint,
         "tokenizer": tokenizer_fingerprint(context.tokenizer),
         "task": task_fingerprint(task, limit),
@@ -115,30 +124,35 @@ def measure_task(context: EvaluationContext, name: str, task: Any, limit: int | 
         "lm_eval": importlib.metadata.version("lm_eval"),
     }
 
-    def answer(model_name: str, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-        def run() -> dict[str, dict[str, Any]]:
-            scores = _run(context, model, name, task, limit)
+    def evaluate_model(model_name: str, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        def evaluate_and_report() -> dict[str, dict[str, Any]]:
+            scores = _run_lm_eval(context, model, name, task, limit)
             context.progress(f"{name}: {model_name} done")
             return scores
 
-        if model_name != BASE:
-            return run()
-        base_key = {**key, "dtype": str(model.dtype)}
-        return cached_on_disk(
-            "tasks", base_key, run, lambda: context.progress(f"{name}: the base's answers are at hand")
-        )
+        def report_cached() -> None:
+            context.progress(f"{name}: base results read from the cache")
 
-    scores = context.for_each_model(ANSWERING_MODELS, answer)
-    data = f"{name} {fingerprint_of([*itertools.islice(task.eval_docs, limit)])[:16]}, limit {limit}"
+        if model_name != BASE:
+            return evaluate_and_report()
+        base_key = {**cache_key, "dtype": str(model.dtype)}
+        return cached_on_disk("tasks", base_key, evaluate_and_report, on_hit=report_cached)
+
+    scores = context.for_each_model(ANSWERING_MODELS, evaluate_model)
+    items = [*itertools.islice(task.eval_docs, limit)]
+    data = f"{name} {fingerprint_of(items)[:16]}, limit {limit}"
     metrics = []
     for metric, record in scores[STUDENT].items():
-        units = {model_name: records[metric]["units"] for model_name, records in scores.items()}
-        right_or_wrong = all(value in (0.0, 1.0) for values in units.values() for value in values)
-        metrics.append(make_metric(metric, "higher", units, chance=record["chance"], items=right_or_wrong, data=data))
+        item_scores = {model_name: records[metric]["units"] for model_name, records in scores.items()}
+        # items that are right or wrong are compared by McNemar's test
+        right_or_wrong = all(score in (0.0, 1.0) for model_scores in item_scores.values() for score in model_scores)
+        metrics.append(
+            make_metric(metric, "higher", item_scores, chance=record["chance"], items=right_or_wrong, data=data)
+        )
     return StageResult(metrics=tuple(metrics))
 
 
-def _run(
+def _run_lm_eval(
     context: EvaluationContext, model: PreTrainedModel, name: str, task: Any, limit: int | None
 ) -> dict[str, dict[str, Any]]:
     """Run a task and collect its scores per item.
@@ -170,6 +184,7 @@ def _run(
         if score is None:
             raise ConfigError(f"--tasks: {name} scores none of {', '.join(ITEM_SCORES)} item by item")
         choices = [len(sample["arguments"]) for sample in samples]
+        # only accuracy over given choices says what guessing scores
         chance = sum(1 / n for n in choices) / len(choices) if score == "acc" and min(choices) > 1 else None
         metric = f"{name}_{score}" + (f"_{reading}" if len(by_reading) > 1 else "")
         units = [float(sample[score]) for sample in samples]
@@ -178,6 +193,11 @@ def _run(
 
 
 def _task_manager(folder: Path | None) -> Any:
+    """Return the harness's index of tasks: its own, or those of the task files in `folder` alone.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or there is no such folder.
+    """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -195,12 +215,12 @@ def _offline() -> Iterator[None]:
     import datasets
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    previous = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = previous
 
 
 MEASUREMENT = Tasks()

@@ -11,8 +11,9 @@ from linearize.errors import ConfigError
 from linearize.report.results import BASE, SCHEMA_VERSION, STUDENT, Gate, Metric, Results, Value
 
 # standard errors of the difference that count as noise; two are about 95% of a normal spread
-NOISE_ERRORS = 2.0
-# relative difference that a value without a spread may show on another machine
+NOISE_STANDARD_ERRORS = 2.0
+# difference that a number without a spread may show on another machine. It is relative to a student's value. It is
+# absolute for a difference from the base, which can be zero, and which is of logarithms for perplexities.
 ROUNDING = 1e-4
 # schema version -> metrics that have meant something else since
 REDEFINED = {3: ("bits_per_byte", "repetition", "distinct2", "length", "stopped")}
@@ -20,9 +21,13 @@ REDEFINED = {3: ("bits_per_byte", "repetition", "distinct2", "length", "stopped"
 
 @dataclass(frozen=True)
 class OlderMetric:
-    """One metric of an earlier run. `value` and `difference` are the student's, `base` is the base's value.
+    """One metric of an earlier run.
 
-    `data` names the metric's own data. It is empty if that is the text of the whole run, and before schema version 3.
+    Attributes:
+        value: the student's value.
+        base: the base's value.
+        difference: the student's difference from the base.
+        data: names the metric's own data; empty if that is the text of the whole run, and before schema version 3.
     """
 
     value: Value | None
@@ -72,6 +77,7 @@ def read_older(path: Path) -> OlderResults:
 
 
 def _older_metric(item: dict[str, Any], version: int) -> OlderMetric:
+    """Read one metric of a results.json of that schema version."""
     values = item["values"]
     # differences of an older schema were computed otherwise
     difference = _older_value(item.get("difference")) if version == SCHEMA_VERSION else None
@@ -121,7 +127,7 @@ def check_common(older: OlderResults, names: Iterable[str]) -> None:
 def regression_gates(older: OlderResults, results: Results) -> tuple[tuple[Gate, ...], tuple[str, ...]]:
     """Make a gate for every metric that both runs have: the student is not worse than before by more than the noise.
 
-    The student is counted from its base where both runs have the same base.
+    Where both runs have the same base, the student's difference from the base is judged in place of its value.
 
     Returns:
         The gates, and a note on metrics that an older schema defines otherwise.
@@ -134,18 +140,18 @@ def regression_gates(older: OlderResults, results: Results) -> tuple[tuple[Gate,
     gates: list[Gate] = []
     not_compared: list[str] = []
     for metric in results.metrics:
-        before, student = older.metrics.get(metric.name), metric.values.get(STUDENT)
-        if before is None or before.value is None or student is None:
+        older_metric, student = older.metrics.get(metric.name), metric.values.get(STUDENT)
+        if older_metric is None or older_metric.value is None or student is None:
             continue
-        if metric.name.partition("@")[0] in redefined or (metric.data and not before.data):
+        if metric.name.partition("@")[0] in redefined or (metric.data and not older_metric.data):
             not_compared.append(metric.name)
             continue
-        if before.data != metric.data:
+        if older_metric.data != metric.data:
             raise ConfigError(
                 f"--compare: {metric.name} of {older.path} was measured on other data "
-                f"({before.data}, here {metric.data})"
+                f"({older_metric.data}, here {metric.data})"
             )
-        gates.append(_regression_gate(metric, before.value, student, before))
+        gates.append(_regression_gate(metric, student, older_metric, older_metric.value))
     if not gates:
         raise ConfigError(f"--compare: {older.path} and this run have no metric in common")
     if not not_compared:
@@ -154,23 +160,38 @@ def regression_gates(older: OlderResults, results: Results) -> tuple[tuple[Gate,
     return tuple(gates), (note,)
 
 
-def _regression_gate(metric: Metric, was: Value, now: Value, before: OlderMetric) -> Gate:
-    """Judge one metric by the student's value in both runs, or by its difference from the base they share."""
-    words, floor = "worse than before", ROUNDING * abs(was.mean)
-    if before.difference is not None and metric.difference is not None and _same_base(before, metric):
+def _regression_gate(metric: Metric, new_value: Value, older_metric: OlderMetric, old_value: Value) -> Gate:
+    """Judge how much worse the student has become in one metric.
+
+    If both runs have the same base, the student's differences from the base are compared. Otherwise the student's
+    values are compared.
+
+    The gate allows `NOISE_STANDARD_ERRORS` standard errors of the comparison, or the rounding if that is more. An
+    unknown error counts as zero. So where both errors are unknown, the rounding alone is allowed.
+
+    Args:
+        new_value, old_value: the student's value in this run and in the older run.
+    """
+    condition, rounding = "worse than before", ROUNDING * abs(old_value.mean)
+    if older_metric.difference is not None and metric.difference is not None and _same_base(older_metric, metric):
         # the noise of the base's own value cancels
-        was, now = before.difference, metric.difference
-        words, floor = "further behind the base than before", ROUNDING
-    loss = (now.mean - was.mean) * (1 if metric.better == "lower" else -1)
-    errors = [error for error in (now.error, was.error) if math.isfinite(error)]
-    noise = max(NOISE_ERRORS * math.hypot(*errors), floor)
-    return Gate(f"{metric.name} {words} by <= {noise:.4g}", loss, math.isfinite(loss) and loss <= noise)
+        new_value, old_value = metric.difference, older_metric.difference
+        condition, rounding = "further behind the base than before", ROUNDING
+    sign = 1 if metric.better == "lower" else -1
+    worsening = (new_value.mean - old_value.mean) * sign
+    known_errors = [error for error in (new_value.error, old_value.error) if math.isfinite(error)]
+    noise = max(NOISE_STANDARD_ERRORS * math.hypot(*known_errors), rounding)
+    passed = math.isfinite(worsening) and worsening <= noise
+    return Gate(f"{metric.name} {condition} by <= {noise:.4g}", worsening, passed)
 
 
-def _same_base(before: OlderMetric, metric: Metric) -> bool:
-    """Return True if both runs have a base of the same value, and know how far their students are from it."""
+def _same_base(older_metric: OlderMetric, metric: Metric) -> bool:
+    """Return True if the bases of both runs have the same value, and the error of both students' difference is known.
+
+    Bases are told apart by this value alone, so two models that score alike count as one.
+    """
     base = metric.values.get(BASE)
-    if before.base is None or base is None or before.difference is None or metric.difference is None:
+    if older_metric.base is None or base is None or older_metric.difference is None or metric.difference is None:
         return False
-    errors_known = math.isfinite(before.difference.error) and math.isfinite(metric.difference.error)
-    return errors_known and math.isclose(before.base.mean, base.mean, rel_tol=ROUNDING)
+    errors_known = math.isfinite(older_metric.difference.error) and math.isfinite(metric.difference.error)
+    return errors_known and math.isclose(older_metric.base.mean, base.mean, rel_tol=ROUNDING)

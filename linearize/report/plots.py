@@ -42,11 +42,12 @@ def draw(plot: Plot) -> "Figure":
 
 
 def _draw_map(figure: "Figure", axes: "Axes", grid: list[list[float | None]]) -> None:
-    """Draw a heat map, grey where there is no value."""
+    """Draw a heat map, grey where there is no value. Short rows are filled up with grey."""
     import matplotlib
 
     width = max(len(row) for row in grid)
-    values = [[math.nan if value is None else value for value in row] + [math.nan] * (width - len(row)) for row in grid]
+    padded = [[*row, *[None] * (width - len(row))] for row in grid]
+    values = [[math.nan if value is None else value for value in row] for row in padded]
     palette = matplotlib.colormaps["viridis"].with_extremes(bad=GREY)
     image = axes.imshow(values, aspect="auto", cmap=palette, vmin=0.0, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="share of the norm")
@@ -55,20 +56,20 @@ def _draw_map(figure: "Figure", axes: "Axes", grid: list[list[float | None]]) ->
 def _draw_bars(axes: "Axes", plot: Plot) -> None:
     """Draw the lines as bars side by side over named places."""
     width = BAR_WIDTH / len(plot.lines)
-    for number, (label, line) in enumerate(plot.lines.items()):
-        centres = [x - BAR_WIDTH / 2 + width * (number + 0.5) for x in line.x]
+    for index, (label, line) in enumerate(plot.lines.items()):
+        centres = [x - BAR_WIDTH / 2 + width * (index + 0.5) for x in line.x]
         axes.bar(centres, line.y, width, label=label, color=plot.colours[label])
     axes.set_xticks(range(len(plot.ticks)), plot.ticks)
     axes.grid(alpha=0.25, axis="y")
 
 
 def _draw_lines(axes: "Axes", plot: Plot) -> None:
-    """Draw lines with error bars over a logarithmic x axis."""
-    for number, (label, line) in enumerate(plot.lines.items()):
+    """Draw lines with error bars over a logarithmic x axis. A point with an unknown error has no visible bar."""
+    for index, (label, line) in enumerate(plot.lines.items()):
         errors = [0.0 if error is None or math.isnan(error) else error for error in line.errors]
         axes.errorbar(
             line.x, line.y, yerr=errors, label=label, color=plot.colours[label], marker="o", ms=4, capsize=2,
-            zorder=20 - number,  # base and student come first and lie on top
+            zorder=20 - index,  # earlier lines are drawn on top: base and student come first
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")

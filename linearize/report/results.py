@@ -222,18 +222,19 @@ def _recovery(units: dict[str, list[float]], better: str) -> float | None:
         return None
     sign = 1 if better == "lower" else -1
 
-    def loss_of(model: str) -> Value:
+    def shortfall(model: str) -> Value:
+        """Return how much worse a model is than the base."""
         return mean_and_error([sign * (ours - base) for ours, base in zip(units[model], units[BASE], strict=True)])
 
-    window_loss = loss_of(WINDOW)
-    return 1 - loss_of(STUDENT).mean / window_loss.mean if exceeds_noise(window_loss) else None
+    window_shortfall = shortfall(WINDOW)
+    return 1 - shortfall(STUDENT).mean / window_shortfall.mean if exceeds_noise(window_shortfall) else None
 
 
 def exceeds_noise(difference: Value) -> bool:
     """Return True if a mean of paired differences is above zero beyond chance (Student's t, two-sided, 5%)."""
     if difference.n < 2:
         return False
-    # 1e-9: rounding alone makes no loss
+    # 1e-9: rounding alone is no difference
     return difference.mean > max(1e-9, student_quantile(difference.n - 1) * difference.error)
 
 

@@ -1,6 +1,7 @@
 """Compute errors and tests: bootstrap and sign flips over independent units, exact McNemar for right-or-wrong items.
 
-All of them are seeded and therefore repeatable.
+A unit is what is measured once: a window of text, a row or an item. What draws random numbers is seeded and therefore
+repeatable.
 """
 
 import math
@@ -23,15 +24,20 @@ QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182}
 def bootstrap_error(
     values: Sequence[float], statistic: Callable[[Any], Any] = lambda mean: mean, seed: int = 0
 ) -> float:
-    """Return the standard error of statistic(mean of the values) over resampled units, NaN for a single unit.
+    """Return the bootstrapped standard error of statistic(mean of the values), NaN for a single unit.
 
-    Resamples spread too little, by sqrt((n - 1) / n), which matters for few units. The result is corrected for it
-    (Efron and Tibshirani 1993, section 5.3).
+    The bootstrap underestimates the standard error of a mean by the factor sqrt((n - 1) / n), which matters for few
+    units. The result is divided by it (Efron and Tibshirani 1993, section 5.3).
+
+    Args:
+        values: one value for each of n independent units.
+        statistic: a function of the mean, applied to an array of means.
     """
     n = len(values)
     if n < 2:
         return math.nan
-    return float(statistic(_resampled_means(values, seed)).std(ddof=1)) * math.sqrt(n / (n - 1))
+    spread = float(statistic(_resampled_means(values, seed)).std(ddof=1))
+    return spread * math.sqrt(n / (n - 1))
 
 
 def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float | None:
@@ -49,13 +55,15 @@ def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float | None:
     # a choice of signs counts if its sum is as far from 0, up to rounding
     threshold = abs(values.sum()) * (1 - 1e-12)
     if n <= EXACT_UNITS:
-        signs = 1 - 2 * (numpy.arange(2**n)[:, None] >> numpy.arange(n) & 1)
+        # the bits of the numbers from 0 to 2^n - 1 are every choice of signs
+        bits = numpy.arange(2**n)[:, None] >> numpy.arange(n) & 1
+        signs = 1 - 2 * bits
         return float((abs(signs @ values) >= threshold).mean())
     generator = numpy.random.default_rng(seed)
     count = 0
     for _ in range(FLIPS // BLOCK):
-        block = 1 - 2 * generator.integers(2, size=(BLOCK, n), dtype=numpy.int8)
-        count += int((abs(block @ values) >= threshold).sum())
+        signs = 1 - 2 * generator.integers(2, size=(BLOCK, n), dtype=numpy.int8)
+        count += int((abs(signs @ values) >= threshold).sum())
     # the choice that was observed counts as one more
     return (1 + count) / (1 + FLIPS)
 
@@ -81,7 +89,11 @@ def student_quantile(freedom: int) -> float:
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the exact two-sided p-value of two models being right equally often on the same items (0 or 1 each)."""
+    """Return the exact two-sided p-value of two models being right equally often on the same items.
+
+    Args:
+        first, second: 1 for right and 0 for wrong, for each item.
+    """
     only_first = sum(1 for a, b in zip(first, second, strict=True) if a > b)
     only_second = sum(1 for a, b in zip(first, second, strict=True) if b > a)
     n = only_first + only_second
@@ -90,9 +102,12 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _resampled_means(values: Sequence[float], seed: int) -> Any:
+    """Return the means of RESAMPLES resamples: as many values as there are, drawn with replacement."""
     units = numpy.asarray(values, dtype=float)
+    n = len(units)
     generator = numpy.random.default_rng(seed)
-    blocks = [
-        units[generator.integers(len(units), size=(BLOCK, len(units)))].mean(axis=1) for _ in range(RESAMPLES // BLOCK)
-    ]
-    return numpy.concatenate(blocks)
+    means = []
+    for _ in range(RESAMPLES // BLOCK):
+        drawn = generator.integers(n, size=(BLOCK, n))
+        means.append(units[drawn].mean(axis=1))
+    return numpy.concatenate(means)

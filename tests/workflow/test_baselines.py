@@ -245,7 +245,7 @@ def test_the_answers_of_a_base_are_those_of_its_tokenizer(harness, student, cli,
     task = GENERATION_TASK.format(data=json.dumps(str(tmp_path / "sums.jsonl")))
     (tmp_path / "tasks" / "sums.yaml").write_text(task)
     flags = ["--only", "tasks", "--tasks", "sums", "--tasks-dir", tmp_path / "tasks"]
-    said = "the base's answers are at hand"
+    said = "base results read from the cache"
     assert [said in cli("eval", student, *flags, "-o", tmp_path / name)[2] for name in "ab"] == [False, True]
     for folder in (student, tmp_path / "base"):
         rules = json.loads((folder / "tokenizer.json").read_bytes())

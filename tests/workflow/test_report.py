@@ -286,7 +286,7 @@ def test_tasks_of_the_harness(converted, cli, tmp_path, monkeypatch):
     assert metrics["toy_acc"]["chance"] == 0.25 and metrics["toy_acc"]["values"]["student"]["n"] == 8
     assert metrics["words_acc"]["chance"] is None and metrics["words_acc"]["values"]["base"]["n"] == 5
     code, _, err = cli("eval", converted, *flags[:-1], "-o", tmp_path / "again")
-    assert code == 0 and "the base's answers are at hand" in err
+    assert code == 0 and "base results read from the cache" in err
     code, _, err = cli("eval", converted, "--only", "tasks", "--tasks", "toyy", "--tasks-dir", tmp_path / "tasks")
     assert code == 2 and "did you mean 'toy'" in err
 
