@@ -104,6 +104,6 @@ class Plan:
 
     def keep_all_softmax(self, key_value_heads: int) -> "Plan":
         """Return the same plan with every head set to softmax, to compare the converted path with the base model."""
-        every_head = tuple(range(key_value_heads))
-        layers = (replace(layer.with_softmax_heads(every_head), softmax_window=None) for layer in self.layers)
+        all_heads = tuple(range(key_value_heads))
+        layers = (replace(layer.with_softmax_heads(all_heads), softmax_window=None) for layer in self.layers)
         return replace(self, layers=tuple(layers))

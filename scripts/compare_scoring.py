@@ -175,7 +175,7 @@ def measure_choices(
 ) -> list[dict[str, Any]]:
     """Measure no heads, the best of every method for each number of heads, every fourth layer, and all heads."""
     layers, heads = subject.layers, subject.heads
-    every_head = tuple(range(heads))
+    all_heads = tuple(range(heads))
     choices = [measure(subject, "none", ((),) * layers)]
     for number in numbers:
         share = number / (layers * heads)
@@ -189,9 +189,9 @@ def measure_choices(
             )  # fmt: skip
             scores.seconds[f"elimination of {2 * number} to {number}"] = time.perf_counter() - started
             choices.append(measure(subject, "elimination", top_heads(rounds, share)))
-    every_fourth = tuple(every_head if layer % 4 == 0 else () for layer in range(layers))
+    every_fourth = tuple(all_heads if layer % 4 == 0 else () for layer in range(layers))
     choices.append(measure(subject, "every fourth layer", every_fourth))
-    choices.append(measure(subject, "base", (every_head,) * layers))
+    choices.append(measure(subject, "base", (all_heads,) * layers))
     return choices
 
 

@@ -202,12 +202,12 @@ def make_plan(
     converted = converted_layers(family_name, config, settings)
     heads_by_layer = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"], score, converted)
     changes = _layer_changes(settings, layers)
-    every_head = tuple(range(config["num_key_value_heads"]))
+    all_heads = tuple(range(config["num_key_value_heads"]))
     sliding_windows = find_family(family_name).sliding_windows(config)
     plans = []
     for layer, heads in enumerate(heads_by_layer):
         if layer not in converted:
-            plans.append(LayerPlan(every_head, native=True))
+            plans.append(LayerPlan(all_heads, native=True))
             continue
         layer_settings = settings.layer_settings(changes.get(layer, {}))
         if sliding_windows[layer] is not None:

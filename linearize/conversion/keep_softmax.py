@@ -81,17 +81,17 @@ def softmax_heads(
     Raises:
         ConfigError: an unknown form, or a layer or head that the model does not have.
     """
-    every_head = tuple(range(key_value_heads))
+    all_heads = tuple(range(key_value_heads))
     candidates = range(layers) if candidates is None else candidates
     if spec == "none":
         return ((),) * layers
     if spec == "all":
-        return (every_head,) * layers
+        return (all_heads,) * layers
     if spec.startswith("every:"):
         step = _number(spec.removeprefix("every:"), spec)
         if step < 1:
             raise ConfigError(f"keep_softmax: got '{spec}', allowed is every:N with N of at least 1")
-        return tuple(every_head if layer in candidates[::step] else () for layer in range(layers))
+        return tuple(all_heads if layer in candidates[::step] else () for layer in range(layers))
     if spec.partition(":")[0] in SCORED:
         by, share = scored_share(spec)
         if score is None:

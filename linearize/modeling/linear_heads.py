@@ -44,13 +44,13 @@ def build_linear_heads(plan: LayerPlan, site: Site, hidden_size: int) -> WindowH
 
 @contextlib.contextmanager
 def _float32() -> Iterator[None]:
-    """Make new tensors float32 inside, in whatever dtype the model is loaded: first values are the same everywhere."""
-    before = torch.get_default_dtype()
+    """Make new tensors float32 inside, so that first values do not depend on the dtype that the model is loaded in."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
 
 
 class LinearHeads(WindowHeads):
@@ -227,11 +227,13 @@ class LinearHeads(WindowHeads):
         values = slots.values.to(dtype)
         if self._counts_weights:
             values = F.pad(values, (0, 1), value=1.0)
-        write_mask, segments = self._write_mask(context, slots, count, delay)
-        run = self.structure.naive if count == 1 else self.structure
+        # of the queries, which can be in other documents than the slots that they read
+        query_segments = None if slots.segments is None else context.behind(count, delay=0).segments
+        write_mask = self._write_mask(context, slots, query_segments, count, delay)
+        recurrence = self.structure.naive if count == 1 else self.structure
         # autocast does not reach inside: states and the sums that they hold stay float32
         with torch.autocast(q.device.type, enabled=False):
-            output, state = run(
+            output, state = recurrence(
                 q[:, start:].to(dtype),
                 keys.to(dtype),
                 values,
@@ -239,7 +241,7 @@ class LinearHeads(WindowHeads):
                 assignment=inputs.assignment,
                 write_mask=write_mask,
                 initial_state=state,
-                segments=segments,
+                segments=query_segments,
             )
         if not self.shared and self.structure.normalization == "sum":
             total = 1.0 if self.structure.log_normaliser else output[..., -1:] + NORM_EPSILON
@@ -249,25 +251,33 @@ class LinearHeads(WindowHeads):
         return output, state
 
     def _write_mask(
-        self, context: Context | Step, slots: Slots, count: int, delay: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return which tokens enter the state and the documents of the queries that read it, both [B or 1, count].
+        self, context: Context | Step, slots: Slots, query_segments: Tensor | None, count: int, delay: int
+    ) -> Tensor | None:
+        """Return True for each token that is written to the state, [B or 1, count]; None if all are.
 
-        A sink does not enter a delayed branch, nor does padding, nor a token of another document than the query's.
+        Padding is not written. A token is not written either if the query of its step is in another document. A delayed
+        branch reads only tokens that have left the window. Sinks are not written to it, since softmax still sees them.
+
+        Args:
+            slots: the `count` tokens, `delay` slots before their queries.
+            query_segments: [B, count] document numbers of the queries; None for one document.
         """
         write_mask: Tensor | None = None
+        first_slot = context.end - delay - count
+        # in a plain context, a token's slot is its number in the document
+        may_hold_sinks_or_padding = not context.is_plain or first_slot < self.sinks
         if not self.delayed:
             write_mask = slots.key_mask
-        elif (not context.is_plain or context.end - delay - count < self.sinks) and slots.ordinals is not None:
+        elif may_hold_sinks_or_padding and slots.ordinals is not None:
+            # a sink's ordinal is below `sinks`, and so is that of padding, -1
             write_mask = slots.ordinals >= self.sinks
-        segments = None if slots.segments is None else context.behind(count, 0).segments
-        if slots.segments is not None and segments is not None:
-            same_document = slots.segments == segments
+        if slots.segments is not None and query_segments is not None:
+            same_document = slots.segments == query_segments
             write_mask = same_document if write_mask is None else write_mask & same_document
-        return write_mask, segments
+        return write_mask
 
     def _weights(self, like: Tensor) -> Tensor:
-        """Return the weights of window and recurrent branch in the mix `sum`: [2, H, 1]; [2, 1, 1] if fixed."""
+        """Return the weights of window and recurrent branch in the mix `sum`: [2, H, 1], or [2, 1, 1] if fixed."""
         if self.branch_weights is not None:
             return self.branch_weights[..., None]
         pair = [self.mix_options["window_weight"], self.mix_options["recurrent_weight"]]
@@ -288,4 +298,5 @@ class LinearHeads(WindowHeads):
 
 
 def _new_parameter(*shape: int) -> nn.Parameter:
+    """Return a parameter without values, which `reset_parameters` sets."""
     return nn.Parameter(torch.empty(shape))

@@ -88,7 +88,7 @@ def make_distiller(
 
 
 def _load_for_training(student: Student, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the student without a cache, in the recipe's quantization and with its checkpointing."""
+    """Load the student without a cache, with the recipe's quantization and gradient checkpointing."""
     model = load_student(student.folder, dtype=dtype, quantization=recipe.quantization)
     model.config.use_cache = False
     if recipe.gradient_checkpointing:
@@ -119,15 +119,17 @@ def _load_teacher(
 
 
 def _load_softmax_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a base model so that packed documents do not see one another.
+    """Load a base model so that documents packed in one row do not attend to one another.
 
-    Some families' own masks ignore positions. These load under a plan that keeps every head softmax and changes their
-    masks alone.
+    Some families ignore positions when they build their masks, so these documents would. Such a model is loaded with a
+    plan that keeps every layer as it is and replaces the masks alone.
     """
     config = source.read_config()
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None or not family.masks_ignore_positions:
         return load_base(source, dtype=dtype)
-    every_head = tuple(range(family.heads(config)["num_key_value_heads"]))
-    layers = (LayerPlan(every_head, native=True),) * config["num_hidden_layers"]
-    return load_unconverted(source, Plan(family.model_type, layers), dtype=dtype)
+    all_heads = tuple(range(family.heads(config)["num_key_value_heads"]))
+    # native: the layer's attention stays the family's own
+    layer = LayerPlan(softmax_heads=all_heads, native=True)
+    plan = Plan(family.model_type, (layer,) * config["num_hidden_layers"])
+    return load_unconverted(source, plan, dtype=dtype)
