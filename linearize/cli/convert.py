@@ -14,9 +14,12 @@ from linearize.cli.plan import print_plan
 
 if TYPE_CHECKING:
     from linearize.checkpoint.student import Student
+    from linearize.settings.config import ConversionConfig
 
 
 class Link(StrEnum):
+    """The choices of --link."""
+
     auto = "auto"
     hard = "hard"
     copy = "copy"
@@ -94,27 +97,26 @@ def convert(
     dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
-    """Replace softmax attention by a window and a recurrent branch, and write a complete checkpoint."""
+    """Replace full softmax attention by a softmax window and a recurrent branch, and write a complete checkpoint."""
     settings = options.load_settings(
         config, set_, mixer=mixer, window=window, sinks=sinks, mix=mix, keep_softmax=keep_softmax,
         softmax_window=softmax_window, layers=layers,
     )  # fmt: skip
-    if calibrate is not None:
-        when = "always" if calibrate else "never"
-        settings = settings.model_copy(update={"calibration": settings.calibration.model_copy(update={"when": when})})
-    source: dict[str, Any] = {"revision": revision, "merge_adapter": merge_adapter, "text_model": text_model}
+    if calibrate is not None:  # without the flag, the config decides
+        settings = _with_calibration(settings, "always" if calibrate else "never")
+    source_options: dict[str, Any] = {"revision": revision, "merge_adapter": merge_adapter, "text_model": text_model}
     if dry_run:
         from linearize.checkpoint.writing import check_target
 
         if out is not None:
             check_target(out, overwrite=overwrite)
-        print_plan(model, settings, json_, **source)
+        print_plan(model, settings, json_, **source_options)
         return
-    from linearize.workflows.convert import convert as run
+    from linearize.workflows.convert import convert as convert_model
 
-    student = run(
+    student = convert_model(
         model, settings, out=out, link=link, verify=verify, overwrite=overwrite, trust_remote_code=trust_remote_code,
-        progress=note, **source,
+        progress=note, **source_options,
     )  # fmt: skip
     if json_:
         emit_json(student.to_dict())
@@ -122,7 +124,14 @@ def convert(
         _print_outcome(student)
 
 
+def _with_calibration(settings: "ConversionConfig", when: str) -> "ConversionConfig":
+    """Return the settings with another `calibration.when`."""
+    calibration = settings.calibration.model_copy(update={"when": when})
+    return settings.model_copy(update={"calibration": calibration})
+
+
 def _print_outcome(student: "Student") -> None:
+    """Print what was converted, what verification found, and the folder."""
     manifest, coverage = student.manifest, student.manifest.coverage
     emit(
         f"converted {coverage.layers_converted} of {coverage.layers_planned} planned layers and "

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from linearize.errors import ConfigError, nearest
 from linearize.settings.config import ConversionConfig
@@ -24,7 +25,7 @@ COMMAND_LINE = "command line"
 
 
 def packaged(kind: Kind) -> dict[str, Path]:
-    """Return the YAML files that ship with the package, by name."""
+    """Return the YAML files that are part of the package, by name."""
     folder = Path(str(importlib.resources.files("linearize"))) / kind
     if not folder.is_dir():  # a source checkout keeps them beside the package
         folder = Path(__file__).resolve().parents[2] / kind
@@ -80,8 +81,9 @@ def _load(
         return schema.model_validate(data)
     except ValidationError:
         problems = _all_problems(schema, data)
-    from_user = tuple(f"{key}{end}" for key in given_keys for end in (":", "."))
-    lines = [f"{given_in if problem.startswith(from_user) else origin}: {problem}" for problem in problems]
+    # a problem starts with its key; one of a given key, or of a key below it, came from flags or sets
+    given_prefixes = tuple(f"{key}{end}" for key in given_keys for end in (":", "."))
+    lines = [f"{given_in if problem.startswith(given_prefixes) else origin}: {problem}" for problem in problems]
     raise ConfigError("\n".join(lines))
 
 
@@ -100,9 +102,13 @@ def _find(kind: Kind, name: str) -> Path:
 
 
 def _apply_flags(data: dict[str, Any], flags: dict[str, Any]) -> list[str]:
-    """Set the flags that have a value, and return their keys. Stages come last: what they state themselves stands."""
+    """Set the flags that have a value, and return their keys.
+
+    The flag `stages` is set last. So a key that a stage states itself is not removed by another flag.
+    """
     keys = []
-    for key, value in sorted(flags.items(), key=lambda flag: flag[0] == "stages"):
+    stages_last = sorted(flags.items(), key=lambda flag: flag[0] == "stages")
+    for key, value in stages_last:
         if value is None:
             continue
         if value != data.get(key):
@@ -154,27 +160,37 @@ def _remove_from_stages(stages: Any, dotted: str) -> None:
 
 
 def _all_problems(schema: type[BaseModel], data: dict[str, Any]) -> list[str]:
-    """Return a line for every problem of `data`, which is used up.
+    """Return a line for every problem of `data`, each line once. The invalid keys are removed from `data`.
 
-    A validator of several keys runs only where each of them is valid by itself. So the wrong keys are removed and the
-    rest is validated again, until nothing is wrong or nothing can be removed.
+    Pydantic runs a validator of several keys only if each of these keys is valid. So the invalid keys are removed and
+    the rest is validated again, until nothing is invalid or nothing can be removed.
     """
     problems: list[str] = []
-    while True:
-        try:
-            schema.model_validate(data)
-        except ValidationError as error:
-            errors = error.errors()
-            for item in errors:
-                problems += explain(item, schema).splitlines()
-            removals = [_remove(data, item["loc"]) for item in errors]
-            if any(removals):
-                continue
-        return list(dict.fromkeys(problems))
+    removed = True
+    while removed:
+        errors = _validation_errors(schema, data)
+        for error in errors:
+            problems += explain(error, schema).splitlines()
+        # a list: any() of a generator would stop at the first key
+        removals = [_remove(data, error["loc"]) for error in errors]
+        removed = any(removals)
+    return list(dict.fromkeys(problems))
+
+
+def _validation_errors(schema: type[BaseModel], data: dict[str, Any]) -> list[ErrorDetails]:
+    """Return pydantic's errors for `data`, none if it is valid."""
+    try:
+        schema.model_validate(data)
+    except ValidationError as error:
+        return error.errors()
+    return []
 
 
 def _remove(data: Any, location: Sequence[int | str]) -> bool:
-    """Remove the key at `location` from nested mappings and lists; return True if it was there."""
+    """Remove the key at `location` from nested mappings and lists; return True if it was there.
+
+    An item of a list is no key and stays.
+    """
     if not location:
         return False
     *parents, last = location

@@ -80,8 +80,8 @@ def bench_mixers(
             mixer = _mixer(name, heads, head_dim).to(device)
             softmax_timings, mixer_timings = [], []
             for _ in range(repeats):
-                softmax_timings.append(_seconds(_softmax, q, k, v))
-                mixer_timings.append(_seconds(mixer, q, k, v))
+                softmax_timings.append(_time_forward_backward(_softmax_attention, q, k, v))
+                mixer_timings.append(_time_forward_backward(mixer, q, k, v))
             softmax_seconds, mixer_seconds = statistics.median(softmax_timings), statistics.median(mixer_timings)
             row = {
                 "structure": name,
@@ -105,16 +105,19 @@ def _mixer(name: str, heads: int, head_dim: int) -> nn.Module:
     return mixer
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    """Compute causal softmax attention over [B, T, H, K]; the output is [B, H, T, K]."""
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    """Compute causal softmax attention over [B, T, H, K]; the one output is [B, H, T, K]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return (F.scaled_dot_product_attention(q, k, v, is_causal=True),)
 
 
-def _seconds(attend: Callable[..., tuple], *inputs: Tensor) -> float:
-    """Time forward and backward of the first output of `attend(*inputs)`."""
+def _time_forward_backward(attend: Callable[..., tuple], *inputs: Tensor) -> float:
+    """Return the seconds that `attend(*inputs)` takes, together with the backward pass from its first output.
+
+    A device computes in the background, so the clock is read when the device of the inputs has nothing left to do.
+    """
     for x in inputs:
-        x.grad = None
+        x.grad = None  # adding to an earlier gradient would take time, too
     synchronize(inputs[0])
     start = time.perf_counter()
     attend(*inputs)[0].sum().backward()

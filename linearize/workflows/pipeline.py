@@ -94,12 +94,13 @@ class EvalStep(_MeasurementKeys):
         Raises:
             ConfigError: an unknown suite or part, or a number out of range.
         """
-        names = {field.name for field in fields(Suite)}
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in self if name in names}
-        return choose_suite(self.suite, self.only, **{name: value for name, value in options.items() if value != ()})
+        suite_fields = {field.name for field in fields(Suite)}
+        given = {name: value for name, value in self if name in suite_fields and value != []}
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        return choose_suite(self.suite, self.only, **options)
 
     def demands(self) -> dict[str, Any]:
-        """Return the arguments of `evaluate` that say how results are judged and where the verdict is added."""
+        """Return the arguments of `evaluate` that judge the results, and the file that the verdict is added to."""
         files = {"compare": self.compare, "summary_file": self.summary_file}
         paths = {name: Path(file) if file else None for name, file in files.items()}
         return {"gates": self.gates, "min_recovery": self.min_recovery, **paths}
@@ -186,7 +187,7 @@ def run_pipeline(
     progress: Callable[[str], None] = print,
     report: "Callable[[StepRecord], None] | None" = None,
 ) -> Outcome:
-    """Do the steps that are not done yet.
+    """Do the steps that are not finished yet.
 
     Args:
         pipeline, config, recipe: as `load_pipeline` returns them.
@@ -198,13 +199,13 @@ def run_pipeline(
         LinearizeError: a step failed. A gate that fails is in the results instead.
     """
     _check_inputs(pipeline.eval, config, None if pipeline.finetuned_folder.is_dir() else recipe)
-    done = _FinishedSteps(Path(pipeline.out) / STATE, progress)
-    _convert(pipeline, config, done)
+    finished_steps = _FinishedSteps(Path(pipeline.out) / STATE, progress)
+    _convert(pipeline, config, finished_steps, progress)
     student = pipeline.converted_folder
     if pipeline.eval is not None:
         _check_text(student, pipeline.eval)
     if recipe is not None:
-        _finetune(pipeline, recipe, done, restart, report)
+        _finetune(pipeline, recipe, finished_steps, restart=restart, progress=progress, report=report)
         student = pipeline.finetuned_folder
     results = None if pipeline.eval is None else _evaluate(pipeline, pipeline.eval, student, progress)
     return Outcome(pipeline.converted_folder, student, results)
@@ -214,7 +215,7 @@ def _check_inputs(step: EvalStep | None, config: ConversionConfig, recipe: Recip
     """Check everything that needs no conversion: datasets, tasks, gates, older results, and the length of rows.
 
     Args:
-        recipe: None if the training is done or there is none.
+        recipe: None if the training is finished or there is none.
 
     Raises:
         ConfigError: something cannot be read or measured, or the rows train nothing.
@@ -243,10 +244,10 @@ def _check_text(converted: Path, step: EvalStep) -> None:
 
 
 class _FinishedSteps:
-    """The steps that are done, each with a fingerprint of its inputs and of its result, in OUT/pipeline.json."""
+    """The finished steps, each with a fingerprint of its inputs and of its result, in OUT/pipeline.json."""
 
     def __init__(self, path: Path, progress: Callable[[str], None]) -> None:
-        """Read the file; one that is absent or damaged means that no step is done."""
+        """Read the file; one that is absent or damaged means that no step is finished."""
         self.path, self.progress = path, progress
         self.fingerprints: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):
@@ -254,10 +255,10 @@ class _FinishedSteps:
 
     def has(self, step: str, inputs: dict[str, Any], out: Path) -> bool:
         """Return True, and say so, if the step's result at `out` was made from these inputs."""
-        done = (out / MANIFEST).is_file() and self.fingerprints.get(step) == self._fingerprint(inputs, out)
-        if done:
+        up_to_date = (out / MANIFEST).is_file() and self.fingerprints.get(step) == self._fingerprint(inputs, out)
+        if up_to_date:
             self.progress(f"{step}: {out} is up to date")
-        return done
+        return up_to_date
 
     def add(self, step: str, inputs: dict[str, Any], out: Path) -> None:
         """Record that the step wrote its result to `out`."""
@@ -269,47 +270,55 @@ class _FinishedSteps:
         return fingerprint_of({"inputs": inputs, "made": json.loads((out / MANIFEST).read_bytes())})
 
 
-def _convert(pipeline: Pipeline, config: ConversionConfig, done: _FinishedSteps) -> None:
-    """Convert the model, unless that is done."""
+def _convert(
+    pipeline: Pipeline,
+    config: ConversionConfig,
+    finished_steps: _FinishedSteps,
+    progress: Callable[[str], None],
+) -> None:
+    """Convert the model, unless it was already converted from the same inputs."""
     out, revision = pipeline.converted_folder, pipeline.convert.revision
     inputs = {
         "model": pipeline.model,
         "revision": revision,
         "settings": config.model_dump(),
-        "local": local_fingerprint(pipeline.model),
+        "local": local_fingerprint(pipeline.model),  # of a folder or file; None for a hub id
     }
-    if done.has("convert", inputs, out):
+    if finished_steps.has("convert", inputs, out):
         return
     from linearize.workflows.convert import convert
 
-    convert(pipeline.model, config, out=out, revision=revision, overwrite=out.exists(), progress=done.progress)
-    done.add("convert", inputs, out)
+    # what exists at `out` was converted from other inputs, and is replaced
+    convert(pipeline.model, config, out=out, revision=revision, overwrite=out.exists(), progress=progress)
+    finished_steps.add("convert", inputs, out)
 
 
 def _finetune(
     pipeline: Pipeline,
     recipe: Recipe,
-    done: _FinishedSteps,
+    finished_steps: _FinishedSteps,
+    *,
     restart: bool,
+    progress: Callable[[str], None],
     report: "Callable[[StepRecord], None] | None",
 ) -> None:
-    """Finetune the conversion, unless that is done."""
+    """Finetune the conversion, unless it was already finetuned from the same inputs."""
     assert pipeline.finetune is not None, "a recipe comes from a finetune step"
     out = pipeline.finetuned_folder
     inputs = {
-        "from": done.fingerprints["convert"],
+        "from": finished_steps.fingerprints["convert"],
         "recipe": recipe.model_dump(),
         "data": data_fingerprint(recipe.data),
     }
-    if done.has("finetune", inputs, out):
+    if finished_steps.has("finetune", inputs, out):
         return
     from linearize.workflows.finetune import finetune
 
     finetune(
         pipeline.converted_folder, recipe, recipe_name=pipeline.finetune.recipe, out=out, overwrite=out.exists(),
-        restart=restart, progress=done.progress, report=report,
+        restart=restart, progress=progress, report=report,
     )  # fmt: skip
-    done.add("finetune", inputs, out)
+    finished_steps.add("finetune", inputs, out)
 
 
 def _evaluate(pipeline: Pipeline, step: EvalStep, student: Path, progress: Callable[[str], None]) -> Results:
