@@ -1,7 +1,7 @@
 """Define linearize.json, the record that a conversion and a finetune leave in the checkpoint they write.
 
 The schema names every key that the package reads. A file may hold more: files of one format version differ in keys that
-nothing reads. The document itself is stored as read, so that a finetune passes all of it on.
+nothing reads. A `Manifest` also keeps the document as it was read, so that a finetune writes the unknown keys again.
 """
 
 import copy
@@ -180,7 +180,14 @@ class Manifest(Section):
 
     @classmethod
     def from_document(cls, document: Any, path: Path = Path(MANIFEST)) -> "Manifest":
-        """Check the parsed JSON of a linearize.json; `path` names the file in errors, which are those of `read`."""
+        """Check the parsed JSON of a linearize.json and return it as a manifest.
+
+        Args:
+            path: the file, for errors.
+
+        Raises:
+            CheckpointError: not an object, of a newer format version, or with a missing or mistyped key.
+        """
         if not isinstance(document, dict):
             raise CheckpointError(f"{path}: damaged, got a {type(document).__name__}, allowed is an object")
         version = document.get("format_version")
@@ -190,7 +197,7 @@ class Manifest(Section):
                 "update linearize"
             )
         try:
-            # by way of its text: strict types of JSON, in which a list may fill a tuple
+            # validate JSON text, since strict validation of Python objects would refuse a list where a tuple belongs
             manifest = cls.model_validate_json(json.dumps(document))
         except ValidationError as error:
             raise CheckpointError(f"{path}: damaged, {_first_problem(error)}") from None

@@ -22,7 +22,7 @@ def newest_output() -> Path:
     Raises:
         ConfigError: there is none.
     """
-    return _newest(None, "none found")
+    return _newest_checkpoint(None, missing="none found")
 
 
 def newest_conversion() -> Path:
@@ -31,18 +31,27 @@ def newest_conversion() -> Path:
     Raises:
         ConfigError: there is none.
     """
-    return _newest("converted", "no conversion")
+    return _newest_checkpoint("converted", missing="no conversion")
 
 
-def _newest(kind: str | None, none: str) -> Path:
-    """Return the newest checkpoint of this kind, of any kind for None; `none` says in the error that there is none."""
+def _newest_checkpoint(kind: str | None, *, missing: str) -> Path:
+    """Return the newest checkpoint folder under ./linearized/.
+
+    Args:
+        kind: the kind of checkpoint to look for (`Manifest.kind`); None for any.
+        missing: words of the error if there is none.
+
+    Raises:
+        ConfigError: there is none.
+    """
     manifests = [
         path
         for path in OUTPUT_ROOT.glob(f"*/{MANIFEST}")
+        # hidden folders are unfinished or replaced ones
         if not path.parent.name.startswith(".") and (kind is None or _kind(path) == kind)
     ]
     if not manifests:
-        raise ConfigError(f"MODEL: none given and {none} under ./linearized/; run `linearize convert MODEL` first")
+        raise ConfigError(f"MODEL: none given and {missing} under ./linearized/; run `linearize convert MODEL` first")
     return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent
 
 

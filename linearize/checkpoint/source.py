@@ -48,12 +48,13 @@ class Source:
         }
 
     def fingerprint(self) -> str:
-        """Return a digest that changes with the config and with any tensor's name, shape or values.
+        """Return a digest that identifies the model.
 
-        Values are sampled (`sampled_values`). A GGUF file's digest is that of its bytes.
+        It covers the config, and the name, shape and a sample of the values of every tensor (`sampled_values`). For a
+        GGUF file it covers all bytes; for an adapter, the adapter's own files and the base that it was merged into.
 
         Raises:
-            CheckpointError: a damaged safetensors file.
+            CheckpointError: a safetensors file is damaged.
         """
         if self.kind == "adapter":
             return sha256([self.merged_into.encode(), path_fingerprint(Path(self.reference)).encode()])

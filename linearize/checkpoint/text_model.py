@@ -17,6 +17,8 @@ from linearize.families.registry import find_family
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PREPROCESSOR = "preprocessor_config.json"
+# how names of the text model's tensors go on after its prefix; a vision tower may lie under the same prefix
+DECODER_PARTS = (EMBEDDING, "layers.", "norm.", "rotary_emb.")
 # safetensors pads its header to a multiple of 8 bytes
 ALIGNMENT = 8
 
@@ -40,7 +42,7 @@ def write_text_model(origin: Path, raw: dict[str, Any], folder: Path) -> None:
             config.setdefault(key, raw[key])
     if has_weights(origin):
         weights = read_weights(origin)
-        names = _own_names(weights, f"{family.decoder_attribute}.", origin)
+        names = _new_names(weights, f"{family.decoder_attribute}.", origin)
         if HEAD not in names.values():
             config["tie_word_embeddings"] = True
         _write_renamed(weights, names, folder)
@@ -48,24 +50,31 @@ def write_text_model(origin: Path, raw: dict[str, Any], folder: Path) -> None:
     copy_assets(origin, folder, without=(PREPROCESSOR,))
 
 
-def _own_names(weights: Weights, decoder: str, origin: Path) -> dict[str, str]:
-    """Map the text model's tensor names in the whole checkpoint to those in a checkpoint of its own.
+def _new_names(weights: Weights, decoder: str, origin: Path) -> dict[str, str]:
+    """Map the name of each of the text model's tensors in the whole checkpoint to its name in the new checkpoint.
+
+    The text model's prefix in the whole checkpoint is the one under which there are both embeddings and layers.
 
     Args:
-        decoder: prefix of the decoder in the text model's own class, such as "model.".
+        weights: tensors of the whole checkpoint.
+        decoder: prefix of the decoder in the new checkpoint, such as "model.".
+        origin: folder of the whole checkpoint, for the error.
+
+    Raises:
+        UnsupportedModelError: no prefix fits, or several do.
     """
-    with_embedding = [name.removesuffix(EMBEDDING) for name in weights.tensors if name.endswith(EMBEDDING)]
-    prefixes = [p for p in with_embedding if any(name.startswith(f"{p}layers.0.") for name in weights.tensors)]
+    candidates = [name.removesuffix(EMBEDDING) for name in weights.tensors if name.endswith(EMBEDDING)]
+    prefixes = [p for p in candidates if any(name.startswith(f"{p}layers.0.") for name in weights.tensors)]
     if len(prefixes) != 1:
         raise UnsupportedModelError(
             f"--text-model: {origin.name}: its text model's prefix is not clear, found {', '.join(prefixes) or 'none'}"
         )
     (prefix,) = prefixes
-    # some models have their vision tower under the same prefix
-    own = (EMBEDDING, "layers.", "norm.", "rotary_emb.")
-    names = {name: decoder + name.removeprefix(prefix) for name in weights.tensors if name.startswith(prefix)}
-    names = {name: new for name, new in names.items() if new.removeprefix(decoder).startswith(own)}
-    return names | {name: HEAD for name in weights.tensors if name.split(".")[-2:] == HEAD.split(".")}
+    wanted = tuple(prefix + part for part in DECODER_PARTS)
+    decoder_names = {name: decoder + name.removeprefix(prefix) for name in weights.tensors if name.startswith(wanted)}
+    # the output embeddings lie outside the decoder, at any depth
+    head_names = {name: HEAD for name in weights.tensors if name == HEAD or name.endswith(f".{HEAD}")}
+    return decoder_names | head_names
 
 
 def _write_renamed(weights: Weights, names: dict[str, str], folder: Path) -> None:
@@ -82,21 +91,25 @@ def _write_renamed(weights: Weights, names: dict[str, str], folder: Path) -> Non
 
 
 def _copy_tensors(source: Path, target: Path, tensors: dict[str, TensorInfo]) -> None:
-    """Copy tensors of one safetensors file into a new one, under the names that are the keys of `tensors`."""
+    """Copy some tensors of the safetensors file `source` into a new one, `target`.
+
+    Args:
+        tensors: their places in `source`, by the name that each gets in `target`.
+    """
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end = 0  # of the tensor before; safetensors counts offsets from the end of the header
     for name, info in tensors.items():
         start, end = end, end + info.nbytes
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    with open(source, "rb") as read, open(target, "wb") as write:
-        write.write(struct.pack("<Q", len(text)) + text)
-        write.flush()
+    with open(source, "rb") as source_file, open(target, "wb") as target_file:
+        target_file.write(struct.pack("<Q", len(text)) + text)
+        target_file.flush()  # sendfile writes past the buffer of `target_file`
         for info in tensors.values():
             offset, end = info.offset, info.offset + info.nbytes
             while offset < end:
-                sent = os.sendfile(write.fileno(), read.fileno(), offset, end - offset)
+                sent = os.sendfile(target_file.fileno(), source_file.fileno(), offset, end - offset)
                 if sent == 0:
                     raise OSError(f"{source}: ended early")
                 offset += sent

@@ -43,7 +43,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield partial
             _sync(partial)
-            if out.exists():
+            if out.exists():  # a folder cannot be renamed to one that holds files, so move the old one aside
                 replaced = out.parent / f".{out.name}.replaced"
                 shutil.rmtree(replaced, ignore_errors=True)
                 out.rename(replaced)
@@ -128,12 +128,12 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> None:
     """Check that an output can be written at `out`.
 
-    The nearest parent that exists must be a folder with permission to write. What exists at `out` must be of the right
-    type.
+    The nearest parent that exists must be a folder with permission to write. If `out` exists itself, it must be a
+    folder or a file, as `folder` says.
 
     Args:
         option: the command-line option that names `out`, for errors.
-        folder: `out` is to be a folder, not a file.
+        folder: True if the output is a folder, False if it is a file.
 
     Raises:
         ConfigError: it cannot be written.
