@@ -55,7 +55,11 @@ def plan(
 
 
 def print_plan(model: str, settings: "ConversionConfig", json_: bool, **source_options: Any) -> None:
-    """Inspect `model` and print the plan of its conversion, as JSON or as text."""
+    """Inspect `model` and print the plan of its conversion, as JSON or as text.
+
+    Args:
+        source_options: further arguments of `open_source`.
+    """
     from linearize.checkpoint.open import open_source
     from linearize.conversion.inspection import inspect_source
 

@@ -24,12 +24,15 @@ BATCH_TOKENS = 4096
 PROBE_TOKENS = 32
 # the set of weights that is the base's under the student's plan
 REFERENCE = "reference"
-Score = TypeVar("Score")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A set of weights, and the context in which a model with these weights is another one."""
+    """The way to get one of the models: the name of its set of weights, and a context manager.
+
+    Inside the context manager, a model that was loaded with these weights computes what the wanted model computes.
+    """
 
     weights: str
     enter: Callable[[Any], contextlib.AbstractContextManager]
@@ -82,19 +85,24 @@ class EvaluationContext:
         """Return those of the named models that have weights here."""
         return [name for name in names if MODES[name].weights in self.loaders]
 
-    def for_each_model(self, names: Iterable[str], run: Callable[[str, PreTrainedModel], Score]) -> dict[str, Score]:
-        """Return run(name, model) of every named model that is available. The model is in its mode."""
-        scores: dict[str, Score] = {}
+    def for_each_model(self, names: Iterable[str], run: Callable[[str, PreTrainedModel], Result]) -> dict[str, Result]:
+        """Call run(name, model) for every named model that is available, in the model's mode (see `Mode`).
+
+        Returns:
+            What `run` returned, by name of the model.
+        """
+        results: dict[str, Result] = {}
 
         def run_set(models: dict[str, PreTrainedModel]) -> None:
             for name, model in models.items():
                 with MODES[name].enter(model):
-                    scores[name] = run(name, model)
+                    results[name] = run(name, model)
 
         available = self.available(names)
-        # weights that are in memory already go first
-        self.for_each_weight_set(sorted(available, key=lambda name: MODES[name].weights not in self._loaded), run_set)
-        return {name: scores[name] for name in available}
+        # models whose weights are in memory go first, since loading others may drop these
+        in_memory_first = sorted(available, key=lambda name: MODES[name].weights not in self._loaded)
+        self.for_each_weight_set(in_memory_first, run_set)
+        return {name: results[name] for name in available}
 
     def for_each_weight_set(self, names: Iterable[str], run: Callable[[dict[str, PreTrainedModel]], None]) -> None:
         """Call run({name: model}) with all models at once, or set after set of weights, in the order given.
@@ -185,7 +193,9 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
 
 
 def final_hidden(name: str, model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the hidden states before the output embeddings, [B, T, D], for ids [B, T]. The model is in its mode.
+    """Return the hidden states before the output embeddings, [B, T, D], for ids [B, T].
+
+    The caller has entered the model's mode.
 
     Raises:
         LinearizeError: they are not finite.

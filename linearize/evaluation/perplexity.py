@@ -49,8 +49,9 @@ class Perplexity(Measurement):
             window_off = {WINDOW_OFF} if _measures_window_off(suite, length) else set()
             for kind in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
                 metrics[f"{kind}@{length}"] = models | COMPARISONS | window_off
+            # these compare a model with the base already: the base has no value, and nothing is compared again
             for kind in ("kl", "agreement"):
-                metrics[f"{kind}@{length}"] = models - {BASE} | window_off
+                metrics[f"{kind}@{length}"] = (models - {BASE}) | window_off
         return metrics
 
     def window_tokens(self, suite: Suite) -> int:

@@ -155,19 +155,25 @@ def measure_task(context: EvaluationContext, name: str, task: Any, limit: int | 
 def _run_lm_eval(
     context: EvaluationContext, model: PreTrainedModel, name: str, task: Any, limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Run a task and collect its scores per item.
+    """Run a task with one model and collect a score for each of its items.
 
-    A task that reads its answers in several ways (GSM8K: strict and flexible) has a metric for each.
+    The harness extracts answers from the model's text by filters. A task with several filters (GSM8K: strict and
+    flexible) has a metric for each.
+
+    Args:
+        name: the task's name.
+        limit: number of items at most; None for all.
 
     Returns:
-        By metric, `<task>_<score>` or `<task>_<score>_<reading>`: "units", the scores in the order of the items, and
-        "chance", what guessing scores.
+        A record by metric. The metric is named `<task>_<score>`, or `<task>_<score>_<filter>` if there are several
+        filters. In its record, "units" is the list of scores in the order of the items, and "chance" is the mean score
+        of guessing, None if unknown.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    # the task is loaded already; without a manager of ours every call would index the harness's thousands of tasks
+    # the task is loaded already; without this empty index every call would index the harness's thousands of tasks
     manager = TaskManager(include_defaults=False)
     seed = context.seed
     wrapped = HFLM(pretrained=model, tokenizer=context.tokenizer, batch_size=BATCH, backend="causal")
@@ -175,21 +181,27 @@ def _run_lm_eval(
         model=wrapped, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
         random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
     )  # fmt: skip
-    by_reading = defaultdict(list)
+    by_filter = defaultdict(list)
     for sample in sorted(report["samples"][name], key=lambda sample: sample["doc_id"]):
-        by_reading[sample["filter"]].append(sample)
-    scores = {}
-    for reading, samples in by_reading.items():
+        by_filter[sample["filter"]].append(sample)
+    records = {}
+    for filter_name, samples in by_filter.items():
         score = next((key for key in ITEM_SCORES if isinstance(samples[0].get(key), int | float)), None)
         if score is None:
             raise ConfigError(f"--tasks: {name} scores none of {', '.join(ITEM_SCORES)} item by item")
-        choices = [len(sample["arguments"]) for sample in samples]
-        # only accuracy over given choices says what guessing scores
-        chance = sum(1 / n for n in choices) / len(choices) if score == "acc" and min(choices) > 1 else None
-        metric = f"{name}_{score}" + (f"_{reading}" if len(by_reading) > 1 else "")
-        units = [float(sample[score]) for sample in samples]
-        scores[re.sub(r"\W", "_", metric)] = {"units": units, "chance": chance}
-    return scores
+        metric = f"{name}_{score}" + (f"_{filter_name}" if len(by_filter) > 1 else "")
+        item_scores = [float(sample[score]) for sample in samples]
+        records[re.sub(r"\W", "_", metric)] = {"units": item_scores, "chance": _chance(samples, score)}
+    return records
+
+
+def _chance(samples: list[dict[str, Any]], score: str) -> float | None:
+    """Return the mean score of guessing among each item's choices; None if the score is not accuracy over choices."""
+    # the harness makes one request for each choice
+    choices = [len(sample["arguments"]) for sample in samples]
+    if score != "acc" or min(choices) <= 1:
+        return None
+    return sum(1 / count for count in choices) / len(choices)
 
 
 def _task_manager(folder: Path | None) -> Any:

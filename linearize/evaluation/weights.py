@@ -105,13 +105,20 @@ def _calibrated_parameters(source: Source, plan: Plan, student: Student) -> dict
 
 
 def _load_comparable(folder: Path, source: Source, dtype: torch.dtype, name: str) -> PreTrainedModel:
-    """Load a checkpoint, and refuse one whose vocabulary is not the base's."""
+    """Load a checkpoint, and refuse one whose vocabulary has another size than the base's.
+
+    Args:
+        source: the base.
+        name: words for the checkpoint in the error.
+
+    Raises:
+        ConfigError: the sizes differ.
+    """
     model = loading.load_student(folder, dtype=dtype)
-    size = source.read_config()["vocab_size"]
-    if model.config.vocab_size != size:
+    base_size, size = source.read_config()["vocab_size"], model.config.vocab_size
+    if size != base_size:
         raise ConfigError(
-            f"--base: its vocabulary has {size} tokens, that of {name} {model.config.vocab_size}; their figures cannot "
-            "be compared"
+            f"--base: its vocabulary has {base_size} tokens, that of {name} {size}; their figures cannot be compared"
         )
     return model
 

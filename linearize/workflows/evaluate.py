@@ -73,23 +73,23 @@ def evaluate(
 
     Args:
         model: a folder that `convert` or `finetune` wrote.
-        suite: "quick", "standard" or "full", or a `Suite`; `linearize.evaluation.suite.choose_suite` changes a named
-        one. base: the base model, if it is no longer where the conversion found it.
-        gates: conditions such as "perplexity@2048.ratio<=1.05", or files of them.
-        min_recovery: least recovery of perplexity at every length beyond the window, as one more gate.
-        compare: results.json of an earlier run that this one must not fall behind, as more gates.
+        suite: "quick", "standard" or "full", or a `Suite` such as `linearize.evaluation.suite.choose_suite` returns.
+        base: the base model, if it is no longer where the conversion found it.
+        gates: conditions such as "perplexity@2048.ratio<=1.05", or paths of files that list them.
+        min_recovery: least recovery of perplexity (`Metric.recovery`) at lengths beyond the window, as one more gate.
+        compare: results.json of an earlier run. Every metric of both runs gets a gate: the student is no worse now.
         out: folder for results.json, report.md, report.html and plots. A run that was interrupted goes on from there.
         summary_file: file to append the verdict and the table to.
         precision: "fp32", "bf16", or "auto" for the faster one here.
-        hold: "together" has all weights in memory at once, "in-turn" one set at a time, "auto" what memory allows.
+        hold: "together" for all weights in memory at once, "in-turn" for one set at a time, "auto" for what fits.
         progress: receives one line of text at a time.
 
     Returns:
         All metrics and tables. `passed` is False if a gate or a parity check failed, and `verdict` says which.
 
     Raises:
-        ConfigError: bad gates, data, base, tasks or control.
-        LinearizeError: logits that are not finite.
+        ConfigError: gates, data, tasks, the base or the control (`Suite.control`) are unusable.
+        LinearizeError: a model's logits are not finite.
 
     Example:
         >>> import linearize
