@@ -110,15 +110,21 @@ class _Fact:
 
 
 def _draw_fact(encode: Callable[[str], list[int]], generator: torch.Generator) -> _Fact:
-    """Make up a fact; the generator decides thing, owner and number, in this order."""
+    """Make up a fact: the number that opens somebody's thing.
+
+    The generator draws thing, owner and number, in this order, so that a seed always makes the same facts.
+    """
 
     def pick(options: Sequence[Any]) -> Any:
         return options[int(torch.randint(len(options), (1,), generator=generator))]
 
     about = {"thing": pick(THINGS), "owner": pick(OWNERS)}
-    number = str(10_000 + pick(range(90_000)))
-    question, answered = (encode(QUESTION.format(**about) + end) for end in ("", f" {number}"))
-    return _Fact(encode(FACT.format(**about, number=number)), question, answered[len(question) :])
+    number = str(10_000 + pick(range(90_000)))  # five digits
+    statement = encode(FACT.format(**about, number=number))
+    question = encode(QUESTION.format(**about))
+    # encoded as one text, since a tokenizer may split the answer alone differently
+    question_and_answer = encode(QUESTION.format(**about) + f" {number}")
+    return _Fact(statement, question, answer=question_and_answer[len(question) :])
 
 
 def facts_probe(

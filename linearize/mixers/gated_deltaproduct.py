@@ -73,11 +73,13 @@ class GatedDeltaProduct(Mixer):
     ) -> tuple[Tensor, Tensor]:
         log_decay = -F.softplus(decay_logits) / self.gate_logit_normalizer
         keys, values, betas = self._parts(k, v, beta_logits)
-        # a token becomes `steps` tokens: the first decays, the last is read
-        first = F.pad(torch.ones_like(decay_logits).unsqueeze(2), (0, 0, 0, 0, 0, self.steps - 1))
-        betas, decays = scan.mask_writes(betas, log_decay.unsqueeze(2) * first)
-        queries = F.pad(F.normalize(q, dim=-1).unsqueeze(2), (0, 0, 0, 0, self.steps - 1, 0))
-        spread = (x.flatten(1, 2) for x in (queries, keys, values, betas, decays))
+        # A token becomes `steps` tokens of the plain delta rule: the state decays at the first, the query reads after
+        # the last. Tensors are [B, T, steps, heads, ·] until flattened to [B, T * steps, heads, ·].
+        extra = self.steps - 1
+        is_first = F.pad(torch.ones_like(decay_logits).unsqueeze(2), (0, 0, 0, 0, 0, extra))
+        betas, log_decays = scan.mask_writes(betas, log_decay.unsqueeze(2) * is_first)
+        queries = F.pad(F.normalize(q, dim=-1).unsqueeze(2), (0, 0, 0, 0, extra, 0))
+        inputs = (x.flatten(1, 2) for x in (queries, keys, values, betas, log_decays))
         segments = None if scan.segments is None else scan.segments.repeat_interleave(self.steps, dim=1)
-        output, state = delta_rule(*spread, initial_state=scan.initial_state, segments=segments)
-        return output[:, self.steps - 1 :: self.steps], state
+        output, state = delta_rule(*inputs, initial_state=scan.initial_state, segments=segments)
+        return output[:, extra :: self.steps], state

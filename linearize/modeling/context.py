@@ -62,7 +62,7 @@ class Context:
 
     @property
     def end(self) -> int:
-        """Absolute slot behind the last."""
+        """Absolute slot after the last."""
         return self.first_slot + self.length
 
     @property
@@ -71,13 +71,17 @@ class Context:
         return self.key_mask is None and self.segments is None
 
     def slots(self, start: int, end: int) -> Slots:
-        """Return slots [start, end)."""
+        """Return slots [start, end), counted from the context's own first slot.
+
+        Recurrent inputs may cover the newest slots alone. Then only those of the slots that have them are returned.
+        """
 
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[:, start:end]
 
         def cut_inputs(x: Tensor) -> Tensor:
-            missing = self.length - x.shape[1]  # a branch that does not wait has the newest slots alone
+            # the first slots may have no inputs: only a delayed branch keeps those of earlier tokens
+            missing = self.length - x.shape[1]
             return x[:, max(0, start - missing) : max(0, end - missing)]
 
         return Slots(
@@ -90,7 +94,7 @@ class Context:
         )
 
     def part(self, start: int, end: int) -> "Context":
-        """Return the context cut to slots [start, end)."""
+        """Return the context cut to slots [start, end), counted from its own first slot."""
         return replace(self, **self.slots(start, end)._asdict(), first_slot=self.first_slot + start)
 
     def behind(self, count: int, delay: int) -> Slots:
@@ -128,7 +132,7 @@ class Step:
         keys, values: [B, N + window, J, K], the sinks and the window with the query's own slot, in no order.
         arriving, leaving: the query's own slot, and the slot that its window has just lost.
         length: slots in reach, the leaving one included.
-        end: absolute slot behind the query's.
+        end: absolute slot after the query's.
     """
 
     keys: Tensor

@@ -26,10 +26,14 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the spec of a named module, its loader extended by the callback; None for every other module."""
+        """Return the spec of a named module, with a loader that calls back once it has executed the module.
+
+        For every other module, return None, so that Python asks the next finder.
+        """
         if fullname not in self.names:
             return None
-        self.names = self.names - {fullname}  # `importlib.util.find_spec` below asks this finder again
+        # `importlib.util.find_spec` asks this finder again, which must then leave the module to the others
+        self.names = self.names - {fullname}
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -38,5 +42,6 @@ class AfterImport(importlib.abc.MetaPathFinder):
                 execute(module)
                 self.callback()
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # only this one module's loader
+            # the loader serves this one module alone
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

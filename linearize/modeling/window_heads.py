@@ -66,28 +66,34 @@ class WindowHeads(nn.Module):
     def forward(
         self, q: Tensor, q_rotary: Tensor, context: Context | Step, *, scores: Scores, state: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from the last T tokens of `context`.
+        """Attend from the last T tokens of `context`. A long prefill without gradients goes part by part.
 
         Args:
-            q, q_rotary: [B, T, H, K] before and after rotary.
+            q, q_rotary: queries [B, T, H, K] before and after rotary.
             context: the keys and values in reach.
-            scores: the score function of the window.
-            state: the recurrent state before the first of these tokens, or None.
+            scores: the scale and the other settings of the scores.
+            state: the recurrent state before the first of these tokens; None without a recurrent branch or at the
+                start of a sequence.
 
         Returns:
             output [B, T, H, K] in q's dtype, the recurrent state after the last token.
         """
-        T, cached = q.shape[1], context.length - q.shape[1]
+        T = q.shape[1]
+        cached = context.length - T  # slots before the first query
         longest = PREFILL_PART if q.device.type == "cpu" else DEVICE_PREFILL_PART
         if isinstance(context, Step) or longest >= T or torch.is_grad_enabled():
             return self.attend(q, q_rotary, context, scores, state)
         outputs = []
         for start in range(0, T, longest):
             end = min(start + longest, T)
-            part = context.part(max(0, cached + start - self.window), cached + end)
+            first = cached + start  # the slot of the part's first query
+            # from the slot that has just left the first query's window, since a delayed branch reads it
+            part = context.part(max(0, first - self.window), cached + end)
             if start and state is not None and context.segments is not None:
-                continues = context.segments[:, cached + start] == context.segments[:, cached + start - 1]
-                state = state * continues.to(state.dtype).view(-1, *(1,) * (state.dim() - 1))
+                # zero the state where a document begins; a mixer cannot see this at the first query of its scan
+                same_document = context.segments[:, first] == context.segments[:, first - 1]
+                per_row = (-1, *(1,) * (state.dim() - 1))  # [B] -> [B, 1, ...]
+                state = state * same_document.to(state.dtype).view(per_row)
             output, state = self.attend(q[:, start:end], q_rotary[:, start:end], part, scores, state)
             outputs.append(output)
         return torch.cat(outputs, dim=1), state

@@ -1,6 +1,8 @@
-"""Softmax attention together with its normaliser, which `scaled_dot_product_attention` does not return.
+"""Softmax attention together with its log sum, which `scaled_dot_product_attention` does not return.
 
-Shapes: N blocks, J key/value heads, R query rows, S keys, K head dim.
+The log sum is log sum_j exp(score_j), the logarithm of the softmax's normaliser.
+
+Shapes: N blocks of queries, J key/value heads, R rows (each a query of one query head), S keys, K head dim.
 """
 
 from typing import Any
@@ -22,36 +24,38 @@ def softmax_attention(
     softcap: float | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention and log sum_j exp(score_j), by a fused kernel of PyTorch's that returns the latter too.
+    """Compute attention and its log sum.
+
+    A fused kernel of PyTorch computes both where there is one for these inputs, otherwise `softmax_attention_naive`.
 
     Args:
         q: [N, J, R, K]. k, v: [N, J, S, K].
-        bias: [N, 1, R, S] in q's dtype, 0 or -inf, or None; every row sees a key.
+        bias: [N, 1, R, S] in q's dtype, 0 or -inf, added to the scores; None for zero. Every row must see a key.
         scale, softcap: see `Scores` (ops/window.py).
-        causal: row r sees no key behind the r-th; R = S.
+        causal: hide from row r the keys after the r-th. Requires R = S.
 
     Returns:
-        output [N, J, R, K] in v's dtype, and [N, J, R, 1], float32 or float64.
+        output [N, J, R, K] in v's dtype, and the log sum [N, J, R, 1] in float32 or float64.
     """
     if fuses(q, softcap) and q.dtype == k.dtype == v.dtype and k.shape == v.shape:
-        if q.is_cuda and bias is not None:
+        if q.is_cuda and bias is not None:  # CUDA's kernel does not broadcast the bias over heads
             bias = bias.expand(-1, q.shape[1], -1, -1)
         attend = _FusedAttention.apply if torch.is_grad_enabled() else _fused
         output, log_sum, *_ = attend(q, k, v, bias, scale, causal)
-        # CUDA's kernel pads the normaliser
+        # CUDA's kernel pads the log sum beyond R rows
         return output, log_sum[..., : q.shape[2], None]
-    if causal:
+    if causal:  # -inf above the diagonal
         triangle = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         bias = triangle if bias is None else bias + triangle
     return softmax_attention_naive(q, k, v, bias, scale=scale, softcap=softcap)
 
 
 def fuses(q: Tensor, softcap: float | None) -> bool:
-    """Return True if a kernel computes this without storing a score matrix."""
-    # the divisor in `_with_normaliser` underflows in float16
+    """Return True if a fused kernel takes such queries and scores, so that no score matrix is stored."""
+    # the divisor in `_with_log_sum_gradient` underflows in float16
     if softcap is not None or q.dtype == torch.float16:
         return False
-    # CUDA's loads whole vectors of a head, and knows no float64
+    # CUDA's kernel loads whole vectors of a head, and knows no float64
     return q.device.type == "cpu" or (q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 8 == 0)
 
 
@@ -71,7 +75,7 @@ def softmax_attention_naive(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, ...]:
-    """Return output, normaliser [N, J, R or more], and the random state that CUDA's backward needs."""
+    """Return output, log sum [N, J, R or more], and the random state that CUDA's backward needs."""
     if not q.is_cuda:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(q, k, v, is_causal=causal, attn_mask=bias, scale=scale)
@@ -79,7 +83,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, c
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Compute attention whose gradients also come through the normaliser: ds_j = p_j (do.v_j - do.o + dlog_sum).
+    """Compute attention whose gradients also come through the log sum: ds_j = p_j (do.v_j - do.o + dlog_sum).
 
     The kernel's backward knows the output's gradient do alone, and subtracts do.o. So it gets, in place of o, the
     nearest vector whose product with do is do.o - dlog_sum.
@@ -102,7 +106,7 @@ class _FusedAttention(torch.autograd.Function):
         if d_output is None:
             d_output = torch.zeros_like(output)
         if d_log_sum is not None and (d_log_sum.is_cuda or d_log_sum.any()):
-            d_output, shifted = _with_normaliser(output, d_output, d_log_sum)
+            d_output, shifted = _with_log_sum_gradient(output, d_output, d_log_sum)
         if q.is_cuda:
             needs_gradient = [True, True, True, False]
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
@@ -114,7 +118,7 @@ class _FusedAttention(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def _with_normaliser(output: Tensor, d_output: Tensor, d_log_sum: Tensor) -> tuple[Tensor, Tensor]:
+def _with_log_sum_gradient(output: Tensor, d_output: Tensor, d_log_sum: Tensor) -> tuple[Tensor, Tensor]:
     """Return do and o - (dlog_sum / do.do) do. A do too small to divide by becomes one that changes no gradient."""
     wide = d_output.to(d_log_sum.dtype)
     energy = wide.square().sum(-1)

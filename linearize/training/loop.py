@@ -2,7 +2,7 @@
 
 `train_stage` goes through one stage of a run:
 
-1. Load the newest saved state, and pass over the rows of the steps that it has behind it.
+1. Load the newest saved state, and skip the rows of the steps that were made before it was saved.
 2. At every step compute the gradients of `batch_size` rows, over all processes and micro-batches, and update.
 3. Write the step to metrics.jsonl and report it.
 4. Save the state every `checkpoint_every` steps, at the stage's end, and before an interruption.
@@ -139,7 +139,7 @@ class StageTrainer:
     """Trains one stage of a run step by step. Steps are counted within the stage, from 1."""
 
     def __init__(self, run: TrainingRun, scheduled: ScheduledStage) -> None:
-        """Make the optimizers of the stage.
+        """Set the distiller up for the stage, and make the stage's optimizers.
 
         Raises:
             ConfigError: the stage has nothing to train, or its rows do not divide over processes and micro-batches.
@@ -148,15 +148,16 @@ class StageTrainer:
         self.run, self.scheduled, self.stage = run, scheduled, scheduled.stage
         self.optimizers = make_optimizers(run.distiller, self.stage.optimizer)
         self.parameter_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        # the learning rates that the schedule's factor multiplies at every step
         self.base_rates = [group["lr"] for group in self.parameter_groups]
         self.trainable = [value for value in run.distiller.parameters() if value.requires_grad]
-        # rows of a micro-batch; fewer once the device's memory has run out
+        # rows of a micro-batch; `_compute_gradients` lowers the number when the device's memory runs out
         self.rows_at_once = _rows_at_once(self.stage.batch_size, run)
-        # the distiller as data parallelism wraps it
-        self.wrapped: torch.nn.Module = run.distiller
+        # the module that forward calls: the distiller, which `prepare` may wrap for data parallelism
+        self.model: torch.nn.Module = run.distiller
 
     def restore(self) -> int:
-        """Load the newest saved state, and return the steps of this stage that it has behind it.
+        """Load the newest saved state, and return the number of this stage's steps made before it was saved.
 
         The last stage loads it even where all steps are done: the weights have still to be written.
         """
@@ -175,8 +176,8 @@ class StageTrainer:
         """Get the model ready to train on the device and over the processes."""
         # attention transfer goes backward layer by layer, which a wrapper would not expect
         if self.stage.loss.kind != "attention":
-            self.wrapped = self.run.accelerator.prepare(self.run.distiller)
-        self.wrapped.train()
+            self.model = self.run.accelerator.prepare(self.run.distiller)
+        self.model.train()
 
     def train_step(self, step: int, rows: list[Batch]) -> tuple[float, float]:
         """Make one optimizer step on the rows of all processes, and return the loss and the gradient's norm."""
@@ -229,8 +230,8 @@ class StageTrainer:
                         total += transfer_backward(distiller.student.get_base_model(), batch, 1 / len(batches))
                     continue
                 is_last = number == len(batches)
-                with nullcontext() if is_last else accelerator.no_sync(self.wrapped), accelerator.autocast():
-                    loss = self.wrapped(batch, normaliser)
+                with nullcontext() if is_last else accelerator.no_sync(self.model), accelerator.autocast():
+                    loss = self.model(batch, normaliser)
                 accelerator.backward(loss)
                 total += loss.detach()
         if transfers and accelerator.num_processes > 1:
