@@ -34,6 +34,7 @@ from linearize.device import compute_dtype, keep_freed_memory, versions
 from linearize.evaluation.passkey import passkey_task
 from linearize.evaluation.recall import accuracy
 from linearize.evaluation.window_scores import windows_of
+from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.readout import readout_of
 from linearize.settings.config import ScoringSettings
 
@@ -141,7 +142,7 @@ def score_heads(subject: Subject, methods: list[str], swap_distances: tuple[int,
             start_token=subject.tokenizer.bos_token_id,
         )
         scores.by_method[method] = head_scores(
-            subject.model, probes, window=subject.window, sinks=SINKS, method=method, progress=note
+            LayerStream(subject.model), probes, window=subject.window, sinks=SINKS, method=method, progress=note
         )
         scores.seconds[method] = time.perf_counter() - started
         if method == "gradient":
@@ -150,7 +151,7 @@ def score_heads(subject: Subject, methods: list[str], swap_distances: tuple[int,
         started = time.perf_counter()
         probe = asking_probe(subject, asking)
         scores.by_method[asking] = head_scores(
-            subject.model, [probe], window=subject.window, sinks=SINKS, progress=note
+            LayerStream(subject.model), [probe], window=subject.window, sinks=SINKS, progress=note
         )
         scores.seconds[asking] = time.perf_counter() - started
         scores.by_method["both"] = combined(scores.by_method["gradient"], scores.by_method[asking])
@@ -162,7 +163,7 @@ def asking_probe(subject: Subject, asking: str) -> Probe:
     """Build the probe that asks for text, or for facts told in it."""
     filler = subject.tokenizer(sample("sample")).input_ids
     if asking == "text":
-        return text_probe(subject.model, torch.tensor(filler[:TEXT_TOKENS])[None], subject.window, SINKS)
+        return text_probe(LayerStream(subject.model), torch.tensor(filler[:TEXT_TOKENS])[None], subject.window, SINKS)
 
     def encode(words: str) -> list[int]:
         return subject.tokenizer(words, add_special_tokens=False).input_ids
@@ -184,8 +185,8 @@ def measure_choices(
         if with_elimination:
             started = time.perf_counter()
             rounds = eliminate(
-                subject.model, scores.probes, scores.by_method["both"], number, window=subject.window, sinks=SINKS,
-                layers=range(layers), progress=note,
+                LayerStream(subject.model), scores.probes, scores.by_method["both"], number,
+                window=subject.window, sinks=SINKS, layers=range(layers), progress=note,
             )  # fmt: skip
             scores.seconds[f"elimination of {2 * number} to {number}"] = time.perf_counter() - started
             choices.append(measure(subject, "elimination", top_heads(rounds, share)))

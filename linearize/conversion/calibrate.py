@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.source import Source
@@ -32,9 +32,9 @@ from linearize.errors import CheckpointError
 from linearize.modeling.attention import Observation
 from linearize.modeling.context import context_of
 from linearize.modeling.fit_mix import fit_mix
+from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.linear_heads import LinearHeads
-from linearize.modeling.loading import load_unconverted
-from linearize.modeling.readout import readout_of
+from linearize.modeling.loading import open_unconverted
 from linearize.ops.dispatch import without_kernels
 from linearize.plan import Plan
 from linearize.training.losses import chunked_kl
@@ -104,11 +104,12 @@ def calibrate(
         CheckpointError: the base computes values that are not finite.
     """
     device = pick_device()
-    model = load_unconverted(source, plan, dtype=compute_dtype("auto")).to(device)
+    stream = open_unconverted(source, plan, dtype=compute_dtype("auto"), device=device)
+    model = stream.model
     rows = _with_copies(ids, model.config).to(device)
     fitter = _LayerFitter(source.name, plan, progress)
     with model.observed(fitter.fit):
-        model.base_model(input_ids=rows, position_ids=_spread_positions(rows, model.config), use_cache=False)
+        stream.forward(stream.start([rows], [_spread_positions(rows, model.config)]))
     attentions = [attention for _, attention in model.linear_attentions()]
     scalable = [
         attention.mixer for attention in attentions if attention.layer_idx in fitter.errors and attention.mixer.scalable
@@ -116,7 +117,7 @@ def calibrate(
     part = divergence = None
     if scalable:
         start = max(heads.window for heads in scalable)
-        part, window_alone, fitted = choose_part(model, scalable, rows[-HELD_OUT][None], start)
+        part, window_alone, fitted = choose_part(stream, scalable, rows[-HELD_OUT], start)
         divergence = (window_alone, fitted)
         progress(
             f"calibrated: {part:g} of the shares fitted; KL from the base {fitted:.4f} on text, {window_alone:.4f} "
@@ -177,32 +178,33 @@ class _LayerFitter:
 
 
 def choose_part(
-    model: PreTrainedModel, branches: list[LinearHeads], ids: Tensor, start: int
+    stream: LayerStream, branches: list[LinearHeads], ids: Tensor, start: int
 ) -> tuple[float, float, float]:
     """Scale the branches' shares by the one of PARTS that brings the whole model nearest to its base (step 4).
 
     Args:
         branches: linear heads whose mix can be scaled by one factor.
-        ids: a row of text [1, T].
+        ids: a row of text [T].
         start: first token that counts.
 
     Returns:
         The part, and the divergence from the base of window + sinks and of that part, in nats a token.
     """
-    head = readout_of(model)
-    counted = ids.shape[1] - start
+    counted = len(ids) - start
     weights = torch.full((counted,), 1 / counted, device=ids.device)
 
     def hidden_states() -> Tensor:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, start:]
+        return stream.last_hidden([ids])[0][start:]
 
-    with model.softmax_attention():
+    with stream.model.softmax_attention():
         base_hidden = hidden_states()
 
     def divergence() -> float:
-        return chunked_kl(hidden_states(), base_hidden, head, head, weights, KL_CHUNK).item()
+        hidden = hidden_states()
+        with stream.readout() as head:
+            return chunked_kl(hidden, base_hidden, head, head, weights, KL_CHUNK).item()
 
-    with model.recurrent_branch_off():
+    with stream.model.recurrent_branch_off():
         window_alone = divergence()
     divergences: dict[float, float] = {}
     present = 1.0

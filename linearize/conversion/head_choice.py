@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from linearize.checkpoint.fingerprint import tokenizer_fingerprint
 from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
@@ -21,7 +19,8 @@ from linearize.data.documents import data_fingerprint
 from linearize.data.text_rows import text_rows
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
-from linearize.modeling.loading import load_base
+from linearize.modeling.layer_stream import LayerStream
+from linearize.modeling.loading import open_base
 from linearize.settings.config import ConversionConfig
 
 
@@ -85,23 +84,23 @@ def _cache_key(request: ScoreRequest) -> dict[str, Any]:
 
 
 def _compute_scores(request: ScoreRequest) -> HeadScores:
-    """Load the base and run it over the probes."""
+    """Run the base over the probes."""
     method, progress, layers = request.settings.scoring.method, request.progress, request.layers
     # elimination starts from the gradient's scores
     first = base_head_scores(request.with_method("gradient")) if method == "elimination" else []
     progress(f"{request.source.name}: scoring key/value heads by {request.by} ({method})")
-    model = load_base(request.source, dtype=compute_dtype("auto")).to(pick_device())
-    groups = _probe_groups(request, model)
+    stream = open_base(request.source, dtype=compute_dtype("auto"), device=pick_device())
+    groups = _probe_groups(request, stream)
     if method == "elimination":
-        return eliminate(model, groups, first, request.count, layers=layers, progress=progress, **request.reach)
+        return eliminate(stream, groups, first, request.count, layers=layers, progress=progress, **request.reach)
     scores = [
-        head_scores(model, probes, method=method, layers=layers, progress=progress, **request.reach)
+        head_scores(stream, probes, method=method, layers=layers, progress=progress, **request.reach)
         for probes in groups
     ]
     return combined(*scores) if len(scores) > 1 else scores[0]
 
 
-def _probe_groups(request: ScoreRequest, model: PreTrainedModel) -> list[list[Probe]]:
+def _probe_groups(request: ScoreRequest, stream: LayerStream) -> list[list[Probe]]:
     """Build the probes: for recall copies, and facts if the base answers them; for text long text; for both all three.
 
     Returns:
@@ -123,7 +122,7 @@ def _probe_groups(request: ScoreRequest, model: PreTrainedModel) -> list[list[Pr
         )
         groups.append(copies)
         facts = _facts(request)
-        if facts is not None and answers(model, facts, **request.reach):
+        if facts is not None and answers(stream, facts, **request.reach):
             groups.append([facts])
         elif facts is not None:
             request.progress(f"{source.name}: the base does not answer {facts.name}; heads are scored by copies alone")
@@ -133,7 +132,7 @@ def _probe_groups(request: ScoreRequest, model: PreTrainedModel) -> list[list[Pr
                 f"keep_softmax: no text can be scored: without a tokenizer, or since rows of {scoring.text} in the "
                 f"model's positions do not leave the window of {settings.window}"
             )
-        groups.append([text_probe(model, rows, **request.reach)])
+        groups.append([text_probe(stream, rows, **request.reach)])
     return groups
 
 

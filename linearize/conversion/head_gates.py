@@ -42,9 +42,11 @@ class GatedAttention(Protocol):
     """An attention module of the base model while its heads are gated.
 
     Attributes:
+        layer_idx: index of its layer.
         head_gates: gates of the key/value heads, [J].
     """
 
+    layer_idx: int
     head_gates: Tensor
     gating: Gating
     config: PretrainedConfig
@@ -52,7 +54,11 @@ class GatedAttention(Protocol):
 
 @contextlib.contextmanager
 def gated_heads(
-    model: PreTrainedModel, window: int, sinks: int, layers: Sequence[int] | None = None
+    model: PreTrainedModel,
+    window: int,
+    sinks: int,
+    layers: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Iterator[list[GatedAttention]]:
     """Gate the heads of `layers` (all by default) while the block runs; all gates start at 1.
 
@@ -66,7 +72,7 @@ def gated_heads(
     gated_config = copy.copy(model.config)
     gated_config._attn_implementation_internal = IMPLEMENTATION
     for attention in attentions:
-        attention.head_gates = torch.ones(heads, device=model.device)
+        attention.head_gates = torch.ones(heads, device=device)
         attention.gating = Gating(window, sinks)
         attention.config = gated_config
     try:
@@ -105,7 +111,7 @@ def _attend(
     full = _softmax_attention(query, key, value, scores, sliding_window)
     if gating.observe is not None:
         gating.observe(query, key, scaling)
-    if bool((gates == 1).all()) and not gates.requires_grad:
+    if bool((gates == 1).all()) and not (gates.requires_grad and torch.is_grad_enabled()):
         return full, None
     near = _window_and_sinks(query, key, value, scores, gating)
     by_query_head = gates.repeat_interleave(group).to(query.dtype)[:, None]

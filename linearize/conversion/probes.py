@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from linearize.data.recall_rows import SPAN, recall_task
 from linearize.errors import ConfigError
-from linearize.modeling.readout import readout_of
-from linearize.ops.chunks import state_dtype
+from linearize.modeling.layer_stream import LayerStream
+from linearize.modeling.readout import Readout
 from linearize.training.losses import chunked_kl
 
 # far from any seed that an evaluation is likely to use, so that scores and evaluation see different rows
@@ -43,7 +42,8 @@ class Probe:
     Attributes:
         name: words for progress messages.
         ids: token ids [rows, T].
-        loss: computes the loss of a model on one row, given by its number.
+        loss: computes the loss on one row from its hidden states [T, D] behind the final norm, the readout, and the
+            row's number.
         gates: values of all gates at which the gradient method takes the slope.
         queries: positions [Q] whose attention the look-up method measures.
         far: keys that count for each of them, [Q, T] bool.
@@ -51,14 +51,22 @@ class Probe:
 
     name: str
     ids: Tensor
-    loss: Callable[[PreTrainedModel, int], Tensor]
+    loss: Callable[[Tensor, Readout, int], Tensor]
     gates: tuple[float, ...]
     queries: Tensor
     far: Tensor
 
-    def mean_loss(self, model: PreTrainedModel) -> float:
+    @torch.no_grad()
+    def losses(self, stream: LayerStream) -> list[float]:
+        """Return the loss on every row."""
+        hidden = stream.last_hidden(list(self.ids))
+        with stream.readout() as head:
+            return [self.loss(states, head, row).item() for row, states in enumerate(hidden)]
+
+    def mean_loss(self, stream: LayerStream) -> float:
         """Return the mean of the rows' losses."""
-        return sum(self.loss(model, row).item() for row in range(len(self.ids))) / len(self.ids)
+        losses = self.losses(stream)
+        return sum(losses) / len(losses)
 
 
 def recall_probe(distance: int, rows: int, vocabulary: int, start_token: int | None) -> Probe:
@@ -69,8 +77,8 @@ def recall_probe(distance: int, rows: int, vocabulary: int, start_token: int | N
     # the key to look up is the token that followed the current one last time
     far = torch.arange(T) == (queries + 1 - distance)[:, None]
 
-    def loss(gated: PreTrainedModel, row: int) -> Tensor:
-        return loss_of_last(gated, task.ids[row], task.counted)
+    def loss(hidden: Tensor, head: Readout, row: int) -> Tensor:
+        return loss_of_last(hidden, head, task.ids[row], task.counted)
 
     return Probe(f"recall at distance {distance}", task.ids, loss, RECALL_GATES, queries, far)
 
@@ -156,27 +164,26 @@ def facts_probe(
         far[before : before + len(fact.statement)] = True
     ids = torch.tensor(filled)
 
-    def loss(gated: PreTrainedModel, row: int) -> Tensor:
-        return loss_of_last(gated, ids[row], answer_length)
+    def loss(hidden: Tensor, head: Readout, row: int) -> Tensor:
+        return loss_of_last(hidden, head, ids[row], answer_length)
 
     queries = torch.arange(length - answer_length - 1, length - 1)
     return Probe(f"facts at distance {distance}", ids, loss, RECALL_GATES, queries, far.expand(answer_length, -1))
 
 
 @torch.no_grad()
-def text_probe(model: PreTrainedModel, ids: Tensor, window: int, sinks: int) -> Probe:
+def text_probe(stream: LayerStream, ids: Tensor, window: int, sinks: int) -> Probe:
     """Make a probe of text [rows, T]: its loss is the divergence of the gated model from the base beyond the window.
 
     Args:
-        model: the base model, without gates.
+        stream: the base model, without gates.
     """
-    base_hidden = [hidden_states(model, row)[window:] for row in ids]
-    head = readout_of(model)
+    base_hidden = [hidden[window:] for hidden in stream.last_hidden(list(ids))]
 
-    def loss(gated: PreTrainedModel, row: int) -> Tensor:
-        hidden = hidden_states(gated, ids[row])[window:]
-        weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
-        return chunked_kl(hidden, base_hidden[row], head, head, weights, CHUNK_TOKENS)
+    def loss(hidden: Tensor, head: Readout, row: int) -> Tensor:
+        beyond = hidden[window:]
+        weights = torch.full((len(beyond),), 1 / len(beyond), device=beyond.device)
+        return chunked_kl(beyond, base_hidden[row], head, head, weights, CHUNK_TOKENS)
 
     T = ids.shape[1]
     queries, keys = torch.arange(window, T), torch.arange(T)
@@ -184,13 +191,7 @@ def text_probe(model: PreTrainedModel, ids: Tensor, window: int, sinks: int) -> 
     return Probe("text", ids, loss, TEXT_GATES, queries, far)
 
 
-def loss_of_last(model: PreTrainedModel, row: Tensor, counted: int) -> Tensor:
-    """Return the cross-entropy of the last `counted` tokens of a row [T]."""
-    ids = row[None].to(model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=counted + 1).logits[:, :-1]
-    return F.cross_entropy(logits.to(state_dtype(logits)).flatten(0, 1), ids[0, -counted:])
-
-
-def hidden_states(model: PreTrainedModel, row: Tensor) -> Tensor:
-    """Return the last hidden states [T, D] of a row of token ids [T]."""
-    return model.base_model(input_ids=row[None].to(model.device), use_cache=False).last_hidden_state[0]
+def loss_of_last(hidden: Tensor, head: Readout, row: Tensor, counted: int) -> Tensor:
+    """Return the cross-entropy of the last `counted` tokens of a row [T] with hidden states [T, D]."""
+    logits = head(hidden[-counted - 1 : -1])
+    return F.cross_entropy(logits, row[-counted:].to(logits.device))

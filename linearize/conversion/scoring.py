@@ -25,17 +25,17 @@ all high. A fourth method starts from the gradient's best and measures again aft
 Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim, Q positions that are asked about.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from linearize.conversion.head_gates import GatedAttention, gated_heads
 from linearize.conversion.keep_softmax import HeadScores
-from linearize.conversion.probes import Probe, hidden_states
+from linearize.conversion.probes import Probe
 from linearize.errors import ConfigError
+from linearize.modeling.layer_stream import LayerStream
+from linearize.modeling.readout import Readout
 
 # nats a token that the answers cost more without keys beyond the window, if the base reads them there
 ANSWERED = 0.5
@@ -45,67 +45,70 @@ Progress = Callable[[str], None]
 Head = tuple[int, int]
 
 
-def answers(model: PreTrainedModel, probe: Probe, *, window: int, sinks: int) -> bool:
+def answers(stream: LayerStream, probe: Probe, *, window: int, sinks: int) -> bool:
     """Return True if the base reads the answers from beyond the window: closing all gates costs more than ANSWERED."""
-    with torch.no_grad(), gated_heads(model, window, sinks) as attentions:
+    with gated_heads(stream.model, window, sinks, device=stream.device) as attentions:
         losses = []
         for value in (1.0, 0.0):
             for attention in attentions:
                 attention.head_gates.fill_(value)
-            losses.append(probe.mean_loss(model))
+            losses.append(probe.mean_loss(stream))
     return losses[1] - losses[0] > ANSWERED
 
 
-@torch.enable_grad()
-def _gradient(model: PreTrainedModel, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
+def _gradient(stream: LayerStream, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
     """Score by the slope of the loss: [layers, J]."""
     total = _zeros(attentions)
-    with _frozen(model):
-        for value in probe.gates:
-            for row in range(len(probe.ids)):
-                gates = [torch.full_like(a.head_gates, value).requires_grad_() for a in attentions]
-                for attention, gate in zip(attentions, gates):
-                    attention.head_gates = gate
-                slopes = torch.autograd.grad(probe.loss(model, row), gates)
-                total -= torch.stack(slopes).cpu() / (len(probe.gates) * len(probe.ids))
-            progress(f"scoring heads by {probe.name}: gradient at gates of {value}")
+    place = {attention.layer_idx: place for place, attention in enumerate(attentions)}
+
+    def gates_of(layer: int) -> list[Tensor]:
+        return [attentions[place[layer]].head_gates] if layer in place else []
+
+    def collect(layer: int, row: int, slopes: Sequence[Tensor]) -> None:
+        if slopes:
+            total[place[layer]] -= slopes[0].cpu() / (len(probe.gates) * len(probe.ids))
+
+    for value in probe.gates:
+        for attention in attentions:
+            attention.head_gates = torch.full_like(attention.head_gates, value).requires_grad_()
+        batches = stream.start([row[None] for row in probe.ids])
+        stream.forward(batches, record=True)
+        with stream.readout() as head:
+            slopes_of_last = [_slope(stream, batch.hidden, probe, head, row) for row, batch in enumerate(batches)]
+        stream.backward(batches, slopes_of_last, gates_of, collect)
+        progress(f"scoring heads by {probe.name}: gradient at gates of {value}")
     for attention in attentions:
         attention.head_gates = torch.ones_like(attention.head_gates).detach()
     return total
 
 
-@contextlib.contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Take the gradient off all parameters, so that a backward pass computes those of the gates alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+@torch.enable_grad()
+def _slope(stream: LayerStream, hidden: Tensor, probe: Probe, head: Readout, row: int) -> Tensor:
+    """Return the gradient [1, T, D] of a row's loss by the output of the last layer."""
+    hidden = hidden.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(probe.loss(stream.normalised(hidden)[0], head, row), hidden)
+    return gradient
 
 
 @torch.no_grad()
-def _swap(model: PreTrainedModel, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
+def _swap(stream: LayerStream, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
     """Score by the rise of the loss when one gate is closed: [layers, J]."""
-    loss_of_base = probe.mean_loss(model)
+    loss_of_base = probe.mean_loss(stream)
     scores = _zeros(attentions)
     for layer, attention in enumerate(attentions):
         for head in range(scores.shape[1]):
             attention.head_gates[head] = 0.0
-            scores[layer, head] = probe.mean_loss(model) - loss_of_base
+            scores[layer, head] = probe.mean_loss(stream) - loss_of_base
             attention.head_gates[head] = 1.0
         progress(f"scoring heads by {probe.name}: layer {layer + 1} of {len(attentions)}")
     return scores
 
 
 @torch.no_grad()
-def _lookup(model: PreTrainedModel, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
+def _lookup(stream: LayerStream, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
     """Score by the attention to the keys that the probe marks: [layers, J]."""
     T = probe.ids.shape[1]
-    queries, far = probe.queries.to(model.device), probe.far.to(model.device)
+    queries, far = probe.queries.to(stream.device), probe.far.to(stream.device)
     scores = _zeros(attentions)
 
     def observer(layer: int) -> Callable[[Tensor, Tensor, float], None]:
@@ -122,8 +125,7 @@ def _lookup(model: PreTrainedModel, attentions: list[GatedAttention], probe: Pro
 
     for layer, attention in enumerate(attentions):
         attention.gating.observe = observer(layer)
-    for row in probe.ids:
-        hidden_states(model, row)
+    stream.last_hidden(list(probe.ids))
     progress(f"scoring heads by {probe.name}: where they look")
     return scores
 
@@ -132,7 +134,7 @@ def _zeros(attentions: list[GatedAttention]) -> Tensor:
     return torch.zeros(len(attentions), attentions[0].head_gates.numel())
 
 
-METHODS: dict[str, Callable[[PreTrainedModel, list[GatedAttention], Probe, Progress], Tensor]] = {
+METHODS: dict[str, Callable[[LayerStream, list[GatedAttention], Probe, Progress], Tensor]] = {
     "gradient": _gradient,
     "swap": _swap,
     "lookup": _lookup,
@@ -140,7 +142,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, list[GatedAttention], Probe, Progr
 
 
 def head_scores(
-    model: PreTrainedModel,
+    stream: LayerStream,
     probes: Sequence[Probe],
     *,
     window: int,
@@ -152,7 +154,7 @@ def head_scores(
     """Score the heads of a base model.
 
     Args:
-        model: the base model, as transformers loads it.
+        stream: the base model.
         window, sinks: keys that a head sees without softmax attention.
         method: one of METHODS.
         layers: layers to score, all by default; heads of the others get 0.
@@ -165,19 +167,20 @@ def head_scores(
     """
     if method not in METHODS:
         raise ConfigError(f"method: got '{method}', allowed are {', '.join(METHODS)}")
-    layers = range(model.config.num_hidden_layers) if layers is None else layers
-    with gated_heads(model, window, sinks, layers) as attentions:
+    count = len(stream.layers)
+    layers = range(count) if layers is None else layers
+    with gated_heads(stream.model, window, sinks, layers, stream.device) as attentions:
         total = _zeros(attentions)
         for probe in probes:
-            total += METHODS[method](model, attentions, probe, progress)
+            total += METHODS[method](stream, attentions, probe, progress)
     scores = dict(zip(layers, (total / len(probes)).tolist()))
     unscored = [0.0] * total.shape[1]
-    return [scores.get(layer, list(unscored)) for layer in range(model.config.num_hidden_layers)]
+    return [scores.get(layer, list(unscored)) for layer in range(count)]
 
 
 @torch.no_grad()
 def eliminate(
-    model: PreTrainedModel,
+    stream: LayerStream,
     groups: Sequence[Sequence[Probe]],
     scores: HeadScores,
     count: int,
@@ -204,12 +207,12 @@ def eliminate(
     heads = [(layer, head) for layer in layers for head in range(len(scores[layer]))]
     remaining = sorted(heads, key=lambda head: -scores[head[0]][head[1]])[: 2 * count]
     turns = torch.zeros(len(scores), len(scores[0]))
-    with gated_heads(model, window, sinks, layers) as attentions:
+    with gated_heads(stream.model, window, sinks, layers, stream.device) as attentions:
         by_layer = dict(zip(layers, attentions))
 
         def losses(softmax_heads: Sequence[Head]) -> Tensor:
             _open_gates(by_layer, softmax_heads)
-            return torch.tensor([_group_loss(model, group) for group in groups])
+            return torch.tensor([_group_loss(stream, group) for group in groups])
 
         of_base = losses(heads)
         at_stake = losses([]) - of_base
@@ -240,9 +243,9 @@ def _open_gates(attentions: dict[int, GatedAttention], heads: Sequence[Head]) ->
             attention.head_gates[head] = float((layer, head) in heads)
 
 
-def _group_loss(model: PreTrainedModel, group: Sequence[Probe]) -> float:
+def _group_loss(stream: LayerStream, group: Sequence[Probe]) -> float:
     """Return the mean loss over the rows of all probes of a group."""
-    losses = [probe.loss(model, row).item() for probe in group for row in range(len(probe.ids))]
+    losses = [loss for probe in group for loss in probe.losses(stream)]
     return sum(losses) / len(losses)
 
 

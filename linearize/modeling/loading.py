@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearize.checkpoint.names import ADDED
@@ -22,9 +23,13 @@ from linearize.checkpoint.student import (
 from linearize.checkpoint.weights import read_weights
 from linearize.errors import CheckpointError, ConfigError, CoverageError, one_line
 from linearize.families.registry import find_family
-from linearize.modeling.factory import linearized_classes
+from linearize.modeling.factory import LinearizedClasses, linearized_classes
+from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.registration import register_checkpoint
 from linearize.plan import Plan
+
+# weights that stay in memory: reading them again for the way back takes longer than their room is worth
+RESIDENT_BYTES = 512 * 2**20
 
 
 def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
@@ -113,6 +118,19 @@ def load_unconverted(
         ConfigError: the base is of another architecture than the plan.
         CoverageError: the added parameters are of another plan.
     """
+    classes, config = _unconverted_config(source, plan)
+    logging.set_verbosity_error()  # its warning of newly initialized parameters would mislead: they are added
+    model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED)
+    if added is not None:
+        unexpected = model.load_state_dict(added, strict=False).unexpected_keys
+        missing = [name for name in model.state_dict() if ADDED in name and name not in added]
+        if unexpected or missing:
+            raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *missing][0]}'")
+    return model
+
+
+def _unconverted_config(source: Source, plan: Plan) -> tuple[LinearizedClasses, PretrainedConfig]:
+    """Return the linearized classes of the base's family, and its config under the plan."""
     classes = linearized_classes(find_family(plan.base_model_type))
     base = AutoConfig.from_pretrained(source.folder).to_dict()
     if base.pop("model_type") != plan.base_model_type:
@@ -123,14 +141,39 @@ def load_unconverted(
             f"--base: '{source.name}' has {base['num_hidden_layers']} layers, the student's plan {len(plan.layers)}"
         )
     config = classes.config.from_dict({**base, "linearize": plan.to_dict()})
-    logging.set_verbosity_error()  # its warning of newly initialized parameters would mislead: they are added
-    model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED)
-    if added is not None:
-        unexpected = model.load_state_dict(added, strict=False).unexpected_keys
-        missing = [name for name in model.state_dict() if ADDED in name and name not in added]
-        if unexpected or missing:
-            raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *missing][0]}'")
-    return model
+    return classes, config
+
+
+def base_without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model that a folder's config.json describes; its parameters have shapes and no values."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()
+
+
+def open_base(source: Source, *, dtype: torch.dtype, device: str) -> LayerStream:
+    """Open a base model to run layer by layer: in memory if it is small, from its files otherwise."""
+    if read_weights(source.folder).nbytes > RESIDENT_BYTES:
+        return LayerStream(base_without_weights(source.folder, dtype), source.folder, device=device)
+    return LayerStream(load_base(source, dtype=dtype).requires_grad_(False).to(device), device=device)
+
+
+def open_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype, device: str) -> LayerStream:
+    """Open the base's weights under `plan` to run layer by layer; the added parameters are in memory.
+
+    Raises:
+        ConfigError: the base is of another architecture than the plan.
+    """
+    if read_weights(source.folder).nbytes <= RESIDENT_BYTES:
+        return LayerStream(load_unconverted(source, plan, dtype=dtype).to(device), device=device)
+    classes, config = _unconverted_config(source, plan)
+    with init_empty_weights(include_buffers=False):
+        model = classes.causal_lm._from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for _, attention in model.linear_attentions():
+            if attention.mixer is not None:
+                attention.mixer.to_empty(device=device)
+                model.base_model._init_weights(attention.mixer)
+    return LayerStream(model, source.folder, device=device)
 
 
 def untrained_parameters(student: Student) -> dict[str, torch.Tensor] | None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from linearize.checkpoint.student import Student
 from linearize.modeling.cache import CACHE_NAME
+from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.loading import load_student, load_unconverted
 from linearize.modeling.readout import readout_of
 from linearize.settings.loading import load_config
@@ -134,7 +135,7 @@ def test_the_config_keeps_the_heads_that_recall_needs(converted):
             for name, mode in modes.items():
                 with mode:
                     hidden = [model.base_model(row[None], use_cache=False).last_hidden_state[0] for row in task.ids]
-                    asked[name] = sum(facts.loss(model, number).item() for number in range(3)) / 3
+                    asked[name] = facts.mean_loss(LayerStream(model))
                 head = readout_of(model)
                 right = [accuracy(h, head, row, task.counted) for h, row in zip(hidden, task.ids)]
                 recalled[name] = sum(right) / len(right)

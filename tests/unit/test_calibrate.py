@@ -8,6 +8,7 @@ from linearize.conversion.calibrate import PARTS, choose_part
 from linearize.mixers.registry import MIXERS
 from linearize.modeling.context import context_of
 from linearize.modeling.fit_mix import fit_mix
+from linearize.modeling.layer_stream import LayerStream
 from linearize.ops.window import Scores
 
 
@@ -107,7 +108,7 @@ def test_the_whole_model_has_the_last_word(mixer, options):
         branch.load_state_dict(state)
     with student.recurrent_branch_off():
         window = divergence()
-    part, alone, chosen = choose_part(student, branches, ids, 8)
+    part, alone, chosen = choose_part(LayerStream(student), branches, ids[0], 8)
     assert part == min(found, key=found.get) and chosen == pytest.approx(found[part], rel=1e-3)
     assert alone == pytest.approx(window, rel=1e-3) and divergence() == pytest.approx(chosen, rel=1e-3)
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from linearize.conversion import probes, scoring
 from linearize.conversion.head_gates import IMPLEMENTATION, gated_heads
 from linearize.data.recall_rows import recall_task
+from linearize.modeling.layer_stream import LayerStream
 from linearize.plan import LayerPlan, Plan
 
 REACH = {"window": 12, "sinks": 2}
@@ -24,7 +25,7 @@ def copies(distances=DISTANCES) -> list:
 
 def text(base):
     ids = torch.randint(2, 300, (2, 50), generator=torch.Generator().manual_seed(3))
-    return ids, probes.text_probe(base, ids, **REACH)
+    return ids, probes.text_probe(LayerStream(base), ids, **REACH)
 
 
 def converted_but_one(base, layer: int, head: int):
@@ -42,7 +43,7 @@ def plain_loss(model, distance: int) -> float:
 
 def test_a_swap_is_a_conversion_of_one_head():
     base = tiny_base()
-    scores = scoring.head_scores(base, copies(), method="swap", **REACH)
+    scores = scoring.head_scores(LayerStream(base), copies(), method="swap", **REACH)
     for layer, head in ((0, 1), (2, 2)):
         student = converted_but_one(base, layer, head)
         with student.recurrent_branch_off():
@@ -54,7 +55,7 @@ def test_a_swap_is_a_conversion_of_one_head():
 def test_a_swap_on_text_is_the_divergence_of_that_conversion():
     base = tiny_base()
     ids, probe = text(base)
-    scores = scoring.head_scores(base, [probe], method="swap", **REACH)
+    scores = scoring.head_scores(LayerStream(base), [probe], method="swap", **REACH)
     student = converted_but_one(base, 1, 2)
     with torch.no_grad(), student.recurrent_branch_off():
         wanted, got = (model(ids).logits[:, 12:].log_softmax(-1) for model in (base, student))
@@ -67,7 +68,7 @@ def test_a_swap_on_text_is_the_divergence_of_that_conversion():
 def test_the_gradient_is_the_slope_of_the_loss(kind):
     base = tiny_base().double()
     probe = dataclasses.replace(copies((60,))[0] if kind == "recall" else text(base)[1], gates=(0.8,))
-    scores, step = scoring.head_scores(base, [probe], method="gradient", **REACH), 3e-3
+    scores, step = scoring.head_scores(LayerStream(base), [probe], method="gradient", **REACH), 3e-3
     with gated_heads(base, **REACH) as attentions, torch.no_grad():
         for attention in attentions:
             attention.head_gates.fill_(0.8)
@@ -75,7 +76,7 @@ def test_the_gradient_is_the_slope_of_the_loss(kind):
             losses = []
             for value in (0.8 - step, 0.8 + step):
                 attentions[layer].head_gates[head] = value
-                losses.append(sum(probe.loss(base, number).item() for number in range(2)) / 2)
+                losses.append(sum(probe.losses(LayerStream(base))) / 2)
             attentions[layer].head_gates[head] = 0.8
             assert scores[layer][head] == pytest.approx(-(losses[1] - losses[0]) / (2 * step), rel=2e-2, abs=2e-5)
     assert all(parameter.requires_grad for parameter in base.parameters())
@@ -83,7 +84,7 @@ def test_the_gradient_is_the_slope_of_the_loss(kind):
 
 def test_lookup_is_the_attention_to_the_token_to_copy():
     base = tiny_base()
-    scores = scoring.head_scores(base, copies((60,)), method="lookup", **REACH)
+    scores = scoring.head_scores(LayerStream(base), copies((60,)), method="lookup", **REACH)
     task = recall_task(60, 2, 300, 0, probes.SEED)
     base.set_attn_implementation("eager")
     with torch.no_grad():
@@ -98,7 +99,7 @@ def test_lookup_is_the_attention_to_the_token_to_copy():
 def test_lookup_in_text_is_the_attention_beyond_the_window():
     base = tiny_base()
     ids, probe = text(base)
-    scores = scoring.head_scores(base, [probe], method="lookup", **REACH)
+    scores = scoring.head_scores(LayerStream(base), [probe], method="lookup", **REACH)
     base.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = base(ids, output_attentions=True).attentions
@@ -110,7 +111,7 @@ def test_lookup_in_text_is_the_attention_beyond_the_window():
 def test_elimination_lets_the_head_go_that_is_missed_least():
     base = tiny_base()
     rows = torch.randint(2, 300, (3, 1, 50), generator=torch.Generator().manual_seed(3))
-    near, *others = (probes.text_probe(base, ids, **REACH) for ids in rows)
+    near, *others = (probes.text_probe(LayerStream(base), ids, **REACH) for ids in rows)
 
     def losses(kept) -> torch.Tensor:
         """Convert for real: return the divergence on the first row, and on the two others; the loss on copies."""
@@ -136,7 +137,7 @@ def test_elimination_lets_the_head_go_that_is_missed_least():
     assert went != [(0, 0), (2, 2), (2, 1)]
     said = []
     turns = scoring.eliminate(
-        base, [[near], others, copies((20,))], scores, 3, **REACH, layers=range(3), progress=said.append
+        LayerStream(base), [[near], others, copies((20,))], scores, 3, **REACH, layers=range(3), progress=said.append
     )
     wanted_turns = {**dict.fromkeys(every, 0), **dict.fromkeys(left, 4), **{at: n + 1 for n, at in enumerate(went)}}
     assert {(i, h): turns[i][h] for i, h in every} == wanted_turns
@@ -174,15 +175,15 @@ def test_the_loss_on_facts_is_that_of_their_answers(tokenizer_folder):
     with torch.no_grad():
         logits = base(probe.ids[1, None]).logits[0, probe.queries]
         wanted = F.cross_entropy(logits, probe.ids[1, probe.queries + 1]).item()
-        assert probe.loss(base, 1).item() == pytest.approx(wanted, rel=1e-4)
+        assert probe.losses(LayerStream(base))[1] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_only_a_base_that_answers_is_asked_for_facts(tokenizer_folder):
     _, probe = facts(tokenizer_folder)
-    assert not scoring.answers(tiny_base(), probe, window=12, sinks=2)
+    assert not scoring.answers(LayerStream(tiny_base()), probe, window=12, sinks=2)
     losses = iter([0.2] * 4 + [3.0] * 4)
-    known = dataclasses.replace(probe, loss=lambda model, number: torch.tensor(next(losses)))
-    assert scoring.answers(tiny_base(), known, window=12, sinks=2)
+    known = dataclasses.replace(probe, loss=lambda hidden, head, row: torch.tensor(next(losses)))
+    assert scoring.answers(LayerStream(tiny_base()), known, window=12, sinks=2)
 
 
 def test_scoring_leaves_the_model_as_it_was():
@@ -190,7 +191,7 @@ def test_scoring_leaves_the_model_as_it_was():
     with torch.no_grad():
         before = base(ids).logits
         for method in scoring.METHODS:
-            scoring.head_scores(base, [*copies(), text(base)[1]], method=method, **REACH)
+            scoring.head_scores(LayerStream(base), [*copies(), text(base)[1]], method=method, **REACH)
         assert torch.equal(base(ids).logits, before)
     assert base.config._attn_implementation != IMPLEMENTATION
 

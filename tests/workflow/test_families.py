@@ -21,6 +21,7 @@ from linearize.conversion.scoring import head_scores
 from linearize.errors import CheckpointError
 from linearize.families.registry import FAMILIES as LISTED
 from linearize.families.registry import find_family
+from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.loading import load_student, load_unconverted
 from linearize.modeling.readout import readout_of
 from linearize.settings.config import ConversionConfig
@@ -196,8 +197,8 @@ def test_readout_and_head_scores(case):
     ids = tokens()
     hidden = case.base.base_model(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(readout_of(case.base)(hidden), case.base(ids).logits, rtol=1e-4, atol=1e-5)
-    probes = [recall_probe(24, 1, VOCABULARY, None), text_probe(case.base, ids[:1], 8, 2)]
-    scores = head_scores(case.base, probes, window=8, sinks=2, layers=[1, 3])
+    probes = [recall_probe(24, 1, VOCABULARY, None), text_probe(LayerStream(case.base), ids[:1], 8, 2)]
+    scores = head_scores(LayerStream(case.base), probes, window=8, sinks=2, layers=[1, 3])
     heads = find_family(case.model_type).heads(case.base.config.to_dict())["num_key_value_heads"]
     assert [len(row) for row in scores] == [heads] * 4
     assert not any(scores[0] + scores[2]) and all(scores[1] + scores[3])
