@@ -9,16 +9,25 @@ drops tensors that it has no name for. The right settings are in the file's meta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.weights import INDEX, SINGLE
+from linearize.checkpoint.writing import write_json
 from linearize.errors import CheckpointError, UnsupportedModelError, one_line
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES
 
 if TYPE_CHECKING:
+    import torch
+    from gguf.gguf_reader import ReaderTensor
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor
 
 # layers of the Gemma 2 and 3 models whose query scale comes from the hidden size; GGUF does not store the scale, so
 # llama.cpp knows these models by their layers, too (src/models)
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
+# least bytes of a shard
+SHARD_BYTES = 256 * 2**20
+# tensors that files store as transformers does, and their rows that are dequantised at a time
+EMBEDDINGS, ROWS = ("token_embd.weight", "output.weight"), 8192
 # advice at the end of error messages
 INSTEAD = "convert the original checkpoint"
 
@@ -34,31 +43,64 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
         UnsupportedModelError: its architecture cannot be converted.
     """
     import torch
-    import transformers
+    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
 
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path}: not a GGUF file, or damaged")
     location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-    # the oldest supported versions of transformers always dequantise, and have no GgufConfig
-    if quantization := getattr(transformers, "GgufConfig", None):
-        options["quantization_config"] = quantization(dequantize=True)
     try:
         fields, rotary, stored_numbers = _read(path)
         config = AutoConfig.from_pretrained(**location)
         if config.model_type in FAMILIES:
             complete(config, fields, rotary)
-        model, info = AutoModelForCausalLM.from_pretrained(**location, config=config, **options)
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # the readers raise what their parsers raise, of any type
-        raise CheckpointError(f"{path}: cannot be read as GGUF: {one_line(error)}") from None
-    if why := reason_to_refuse(model.config.to_dict()):
-        raise UnsupportedModelError(
-            f"{path}: holds a {model.config.model_type} model, which cannot be converted: {why}"
-        )
-    _require_complete(path, model, stored_numbers, sorted(info["missing_keys"]))
+        raise _unreadable(path, error) from None
+    if why := reason_to_refuse(config.to_dict()):
+        raise UnsupportedModelError(f"{path}: holds a {config.model_type} model, which cannot be converted: {why}")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.tie_weights()
+    try:
+        if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
+            # experts: transformers joins several tensors of the file into one, and splits them again when it saves
+            numbers, missing = _dequantise_whole(location, config, folder, dtype)
+        else:
+            numbers, missing = write_tensors(path, model, folder)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    _require_complete(path, f"a {config.model_type} model", stored_numbers, numbers, missing)
+    tokenizer.save_pretrained(folder)
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read as GGUF: {one_line(error)}")
+
+
+def _dequantise_whole(
+    location: dict[str, str], config: "PretrainedConfig", folder: Path, dtype: str
+) -> tuple[int, list[str]]:
+    """Let transformers read the whole file into memory, and write the model without its tokenizer.
+
+    Returns:
+        The count of the model's numbers, and the names of parameters that are not in the file.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    # the oldest supported versions of transformers always dequantise, and have no GgufConfig
+    if quantization := getattr(transformers, "GgufConfig", None):
+        options["quantization_config"] = quantization(dequantize=True)
+    model, info = AutoModelForCausalLM.from_pretrained(**location, config=config, **options)
     # transformers refuses to save a model that is still marked as quantised
     model.hf_quantizer = None
     model.is_quantized = False
@@ -66,9 +108,88 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
         del model.config.quantization_config
     # without this, the oldest supported versions of transformers save experts under other names than checkpoints use
     model._weight_conversions = None
-    model.config._name_or_path = path.stem
     model.save_pretrained(folder, max_shard_size="4GB")
-    tokenizer.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters()), sorted(info["missing_keys"])
+
+
+def write_tensors(path: Path, model: "PreTrainedModel", folder: Path) -> tuple[int, list[str]]:
+    """Dequantise a file tensor by tensor into shards of safetensors.
+
+    Args:
+        model: the file's model without weights; it says which tensors there are, their names, shapes and dtype.
+
+    Returns:
+        The count of numbers that were written, and the names of the model's parameters that are not in the file.
+    """
+    from gguf import GGUFReader
+    from safetensors.torch import save_file
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+    )
+
+    reader = GGUFReader(path)
+    settings = load_gguf_checkpoint(str(path))["config"]
+    architecture = reader.fields["general.architecture"].contents()
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=settings)
+    names = get_gguf_hf_weights_map(model, processor)
+    parameters = dict(model.named_parameters())  # tied ones under their first name
+    stored = [tensor for tensor in reader.tensors if names.get(tensor.name) in parameters]
+    shards = _shards(stored, model.dtype.itemsize)
+    files = [SINGLE] if len(shards) == 1 else [
+        f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {}
+        for tensor in shard:
+            name = names[tensor.name]
+            tensors[name] = _dequantised(tensor, processor, names, model.dtype)
+            if tensors[name].shape != parameters[name].shape:
+                raise ValueError(f"tensor '{tensor.name}' has the shape {list(tensors[name].shape)}")
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(files) > 1:
+        total = sum(parameters[name].numel() for name in weight_map) * model.dtype.itemsize
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return sum(parameters[name].numel() for name in weight_map), sorted(parameters.keys() - weight_map.keys())
+
+
+def _shards(tensors: "list[ReaderTensor]", width: int) -> "list[list[ReaderTensor]]":
+    """Distribute tensors, in their order, over shards of 1/16 of the model, at least SHARD_BYTES."""
+    limit = max(SHARD_BYTES, sum(int(tensor.n_elements) for tensor in tensors) * width // 16)
+    shards: list[list[ReaderTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        nbytes = int(tensor.n_elements) * width
+        if shards[-1] and size + nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    return shards
+
+
+def _dequantised(
+    tensor: "ReaderTensor", processor: "TensorProcessor", names: dict[str, str], dtype: "torch.dtype"
+) -> "torch.Tensor":
+    """Dequantise one tensor and bring its values into the order that transformers uses."""
+    import torch
+    from gguf import dequantize
+
+    if tensor.name in EMBEDDINGS:  # the largest by far, and stored as they are: a block of rows at a time
+        rows = [
+            torch.from_numpy(dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)).to(dtype)
+            for start in range(0, len(tensor.data), ROWS)
+        ]
+        return torch.cat(rows)
+    weights = dequantize(tensor.data, tensor.tensor_type)
+    processed = processor.process(
+        weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
+    )
+    return torch.from_numpy(processed.weights.copy()).to(dtype)
 
 
 def complete(config: "PretrainedConfig", fields: dict[str, Any], rotary: dict[str, Any]) -> None:
@@ -156,22 +277,22 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     return fields, rotary, sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in rotary)
 
 
-def _require_complete(path: Path, model: "PreTrainedModel", stored_numbers: int, missing: list[str]) -> None:
+def _require_complete(path: Path, kind: str, stored_numbers: int, read: int, missing: list[str]) -> None:
     """Check that every parameter comes from the file, and that every number of the file is in a parameter.
 
     Args:
+        kind: words for the model.
         stored_numbers: count of the numbers in the file's tensors.
+        read: count of the numbers in the model's parameters.
         missing: names of parameters that transformers did not find in the file.
 
     Raises:
         CheckpointError: one of the two does not hold.
     """
-    kind = f"a {model.config.model_type} model"
     if missing:
         raise CheckpointError(
             f"{path}: transformers finds {len(missing)} tensors of {kind} not in it, first {missing[0]}; {INSTEAD}"
         )
-    read = sum(parameter.numel() for parameter in model.parameters())
     if stored_numbers != read:
         raise CheckpointError(
             f"{path}: holds {stored_numbers:,} numbers, of which transformers reads {read:,} into {kind}; {INSTEAD}"
