@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# bytes of weights that a CPU gets through in seconds to minutes
-CPU_LIMIT = 1 << 30
-# share of a GPU's free memory that weights may take; activations need the rest
-GPU_SHARE = 0.7
+# bytes of weights that stay in memory while a base is scored; larger models are read layer by layer
+RESIDENT_BYTES = 512 << 20
 # Linux' figures for the machine, and a container's limit and use (control groups version 2)
 MEMINFO = Path("/proc/meminfo")
 CONTAINER_LIMIT, CONTAINER_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -78,18 +76,6 @@ def available_memory(device: str) -> int:
 def total_memory() -> int:
     """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def can_run_base(nbytes: int) -> bool:
-    """Return True if a base model with `nbytes` of weights runs here in reasonable time.
-
-    A GPU must have room for it; a CPU takes models of up to `CPU_LIMIT` bytes.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        return nbytes < GPU_SHARE * torch.cuda.mem_get_info()[0]
-    return nbytes <= CPU_LIMIT
 
 
 def keep_freed_memory() -> None:

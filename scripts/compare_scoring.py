@@ -1,7 +1,7 @@
 """Compare cheap head scores with the exact one: their rank correlation, and the quality of each choice of heads.
 
     python scripts/compare_scoring.py MODEL_FOLDER [--text FILE] [--swap-distances 1024]
-    python scripts/compare_scoring.py MODEL_FOLDER --methods gradient --asking facts --window 512 --heads 12 \\
+    python scripts/compare_scoring.py MODEL_FOLDER --methods gradient --asking look-ups --window 512 --heads 12 \\
         --results facts.json
 
 For every method and number of heads: copy recall, perplexity and the answer to a passkey, without any training. The
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from linearize.conversion.head_gates import gated_heads
 from linearize.conversion.keep_softmax import top_heads
-from linearize.conversion.probes import Probe, facts_probe, recall_probes, text_probe
+from linearize.conversion.probes import Probe, copies_probe, require_distances, text_look_ups_probe, text_probe
 from linearize.conversion.scoring import combined, eliminate, head_scores
 from linearize.data.recall_rows import recall_task
 from linearize.data.samples import SAMPLES
@@ -64,6 +64,11 @@ class Subject:
     def layers(self) -> int:
         """Number of layers."""
         return len(self.model.base_model.layers)
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """Distances that scores are taken at, in tokens."""
+        return require_distances(DEFAULTS.distances, self.window, self.model.config.max_position_embeddings)
 
     @property
     def heads(self) -> int:
@@ -117,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=256, help="window of the other heads, in keys")
     parser.add_argument("--swap-distances", default="1024", help="distances of the exact score, in tokens")
     parser.add_argument("--methods", default="lookup,gradient,swap", help="scores, separated by commas")
-    parser.add_argument("--asking", default="text", choices=("text", "facts"), help="the probe beside copies")
+    parser.add_argument("--asking", default="text", choices=("text", "look-ups"), help="the probe beside copies")
     parser.add_argument("--heads", default="6,12,18,24", help="numbers of softmax heads, separated by commas")
     parser.add_argument("--eliminate", action="store_true", help="also eliminate heads, starting from the best of both")
     parser.add_argument("--results", default="scoring.json", help="file of scripts/results to write")
@@ -128,19 +133,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def score_heads(subject: Subject, methods: list[str], swap_distances: tuple[int, ...], asking: str) -> Scores:
-    """Score all heads by every method; with gradient, also by text or facts, and by both together."""
+    """Score all heads by every method; with gradient, also by text or look-ups, and by both together."""
     scores = Scores()
     copies: list[Probe] = []
     for method in methods:
         started = time.perf_counter()
-        probes = recall_probes(
-            swap_distances if method == "swap" else DEFAULTS.distances,
-            1 if method == "swap" else DEFAULTS.rows,
-            window=subject.window,
-            positions=subject.model.config.max_position_embeddings,
-            vocabulary=len(subject.tokenizer),
-            start_token=subject.tokenizer.bos_token_id,
-        )
+        distances = swap_distances if method == "swap" else subject.distances
+        probes = [copies_probe(distances, DEFAULTS.rows, len(subject.tokenizer), subject.tokenizer.bos_token_id)]
         scores.by_method[method] = head_scores(
             LayerStream(subject.model), probes, window=subject.window, sinks=SINKS, method=method, progress=note
         )
@@ -160,7 +159,7 @@ def score_heads(subject: Subject, methods: list[str], swap_distances: tuple[int,
 
 
 def asking_probe(subject: Subject, asking: str) -> Probe:
-    """Build the probe that asks for text, or for facts told in it."""
+    """Build the probe of long text, or of what is looked up in text."""
     filler = subject.tokenizer(sample("sample")).input_ids
     if asking == "text":
         return text_probe(LayerStream(subject.model), torch.tensor(filler[:TEXT_TOKENS])[None], subject.window, SINKS)
@@ -168,7 +167,11 @@ def asking_probe(subject: Subject, asking: str) -> Probe:
     def encode(words: str) -> list[int]:
         return subject.tokenizer(words, add_special_tokens=False).input_ids
 
-    return facts_probe(encode, filler, subject.window, max(DEFAULTS.distances), DEFAULTS.fact_rows)
+    probe = text_look_ups_probe(
+        encode, filler, subject.window, subject.distances, DEFAULTS.rows, len(subject.tokenizer)
+    )
+    assert probe is not None, "the sample is longer than a row"
+    return probe
 
 
 def measure_choices(

@@ -83,6 +83,33 @@ class CalibrationRecord(Section):
     divergence: tuple[float, float] | None = None
 
 
+class TrialRecord(Section):
+    """One conversion that was measured (linearize/conversion/trials.py).
+
+    `cache` maps a context length to the cache as a share of the base's, `held` a group of look-ups to the shares of the
+    base's "hits" and "nats" that are held.
+    """
+
+    softmax_heads: int
+    window: int
+    cache: dict[str, float]
+    holds: bool
+    held: dict[str, dict[str, float]]
+    divergence: float | None
+
+
+class QualityRecord(Section):
+    """The measured loss of a conversion: `lost` names it in words, `curve` has every conversion that was tried."""
+
+    target: float
+    divergence_limit: float
+    holds: bool
+    lost: tuple[str, ...]
+    tokens: int
+    chosen: TrialRecord
+    curve: tuple[TrialRecord, ...]
+
+
 class WeightsRecord(Section):
     """The weight files of a conversion, how the base's bytes got there, and the base's size in bytes."""
 
@@ -148,6 +175,7 @@ class Manifest(Section):
     ignored_tensors: tuple[str, ...] = ()
     parameters_added: int
     calibration: CalibrationRecord | None = None
+    quality: QualityRecord | None = None
     state_bytes: int | None = None
     vocabulary: int
     cache_bytes: dict[str, dict[str, int]]

@@ -64,7 +64,8 @@ def open_source(
         with open_source(base_name, revision=revision, dtype=dtype) as base, _temporary_folder("merged") as folder:
             _merge(base, adapter, folder)
             yield Source(str(adapter), "adapter", folder, adapter.name, merged_into=base.fingerprint())
-    elif path.is_dir():
+    elif path.is_dir() or (path.name == "config.json" and path.is_file()):
+        path = path if path.is_dir() else path.parent
         if revision is not None:
             raise ConfigError(f"--revision: got '{revision}', but {model} is a folder; allowed is a hub id")
         folder = path.resolve()

@@ -23,14 +23,30 @@ def cached_on_disk(
         key: everything that decides the value.
         on_hit: called when the value comes from disk.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize" / kind
-    path = folder / f"{fingerprint_of(key)}.json"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        value = json.loads(path.read_bytes())["value"]
+    value = read_cached(kind, key)
+    if value is not None:
         on_hit()
         return value
     value = compute()
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": key, "value": value})
+    write_cached(kind, key, value)
     return value
+
+
+def read_cached(kind: str, key: dict[str, Any]) -> Any:
+    """Return the value that is stored for `key`; None if there is none, or its file is damaged."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return json.loads(_path(kind, key).read_bytes())["value"]
+    return None
+
+
+def write_cached(kind: str, key: dict[str, Any], value: Any) -> None:
+    """Store a JSON-able value other than None for `key`, if the folder can be written."""
+    path = _path(kind, key)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "value": value})
+
+
+def _path(kind: str, key: dict[str, Any]) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize" / kind
+    return folder / f"{fingerprint_of(key)}.json"

@@ -108,14 +108,21 @@ def sampled_values(path: Path) -> Iterator[bytes]:
     Raises:
         CheckpointError: a damaged header.
     """
+    for pieces in sampled_tensors(path):
+        yield from pieces
+
+
+def sampled_tensors(path: Path) -> Iterator[list[bytes]]:
+    """Yield the pieces of `sampled_values` tensor by tensor."""
     header = read_header(path)
     with open(path, "rb") as file:
         for name, info in header.items():
-            yield f"{name} {info.dtype} {info.shape}".encode()
+            pieces = [f"{name} {info.dtype} {info.shape}".encode()]
             furthest = max(info.nbytes - SAMPLE, 0)
             for start in sorted({0, furthest // 2, furthest}):
                 file.seek(info.offset + start)
-                yield file.read(min(SAMPLE, info.nbytes))
+                pieces.append(file.read(min(SAMPLE, info.nbytes)))
+            yield pieces
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -14,7 +16,9 @@ from linearize.cli import bench, convert, doctor, finetune, plan
 from linearize.cli import eval as eval_
 from linearize.cli import list as list_
 from linearize.cli import run as run_
-from linearize.cli.output import emit_json, note, quiet_libraries
+from linearize.cli import scores as scores_
+from linearize.cli.output import configure, emit_json, print_error, quiet_libraries
+from linearize.cli.reporter import reporting
 from linearize.errors import ConfigError, Interrupted, LinearizeError, ResourceError
 
 FAILURE = LinearizeError.exit_code
@@ -30,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (convert, plan, finetune, eval_, run_, bench, list_, doctor):
+for command in (convert, plan, finetune, eval_, run_, bench, scores_, list_, doctor):
     command.register(app)
 
 
@@ -47,17 +51,39 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; print what went wrong, in JSON too if it has --json."""
     gc.set_threshold(GC_THRESHOLD)
-    quiet_libraries()
     try:
-        return _run_command(arguments)
+        arguments = _take_message_options(arguments)
+        quiet_libraries()
+        with reporting():
+            return _run_command(arguments)
     except Exception as error:  # typer.Exit and Abort are exceptions, too
         message, code = _describe(error)
     except KeyboardInterrupt as stop:
         message, code = str(stop) or "interrupted", Interrupted.exit_code
-    note(message if code == Interrupted.exit_code else f"error: {message}")
+    print_error(message if code == Interrupted.exit_code else f"error: {message}")
     if "--json" in arguments:
         emit_json({"error": message, "exit_code": code})
     return code
+
+
+def _take_message_options(arguments: list[str]) -> list[str]:
+    """Apply --quiet, --verbose and --log-file, which every command takes, and return the other arguments."""
+    rest: list[str] = []
+    options: dict[str, Any] = {}
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if argument in ("--quiet", "--verbose"):
+            options[argument.removeprefix("--")] = True
+        elif name == "--log-file":
+            path = value if equals else next(remaining, "")
+            if not path:
+                raise ConfigError("--log-file: names no file")
+            options["log_file"] = Path(path)
+        else:
+            rest.append(argument)
+    configure(**options)
+    return rest
 
 
 def _run_command(arguments: list[str]) -> int:

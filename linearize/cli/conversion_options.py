@@ -45,8 +45,33 @@ KeepSoftmax = Annotated[
     str | None,
     typer.Option(
         "--keep-softmax",
-        help="Choose the heads that keep softmax: auto (recall:12.5% if the base can be run here), none, all, every:N, "
-        "recall:SHARE (as recall:12.5%), text:SHARE, both:SHARE, layers 0,7,18, or layer:head pairs 18:2,17:1.",
+        help="Choose the heads that keep softmax: auto (as few as hold what the base can do, by measured loss; "
+        "default), none, all, every:N, recall:SHARE (as recall:12.5%), text:SHARE, both:SHARE, layers 0,7,18, or "
+        "layer:head pairs 18:2,17:1.",
+        rich_help_panel=ATTENTION,
+    ),
+]
+Quality = Annotated[
+    str | None,
+    typer.Option(
+        "--quality",
+        help="Let --keep-softmax auto hold this share of the base's look-ups from beyond the window (default: 0.97).",
+        rich_help_panel=ATTENTION,
+    ),
+]
+CacheBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-budget",
+        help="Let --keep-softmax auto take at most this share of the base's cache at 32K tokens, as 15%.",
+        rich_help_panel=ATTENTION,
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Let --keep-softmax auto take at most this time, as 10m: with fewer rows and a cheaper score.",
         rich_help_panel=ATTENTION,
     ),
 ]
@@ -104,6 +129,9 @@ def load_settings(
     keep_softmax: str | None,
     softmax_window: int | None,
     layers: str | None,
+    quality: str | None,
+    cache_budget: str | None,
+    budget: str | None = None,
 ) -> "ConversionConfig":
     """Load the config and put the options on top; None leaves the config's own value.
 
@@ -120,5 +148,8 @@ def load_settings(
         "keep_softmax": keep_softmax,
         "softmax_window": softmax_window,
         "convert_layers": layers,
+        "quality.target": quality,
+        "quality.cache_budget": cache_budget,
+        "quality.budget": budget,
     }
     return load_config(config, flags, sets)

@@ -1,5 +1,6 @@
 """`linearize convert`."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,11 @@ from linearize.cli.options import ATTENTION, OUTPUT, SOURCE, Json, Overwrite
 from linearize.cli.output import emit, emit_json, note
 from linearize.cli.plan import print_plan
 
+# exit code of a conversion that loses more than --quality allows, as of an evaluation whose gates fail
+QUALITY_MISSED = 3
+
 if TYPE_CHECKING:
+    from linearize.checkpoint.manifest import QualityRecord
     from linearize.checkpoint.student import Student
     from linearize.settings.config import ConversionConfig
 
@@ -33,7 +38,7 @@ Calibrate = Annotated[
     bool | None,
     typer.Option(
         "--calibrate/--no-calibrate",
-        help="Fit the added parameters to the base, without training (default: if the base can be run here).",
+        help="Fit the added parameters to the base, without training (default: if there is text for it).",
         rich_help_panel=ATTENTION,
     ),
 ]
@@ -55,6 +60,14 @@ LinkWeights = Annotated[
 ]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Check the result in a fresh process.", rich_help_panel=OUTPUT)
+]
+RequireQuality = Annotated[
+    bool,
+    typer.Option(
+        "--require-quality",
+        help="End with exit code 3 if the result does not hold what --quality asks for.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 DryRun = Annotated[
     bool,
@@ -83,6 +96,9 @@ def convert(
     sinks: options.Sinks = None,
     mix: options.Mix = None,
     keep_softmax: options.KeepSoftmax = None,
+    quality: options.Quality = None,
+    cache_budget: options.CacheBudget = None,
+    budget: options.Budget = None,
     softmax_window: options.SoftmaxWindow = None,
     calibrate: Calibrate = None,
     layers: options.Layers = None,
@@ -93,14 +109,16 @@ def convert(
     text_model: options.TextModel = False,
     link: LinkWeights = Link.auto,
     verify: Verify = True,
+    require_quality: RequireQuality = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json_: Json = False,
-) -> None:
+) -> int:
     """Replace full softmax attention by a softmax window and a recurrent branch, and write a complete checkpoint."""
     settings = options.load_settings(
         config, set_, mixer=mixer, window=window, sinks=sinks, mix=mix, keep_softmax=keep_softmax,
-        softmax_window=softmax_window, layers=layers,
+        softmax_window=softmax_window, layers=layers, quality=quality, cache_budget=cache_budget,
+        budget=budget,
     )  # fmt: skip
     if calibrate is not None:  # without the flag, the config decides
         settings = _with_calibration(settings, "always" if calibrate else "never")
@@ -111,17 +129,19 @@ def convert(
         if out is not None:
             check_target(out, overwrite=overwrite)
         print_plan(model, settings, json_, **source_options)
-        return
+        return 0
     from linearize.workflows.convert import convert as convert_model
 
     student = convert_model(
-        model, settings, out=out, link=link, verify=verify, overwrite=overwrite, trust_remote_code=trust_remote_code,
-        progress=note, **source_options,
+        model, settings, out=out, link=link, verify=verify, measure=require_quality, overwrite=overwrite,
+        trust_remote_code=trust_remote_code, progress=note, **source_options,
     )  # fmt: skip
     if json_:
         emit_json(student.to_dict())
     else:
         _print_outcome(student)
+    measured = student.manifest.quality
+    return QUALITY_MISSED if require_quality and not (measured and measured.holds) else 0
 
 
 def _with_calibration(settings: "ConversionConfig", when: str) -> "ConversionConfig":
@@ -131,7 +151,7 @@ def _with_calibration(settings: "ConversionConfig", when: str) -> "ConversionCon
 
 
 def _print_outcome(student: "Student") -> None:
-    """Print what was converted, what verification found, and the folder."""
+    """Print what was converted, what it holds of the base, what verification found, and the next command."""
     manifest, coverage = student.manifest, student.manifest.coverage
     emit(
         f"converted {coverage.layers_converted} of {coverage.layers_planned} planned layers and "
@@ -144,4 +164,27 @@ def _print_outcome(student: "Student") -> None:
             f"{verification.softmax_everywhere_max_difference:g}, cached decode from the full forward by "
             f"{verification.cached_decode_max_difference:.1e}"
         )
+    sizes = (
+        f"{sizes['student'] / sizes['base']:.3f} at {int(length) // 1024}K"
+        for length, sizes in manifest.cache_bytes.items()
+    )
+    emit(
+        f"softmax in {coverage.heads - coverage.heads_converted} of {coverage.heads} heads; cache beside the base's: "
+        f"{', '.join(sizes)}"
+    )
+    if manifest.quality is not None:
+        _print_quality(manifest.quality)
+    emit(f"next: linearize eval {shlex.quote(str(student.folder))}")
     emit(str(student.folder))
+    if manifest.quality is not None and not manifest.quality.holds:
+        emit(f"lost: {'; '.join(manifest.quality.lost)}")
+
+
+def _print_quality(quality: "QualityRecord") -> None:
+    """Print the curve of the conversions that were measured."""
+    from linearize.report.tables import quality_rows
+
+    head, rows = quality_rows(quality)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        emit("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -16,6 +16,14 @@ EXIT_CODES = (
 )
 
 
+# options that every command takes (cli/app.py)
+MESSAGE_OPTIONS = [
+    ("--quiet", "Print results and errors alone."),
+    ("--verbose", "Print the libraries' messages and progress bars, too."),
+    ("--log-file PATH", "Append every message to this file, with its date."),
+]
+
+
 class Command(TyperCommand):
     """Show each option under its `rich_help_panel`, and keep the line breaks of the epilog."""
 
@@ -27,6 +35,7 @@ class Command(TyperCommand):
             if record is not None:
                 default = "Arguments" if parameter.param_type_name == "argument" else "Options"
                 panels.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        panels.setdefault("Messages", []).extend(MESSAGE_OPTIONS)
         for title in sorted(panels, key=lambda title: title == "Options"):  # Options, which holds --help, goes last
             with formatter.section(title):
                 formatter.write_dl(panels[title])

@@ -3,17 +3,77 @@
 import json
 import os
 import sys
+import time
 import warnings
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from linearize.errors import ConfigError
 
 # set before the libraries are imported, which costs seconds that a refusal should not take
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
 }
-# True while a terminal shows a progress line that the next message must not overwrite
-_progress_shown = False
+
+
+@dataclass
+class _State:
+    """The way messages are printed in this process.
+
+    Attributes:
+        quiet: print results and errors alone.
+        verbose: print the libraries' messages, too.
+        log: an open file that gets every message with its date.
+        line_shown: a terminal shows a progress line that the next message must not overwrite.
+        last_written: time.monotonic() of the last message.
+        console: rich's console while a bar is shown.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    log: TextIO | None = None
+    line_shown: bool = False
+    last_written: float = field(default_factory=time.monotonic)
+    console: Any = None
+
+
+_state = _State()
+
+
+def configure(*, quiet: bool = False, verbose: bool = False, log_file: Path | None = None) -> None:
+    """Set how this process prints messages.
+
+    Raises:
+        ConfigError: the log file cannot be written.
+    """
+    global _state
+    if _state.log is not None:
+        _state.log.close()
+    try:
+        # stays open as long as the process
+        log = None if log_file is None else open(log_file.expanduser(), "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"--log-file: cannot write '{log_file}' ({error.strerror})") from None
+    _state = _State(quiet, verbose, log)
+
+
+def is_quiet() -> bool:
+    """Return True if only results and errors are printed."""
+    return _state.quiet
+
+
+def last_written() -> float:
+    """Return time.monotonic() of the last message."""
+    return _state.last_written
+
+
+def set_console(console: Any) -> None:
+    """Print messages through a console of rich, above its bar; None: print them plainly."""
+    _state.console = console
 
 
 def emit(text: str) -> None:
@@ -31,27 +91,53 @@ def emit_json(value: Any) -> None:
 
 
 def note(message: str) -> None:
-    """Print a message for people, on standard error."""
+    """Print a message for people, on standard error; with the date where that is no terminal."""
+    _log(message)
+    if _state.quiet:
+        return
+    clear_progress()
+    _state.last_written = time.monotonic()
+    if _state.console is not None:
+        _state.console.print(message, markup=False, highlight=False, soft_wrap=True)
+    else:
+        _print_error(message if sys.stderr.isatty() else f"{_now()} {message}")
+
+
+def print_error(message: str) -> None:
+    """Print an error on standard error."""
+    _log(message)
     clear_progress()
     _print_error(message)
 
 
 def progress_line(message: str, *, final: bool = False) -> None:
     """Print progress: on a terminal a line that the next one replaces, elsewhere a line of its own."""
-    global _progress_shown
+    _log(message)
+    if _state.quiet:
+        return
+    _state.last_written = time.monotonic()
     if sys.stderr.isatty():
         _print_error(f"\r\x1b[2K{message}", end="\n" if final else "")
-        _progress_shown = not final
+        _state.line_shown = not final
     else:
-        _print_error(message)
+        _print_error(f"{_now()} {message}")
 
 
 def clear_progress() -> None:
     """End the progress line, if a terminal shows one."""
-    global _progress_shown
-    if _progress_shown:
-        _progress_shown = False
+    if _state.line_shown:
+        _state.line_shown = False
         _print_error("")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _log(message: str) -> None:
+    """Append a message to the log file, if there is one."""
+    if _state.log is not None:
+        _state.log.write(f"{_now()} {message}\n")
 
 
 def _print_error(text: str, end: str = "\n") -> None:
@@ -64,6 +150,8 @@ def _print_error(text: str, end: str = "\n") -> None:
 
 def quiet_libraries() -> None:
     """Silence the progress bars and advice of transformers and the hub's client, unless the user asks for them."""
+    if _state.verbose:
+        return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,5 +1,7 @@
 """`linearize plan`, and the text of a plan."""
 
+import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -35,6 +37,9 @@ def plan(
     sinks: options.Sinks = None,
     mix: options.Mix = None,
     keep_softmax: options.KeepSoftmax = None,
+    quality: options.Quality = None,
+    cache_budget: options.CacheBudget = None,
+    budget: options.Budget = None,
     softmax_window: options.SoftmaxWindow = None,
     layers: options.Layers = None,
     set_: options.Set = None,
@@ -49,7 +54,8 @@ def plan(
     """
     settings = options.load_settings(
         config, set_, mixer=mixer, window=window, sinks=sinks, mix=mix, keep_softmax=keep_softmax,
-        softmax_window=softmax_window, layers=layers,
+        softmax_window=softmax_window, layers=layers, quality=quality, cache_budget=cache_budget,
+        budget=budget,
     )  # fmt: skip
     print_plan(model, settings, json_, revision=revision, merge_adapter=merge_adapter, text_model=text_model)
 
@@ -64,7 +70,11 @@ def print_plan(model: str, settings: "ConversionConfig", json_: bool, **source_o
     from linearize.conversion.inspection import inspect_source
 
     with open_source(model, dtype=settings.dtype, **source_options) as source:
-        planned = inspect_source(source, settings, progress=note).to_dict()
+        inspection = inspect_source(source, settings, progress=note)
+        from linearize.conversion.estimate import estimate_plan
+
+        takes = estimate_plan(inspection)
+        planned = replace(inspection, estimate=None if takes is None else takes.to_dict()).to_dict()
     if json_:
         emit_json(planned)
         return
@@ -74,39 +84,69 @@ def print_plan(model: str, settings: "ConversionConfig", json_: bool, **source_o
 
 def plan_lines(planned: dict[str, Any]) -> list[str]:
     """Render the plan that `linearize plan --json` prints as lines of text: heads by layer, then sizes."""
-    family, coverage = planned["family"], planned["coverage"]
-    lines = [
-        f"{planned['model']} ({family}): {coverage['heads_planned']} of {coverage['heads']} key/value heads in "
-        f"{coverage['layers_planned']} of {coverage['layers']} layers become linear"
-    ]
+    family, coverage, possible = planned["family"], planned["coverage"], planned["choice"]["possible"]
+    linear = (
+        "how many stay softmax, convert finds out by measured loss"
+        if possible
+        else f"{coverage['heads_planned']} of {coverage['heads']} key/value heads in {coverage['layers_planned']} of "
+        f"{coverage['layers']} layers become linear"
+    )
+    lines = [f"{planned['model']} ({family}): {linear}"]
     if planned["experimental"]:
         lines.append(f"{family} is experimental: {planned['experimental']}")
     if planned["from_config_alone"]:
         lines.append("no weights here: planned from config.json alone")
-    lines.append("layer  softmax heads  linear heads")
-    lines += [_layer_line(layer) for layer in planned["layers"]]
+    lines += (
+        _possible_lines(planned) if possible else ["layer    softmax heads  linear heads", *_folded(planned["layers"])]
+    )
     lines.append(f"parameters: {planned['parameters_base']:,} and {planned['parameters_added']:,} added")
     lines += [f"  {count} x {name} {shape}" for name, (count, shape) in _by_kind(planned["tensors_added"]).items()]
     lines.append(f"recurrent state: {planned['state_bytes'] / MIB:,.2f} MiB a sequence, whatever its length")
-    for length, sizes in planned["cache_bytes"].items():
+    for length, sizes in planned["cache_bytes"].items() if not possible else ():
         student, base = sizes["student"], sizes["base"]
         lines.append(
             f"cache at {int(length) // 1024}K: {student / MIB:,.1f} MiB beside the base's {base / MIB:,.1f} MiB "
             f"(ratio {student / base:.3f})"
         )
     linking, copying = planned["disk_bytes_linking"] / MIB, planned["disk_bytes_copying"] / MIB
-    lines.append(
-        f"disk: {linking:,.2f} MiB linking, {copying:,.1f} MiB copying; "
-        f"memory: at least {planned['least_memory_bytes'] / MIB:,.0f} MiB"
-    )
+    lines.append(f"disk: {linking:,.2f} MiB linking, {copying:,.1f} MiB copying")
+    if (takes := planned["estimate"]) is not None:
+        steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in takes["steps"].items() if seconds >= 1)
+        lines.append(
+            f"convert takes about {takes['seconds']:.0f} s ({steps}) and {takes['memory_bytes'] / MIB:,.0f} MiB memory"
+        )
+    return [*lines, f"next: linearize convert {shlex.quote(planned['reference'])}"]
+
+
+def _possible_lines(planned: dict[str, Any]) -> list[str]:
+    """Render the shares of heads that come into question while no loss is measured, with their caches."""
+    heads = planned["coverage"]["heads_planned"]
+    lines = [f"softmax heads of {heads}  cache beside the base's at 4K, 32K, 128K"]
+    for option in planned["choice"]["possible"]:
+        ratios = "  ".join(f"{share:.3f}" for share in option["cache"].values())
+        lines.append(f"{option['softmax_heads']:13}  {ratios}")
     return lines
 
 
-def _layer_line(layer: dict[str, Any]) -> str:
+def _folded(layers: list[dict[str, Any]]) -> list[str]:
+    """Render one line for every run of layers that are treated alike: 0-31."""
+    runs: list[list[Any]] = []  # first layer, last layer, text
+    for layer in layers:
+        text = _treatment(layer)
+        if runs and runs[-1][2] == text:
+            runs[-1][1] = layer["layer"]
+        else:
+            runs.append([layer["layer"], layer["layer"], text])
+    names = [str(first) if first == last else f"{first}–{last}" for first, last, _ in runs]
+    return [f"{name:>7}  {text}" for name, (_, _, text) in zip(names, runs, strict=True)]
+
+
+def _treatment(layer: dict[str, Any]) -> str:
+    """Render softmax heads, linear heads and what becomes of these in one layer."""
     if layer["native"]:
         window = layer["sliding_window"]
         reason = "not among the layers to convert" if window is None else f"sliding window of its own, {window}"
-        return f"{layer['layer']:5}  {'all':13}  {'-':13} unchanged: {reason}"
+        return f"{'all':13}  {'-':13} unchanged: {reason}"
     softmax_heads = ",".join(map(str, layer["softmax_heads"])) or "-"
     linear_heads = ",".join(map(str, layer["linear_heads"])) or "-"
     if layer["softmax_heads"] and layer["softmax_window"]:
@@ -114,10 +154,10 @@ def _layer_line(layer: dict[str, Any]) -> str:
     gate = " with learned gate" if layer["gate"] == "learned" else ""
     branch = "" if layer["mixer"] == "none" else f"{layer['mixer']}{gate} {layer['mix']}, "
     treatment = f"{branch}window {layer['window']} + {layer['sinks']} sinks" if layer["linear_heads"] else "unchanged"
-    line = f"{layer['layer']:5}  {softmax_heads:13}  {linear_heads:13} {treatment}"
+    text = f"{softmax_heads:13}  {linear_heads:13} {treatment}"
     if layer["scores"]:
-        line += "  scores " + " ".join(f"{score:.3f}" for score in layer["scores"])
-    return line
+        text += "  scores " + " ".join(f"{score:.3f}" for score in layer["scores"])
+    return text
 
 
 def _by_kind(tensors: dict[str, list[int]]) -> dict[str, tuple[int, list[int]]]:

@@ -37,7 +37,8 @@ from linearize.modeling.linear_heads import LinearHeads
 from linearize.modeling.loading import open_unconverted
 from linearize.ops.dispatch import without_kernels
 from linearize.plan import Plan
-from linearize.training.losses import chunked_kl
+from linearize.progress import doing
+from linearize.training.losses import chunk_for, chunked_kl
 
 # rows that only the mix is fitted on: one of text, then one of copies
 HELD_OUT = 2
@@ -46,10 +47,10 @@ SEED = 777_002
 # every head gets half of the share that serves it best alone: undamped shares together blur copies from far back
 # (SmolLM2-135M: recall at 1,024 tokens .89 of the base's undamped, .95 damped; perplexity at 2,048 no worse)
 DAMPING = math.log(2)
+# windows that the row takes on which parts are tried; the first does not count
+PART_WINDOWS = 3
 # parts of the shares that are tried in all heads at once
 PARTS = (1.0, 0.5, 0.25, 0.0625)
-# tokens whose logits over the vocabulary are in memory at once
-KL_CHUNK = 256
 # settings that fix what `fit_mix` would find
 FITTED_OPTIONS = {"log_mass", "branch_scale", "window_weight", "recurrent_weight"}
 
@@ -92,13 +93,19 @@ class Calibration:
 @without_kernels()
 @torch.no_grad()
 def calibrate(
-    source: Source, plan: Plan, ids: Tensor, text: str, progress: Callable[[str], None] = lambda message: None
+    source: Source,
+    plan: Plan,
+    ids: Tensor,
+    text: str,
+    progress: Callable[[str], None] = lambda message: None,
+    part: float | None = None,
 ) -> Calibration:
     """Fit the parameters that a conversion adds.
 
     Args:
         ids: token ids [rows, T] of text, at least two rows, longer than every window.
         text: name of the dataset that the ids come from.
+        part: part of the fitted shares that the branches get, if it is known; None: step 4 finds it.
 
     Raises:
         CheckpointError: the base computes values that are not finite.
@@ -108,16 +115,20 @@ def calibrate(
     model = stream.model
     rows = _with_copies(ids, model.config).to(device)
     fitter = _LayerFitter(source.name, plan, progress)
-    with model.observed(fitter.fit):
+    with doing("calibrating"), model.observed(fitter.fit):
         stream.forward(stream.start([rows], [_spread_positions(rows, model.config)]))
     attentions = [attention for _, attention in model.linear_attentions()]
     scalable = [
         attention.mixer for attention in attentions if attention.layer_idx in fitter.errors and attention.mixer.scalable
     ]
-    part = divergence = None
-    if scalable:
+    divergence = None
+    if scalable and part is not None:
+        for branch in scalable:
+            branch.scale(part)
+    elif scalable:
         start = max(heads.window for heads in scalable)
-        part, window_alone, fitted = choose_part(stream, scalable, rows[-HELD_OUT], start)
+        with doing("calibrating: the share of all branches"):
+            part, window_alone, fitted = choose_part(stream, scalable, rows[-HELD_OUT][: PART_WINDOWS * start], start)
         divergence = (window_alone, fitted)
         progress(
             f"calibrated: {part:g} of the shares fitted; KL from the base {fitted:.4f} on text, {window_alone:.4f} "
@@ -202,7 +213,7 @@ def choose_part(
     def divergence() -> float:
         hidden = hidden_states()
         with stream.readout() as head:
-            return chunked_kl(hidden, base_hidden, head, head, weights, KL_CHUNK).item()
+            return chunked_kl(hidden, base_hidden, head, head, weights, chunk_for(head)).item()
 
     with stream.model.recurrent_branch_off():
         window_alone = divergence()
@@ -212,6 +223,8 @@ def choose_part(
         for branch in branches:
             branch.scale(part / present)
         divergences[part], present = divergence(), part
+        if divergences[part] > min(divergences.values()):
+            break  # smaller parts are worse still
     best = min(divergences, key=divergences.__getitem__)
     for branch in branches:
         branch.scale(best / present)

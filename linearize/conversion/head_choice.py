@@ -13,14 +13,16 @@ from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
 from linearize.conversion.keep_softmax import HeadScores, scored_share, share_count
-from linearize.conversion.probes import TEXT_BEFORE_FACTS, Probe, facts_probe, recall_probes, text_probe
-from linearize.conversion.scoring import answers, combined, eliminate, head_scores
+from linearize.conversion.look_ups import TEXT_BEFORE
+from linearize.conversion.probes import Probe, copies_probe, require_distances, text_look_ups_probe, text_probe
+from linearize.conversion.scoring import combined, eliminate, head_scores
 from linearize.data.documents import data_fingerprint
-from linearize.data.text_rows import text_rows
+from linearize.data.text_rows import text_rows, text_tokens
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
 from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.loading import open_base
+from linearize.progress import doing
 from linearize.settings.config import ConversionConfig
 
 
@@ -85,10 +87,17 @@ def _cache_key(request: ScoreRequest) -> dict[str, Any]:
 
 def _compute_scores(request: ScoreRequest) -> HeadScores:
     """Run the base over the probes."""
-    method, progress, layers = request.settings.scoring.method, request.progress, request.layers
+    method = request.settings.scoring.method
     # elimination starts from the gradient's scores
     first = base_head_scores(request.with_method("gradient")) if method == "elimination" else []
-    progress(f"{request.source.name}: scoring key/value heads by {request.by} ({method})")
+    request.progress(f"{request.source.name}: scoring key/value heads by {request.by} ({method})")
+    with doing(f"scoring heads by {request.by}"):
+        return _run_base(request, first)
+
+
+def _run_base(request: ScoreRequest, first: HeadScores) -> HeadScores:
+    """Run the base; `first` are the scores that elimination starts from."""
+    method, progress, layers = request.settings.scoring.method, request.progress, request.layers
     stream = open_base(request.source, dtype=compute_dtype("auto"), device=pick_device())
     groups = _probe_groups(request, stream)
     if method == "elimination":
@@ -101,7 +110,7 @@ def _compute_scores(request: ScoreRequest) -> HeadScores:
 
 
 def _probe_groups(request: ScoreRequest, stream: LayerStream) -> list[list[Probe]]:
-    """Build the probes: for recall copies, and facts if the base answers them; for text long text; for both all three.
+    """Build the probes: for recall look-ups in text, or copies without a tokenizer; for text long text; or both.
 
     Returns:
         Groups of probes. Every group counts the same.
@@ -112,20 +121,10 @@ def _probe_groups(request: ScoreRequest, stream: LayerStream) -> list[list[Probe
     source, config, settings = request.source, request.config, request.settings
     scoring, groups = settings.scoring, []
     if request.by != "text":
-        copies = recall_probes(
-            scoring.distances,
-            scoring.rows,
-            window=settings.window,
-            positions=config["max_position_embeddings"],
-            vocabulary=config["vocab_size"],
-            start_token=config.get("bos_token_id"),
-        )
-        groups.append(copies)
-        facts = _facts(request)
-        if facts is not None and answers(stream, facts, **request.reach):
-            groups.append([facts])
-        elif facts is not None:
-            request.progress(f"{source.name}: the base does not answer {facts.name}; heads are scored by copies alone")
+        distances = require_distances(scoring.distances, settings.window, config["max_position_embeddings"])
+        probe = _look_ups(request, distances)
+        start_token = config.get("bos_token_id")
+        groups.append([probe or copies_probe(distances, scoring.rows, config["vocab_size"], start_token)])
     if request.by != "recall":
         if (rows := text_rows(source, settings.window, scoring.text, scoring.text_rows)) is None:
             raise ConfigError(
@@ -136,23 +135,14 @@ def _probe_groups(request: ScoreRequest, stream: LayerStream) -> list[list[Probe
     return groups
 
 
-def _facts(request: ScoreRequest) -> Probe | None:
-    """Build the probe of facts at the longest distance that fits.
-
-    Returns:
-        None without a tokenizer, or if the text or the model's positions are too short.
-    """
+def _look_ups(request: ScoreRequest, distances: tuple[int, ...]) -> Probe | None:
+    """Build the probe of look-ups in text; None without a tokenizer, or if the text is too short."""
     scoring, window = request.settings.scoring, request.settings.window
-    room = 2 * TEXT_BEFORE_FACTS
-    positions = request.config["max_position_embeddings"]
-    fitting = [distance for distance in scoring.distances if distance > window and distance + room <= positions]
-    if not scoring.fact_rows or not fitting or (tokenizer := read_tokenizer(request.source.folder)) is None:
+    if (tokenizer := read_tokenizer(request.source.folder)) is None:
         return None
-    text = text_rows(request.source, window, scoring.text, scoring.fact_rows)
-    if text is None or text.numel() < max(fitting) + room:
-        return None
+    text = text_tokens(tokenizer, scoring.text, scoring.rows * (max(distances) + TEXT_BEFORE))
 
     def encode(words: str) -> list[int]:
         return tokenizer(words, add_special_tokens=False).input_ids
 
-    return facts_probe(encode, text.flatten().tolist(), window, max(fitting), scoring.fact_rows)
+    return text_look_ups_probe(encode, text, window, distances, scoring.rows, request.config["vocab_size"])

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from linearize.families.registry import find_family
 from linearize.ops.window import Scores, window_attention
+from linearize.plan import PREFIX
 
 # name under which transformers knows the gated attention
 IMPLEMENTATION = "linearize_scoring"
@@ -65,7 +66,7 @@ def gated_heads(
     Yields:
         The attention modules of these layers.
     """
-    family = find_family(model.config.model_type)
+    family = find_family(model.config.model_type.removeprefix(PREFIX))
     layers = range(model.config.num_hidden_layers) if layers is None else layers
     attentions = [getattr(model.base_model.layers[i], family.attention_attribute) for i in layers]
     heads = family.heads(model.config.to_dict())["num_key_value_heads"]

@@ -9,16 +9,12 @@ from typing import Any
 from linearize.checkpoint.base import base_config, check_tensors, full_config, weights_of_config
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import BITS, FLOATING, Weights, has_weights, read_weights
-from linearize.conversion.keep_softmax import HeadScores, resolve_auto, softmax_heads
-from linearize.device import can_run_base
-from linearize.errors import ConfigError
+from linearize.conversion.automatic import Choice, ChoiceRequest, resolve
+from linearize.conversion.keep_softmax import HeadScores
+from linearize.conversion.planning import converted_layers, make_plan
 from linearize.families.registry import find_family
-from linearize.plan import LayerPlan, Plan
-from linearize.settings.config import ConversionConfig, layer_numbers
-
-# memory of torch, transformers and a model without weights; measured as 355 MiB while a 4 GiB model was converted with
-# linked weights and without verification
-IMPORTED_BYTES = 355 << 20
+from linearize.plan import Plan
+from linearize.settings.config import ConversionConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,9 @@ class Inspection:
         cache_bytes: context length -> bytes of one sequence's cache, of the "base" and of the "student".
         scores: [layers][key/value heads], if heads were chosen by scores; else empty.
         from_config: there are no weights beside config.json, and `weights` describes those that there would be.
+        choice: the choice that stands for `keep_softmax: auto`, if that was asked for and is known.
+        possible: caches of the shares that come into question, while the choice is not known.
+        estimate: what the conversion will take, if it was asked for.
     """
 
     source: Source
@@ -44,6 +43,9 @@ class Inspection:
     cache_bytes: dict[int, dict[str, int]]
     scores: tuple[tuple[float, ...], ...] = ()
     from_config: bool = False
+    choice: Choice | None = None
+    possible: tuple[dict[str, Any], ...] = ()
+    estimate: dict[str, Any] | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -54,15 +56,14 @@ class Inspection:
         return sum(4 * len(heads.site.heads) * math.prod(heads.state_shape()) for heads in by_layer.values())
 
     @property
-    def least_memory_bytes(self) -> int:
-        """Return the least memory that a conversion takes: libraries, and the base's weights if it is run."""
-        return IMPORTED_BYTES + (self.weights.nbytes if self.scores or self.calibrates else 0)
-
-    @property
     def calibrates(self) -> bool:
         """Return True if `convert` will run the base model to calibrate the added parameters."""
-        when = self.settings.calibration.when
-        return bool(self.added) and (when == "always" or (when == "auto" and can_run_base(self.weights.nbytes)))
+        return bool(self.added) and self.settings.calibration.when != "never"
+
+    @property
+    def number_bytes(self) -> int:
+        """Return the bytes of one cached number."""
+        return _number_bytes(self.weights)
 
     @property
     def key_value_heads(self) -> int:
@@ -112,6 +113,7 @@ class Inspection:
         ]
         return {
             "model": self.source.name,
+            "reference": self.source.reference,
             "family": self.plan.base_model_type,
             "query_heads_per_key_value_head": group,
             "experimental": find_family(self.plan.base_model_type).experimental,
@@ -127,7 +129,12 @@ class Inspection:
             "weights_bytes": self.weights.nbytes,
             "disk_bytes_copying": self.weights.nbytes + 4 * self.added_parameters,
             "disk_bytes_linking": 4 * self.added_parameters,
-            "least_memory_bytes": self.least_memory_bytes,
+            # while `keep_softmax: auto` is not measured, the plan shows no softmax heads, and these shares may come
+            "choice": {
+                "measured": None if self.choice is None else self.choice.quality,
+                "possible": list(self.possible),
+            },
+            "estimate": self.estimate,
         }
 
 
@@ -156,18 +163,21 @@ def inspect_source(
     config, family_name = full_config(source, raw), raw["model_type"]
     from_config = weights is None and not has_weights(source.folder)
     weights = weights or (weights_of_config(source, config) if from_config else read_weights(source.folder))
-    settings = resolve_auto(source, config, settings, weights, progress, converting)
-    scores: HeadScores = []
+    ignored = () if from_config else check_tensors(source, config, family_name, weights)
+    width = _number_bytes(weights)
+    request = ChoiceRequest(source, config, settings, width, weights.nbytes, progress)
+    settings, choice, possible = resolve(request, measure=converting, weights=not from_config)
+    scores: HeadScores = [] if choice is None else choice.scores
 
     def score(by: str) -> HeadScores:
         from linearize.conversion.head_choice import ScoreRequest, base_head_scores
 
-        layers = converted_layers(family_name, config, settings)
-        scores.extend(base_head_scores(ScoreRequest(source, config, settings, by, layers, progress)))
+        if not scores:
+            layers = converted_layers(family_name, config, settings)
+            scores.extend(base_head_scores(ScoreRequest(source, config, settings, by, layers, progress)))
         return scores
 
     plan = make_plan(family_name, config, settings, None if from_config else score)
-    ignored = () if from_config else check_tensors(source, config, family_name, weights)
     added = added_shapes(config, plan)
     return Inspection(
         source=source,
@@ -177,72 +187,12 @@ def inspect_source(
         weights=weights,
         ignored=ignored,
         added=added,
-        cache_bytes=cache_sizes(config, plan, _number_bytes(weights)),
+        cache_bytes=cache_sizes(config, plan, width),
         scores=tuple(map(tuple, scores)),
         from_config=from_config,
+        choice=choice,
+        possible=possible,
     )
-
-
-def make_plan(
-    family_name: str,
-    config: dict[str, Any],
-    settings: ConversionConfig,
-    score: Callable[[str], HeadScores] | None = None,
-) -> Plan:
-    """Plan every layer of a model.
-
-    Args:
-        config: the base's config, with every default filled in.
-        score: computes the heads' scores, if `keep_softmax` asks for them; None: the base cannot be run.
-
-    Raises:
-        ConfigError: the settings name a layer or head that the model does not have.
-    """
-    layers = config["num_hidden_layers"]
-    converted = converted_layers(family_name, config, settings)
-    heads_by_layer = softmax_heads(settings.keep_softmax, layers, config["num_key_value_heads"], score, converted)
-    changes = _layer_changes(settings, layers)
-    all_heads = tuple(range(config["num_key_value_heads"]))
-    sliding_windows = find_family(family_name).sliding_windows(config)
-    plans = []
-    for layer, heads in enumerate(heads_by_layer):
-        if layer not in converted:
-            plans.append(LayerPlan(all_heads, native=True))
-            continue
-        layer_settings = settings.layer_settings(changes.get(layer, {}))
-        if sliding_windows[layer] is not None:
-            # the family's own window is that of the softmax heads, too
-            layer_settings |= {"softmax_window": None}
-        plans.append(LayerPlan(heads, **layer_settings))
-    return Plan(family_name, tuple(plans))
-
-
-def _layer_changes(settings: ConversionConfig, layers: int) -> dict[int, dict[str, Any]]:
-    """Return the settings of the layers that differ from the rest, by layer."""
-    changes: dict[int, dict[str, Any]] = {}
-    for spec, changed in settings.layers.items():
-        for number in layer_numbers(spec):
-            if number >= layers:
-                raise ConfigError(f"layers.{spec}: got layer {number}, the model has layers 0 to {layers - 1}")
-            changes[number] = changed.model_dump(exclude_none=True)
-    return changes
-
-
-def converted_layers(family_name: str, config: dict[str, Any], settings: ConversionConfig) -> tuple[int, ...]:
-    """Return the layers that are converted, ascending.
-
-    By default these are the layers of full attention; one with a sliding window has a cache of constant size already.
-    """
-    layers = config["num_hidden_layers"]
-    if settings.convert_layers == "all":
-        return tuple(range(layers))
-    if settings.convert_layers == "full":
-        windows = find_family(family_name).sliding_windows(config)
-        return tuple(i for i, window in enumerate(windows) if window is None)
-    chosen = sorted(set(layer_numbers(settings.convert_layers)))
-    if chosen[-1] >= layers:
-        raise ConfigError(f"convert_layers: got layer {chosen[-1]}, the model has layers 0 to {layers - 1}")
-    return tuple(chosen)
 
 
 def _number_bytes(weights: Weights) -> int:

@@ -6,13 +6,8 @@ head) | auto
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from linearize.checkpoint.source import Source
-from linearize.checkpoint.weights import Weights
-from linearize.device import can_run_base
 from linearize.errors import ConfigError
-from linearize.settings.config import ConversionConfig
 
 # forms that rank heads by scores from running the base
 SCORED = ("recall", "text", "both")
@@ -20,42 +15,12 @@ ALLOWED = (
     "none, all, every:N, recall:SHARE (recall:12.5%), text:SHARE, both:SHARE, layers (0,7,18) or layer:head pairs "
     "(18:2,17:1)"
 )
-# the form of `keep_softmax` that stands for AUTO_FORM if the base can be run, and for "none" otherwise
-AUTO, AUTO_FORM = "auto", "recall:12.5%"
+# the form of `keep_softmax` that stands for the smallest share that holds what the base can do (automatic.py)
+AUTO = "auto"
 # [layers][key/value heads], larger for heads that are needed more
 HeadScores = list[list[float]]
 # for every layer, key/value heads in ascending order
 HeadsByLayer = tuple[tuple[int, ...], ...]
-
-
-def resolve_auto(
-    source: Source,
-    config: dict[str, Any],
-    settings: ConversionConfig,
-    weights: Weights,
-    progress: Callable[[str], None],
-    converting: bool,
-) -> ConversionConfig:
-    """Return the settings with `keep_softmax: auto` replaced: by recall if the base can be run, else by none.
-
-    Args:
-        converting: False for a plan, which does not run the base for `auto`; it only tells that `convert` would.
-    """
-    if settings.keep_softmax != AUTO:
-        return settings
-    from linearize.conversion.probes import fitting_distances
-
-    usable = fitting_distances(tuple(settings.scoring.distances), settings.window, config["max_position_embeddings"])
-    form = AUTO_FORM if usable and can_run_base(weights.nbytes) else "none"
-    if form != "none" and not converting:
-        progress(
-            f"{source.name}: convert keeps softmax in {form} of the heads (--keep-softmax {form} shows which); here: "
-            "none"
-        )
-        form = "none"
-    elif form == "none":
-        progress(f"{source.name}: no head keeps softmax, since the base cannot be scored here (--keep-softmax chooses)")
-    return settings.model_copy(update={"keep_softmax": form})
 
 
 def softmax_heads(
@@ -150,6 +115,11 @@ def scored_share(spec: str) -> tuple[str, float]:
     if not 0 < share < 1:
         raise ConfigError(f"keep_softmax: got '{spec}', allowed is {by}:SHARE with a share above 0% and below 100%")
     return by, share
+
+
+def share_form(by: str, count: int, heads: int) -> str:
+    """Return the form that keeps softmax in `count` of `heads` heads: recall:12.5%, or none."""
+    return f"{by}:{100 * count / heads:.6g}%" if count else "none"
 
 
 def share_count(share: float, heads: int) -> int:

@@ -1,38 +1,24 @@
-"""Build the rows that head scores are measured on: copies, made-up facts in text, and long text.
+"""Build the probes that head scores are measured with: copies, made-up facts in text, and long text.
 
 Shapes: T tokens, Q positions that are asked about, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from linearize.data.recall_rows import SPAN, recall_task
+from linearize.conversion.look_ups import SCORING, LookUpRow, copy_row, look_up_distances, text_row
 from linearize.errors import ConfigError
 from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.readout import Readout
-from linearize.training.losses import chunked_kl
+from linearize.training.losses import chunk_for, chunked_cross_entropy, chunked_kl
 
 # far from any seed that an evaluation is likely to use, so that scores and evaluation see different rows
 SEED = 777_001
 # values of all gates at which the gradient method takes the slope; a divergence from the base has no slope at 1
-RECALL_GATES, TEXT_GATES = (1.0, 0.5), (0.75, 0.25)
-# tokens whose logits over the vocabulary are in memory at once
-CHUNK_TOKENS = 256
-
-FACT = " To open the {thing} of {owner}, enter {number}.\n"
-QUESTION = "\nTo open the {thing} of {owner}, enter"
-THINGS = ("locker", "suitcase", "safe", "garden gate", "bicycle lock", "archive", "workshop", "cellar")
-OWNERS = ("Miriam", "Oscar", "Helena", "Tobias", "Ingrid", "Marcus", "Beatrice", "Conrad")
-# tokens of text before the farthest fact, so that the fact is not among the sinks
-TEXT_BEFORE_FACTS = 64
-# facts drawn for each row that is needed: most answers have the commonest length in tokens, and only those of the first
-# fact's length are used
-FACTS_PER_ROW = 64
+RECALL_GATES, TEXT_GATES = (0.5,), (0.75, 0.25)
 
 
 @dataclass(frozen=True)
@@ -41,25 +27,25 @@ class Probe:
 
     Attributes:
         name: words for progress messages.
-        ids: token ids [rows, T].
+        rows: token ids [T] of every row.
         loss: computes the loss on one row from its hidden states [T, D] behind the final norm, the readout, and the
             row's number.
         gates: values of all gates at which the gradient method takes the slope.
-        queries: positions [Q] whose attention the look-up method measures.
-        far: keys that count for each of them, [Q, T] bool.
+        queries: for every row the positions [Q] whose attention the look-up method measures.
+        far: for every row the keys that count for each of them, [Q, T] bool.
     """
 
     name: str
-    ids: Tensor
+    rows: tuple[Tensor, ...]
     loss: Callable[[Tensor, Readout, int], Tensor]
     gates: tuple[float, ...]
-    queries: Tensor
-    far: Tensor
+    queries: tuple[Tensor, ...]
+    far: tuple[Tensor, ...]
 
     @torch.no_grad()
     def losses(self, stream: LayerStream) -> list[float]:
         """Return the loss on every row."""
-        hidden = stream.last_hidden(list(self.ids))
+        hidden = stream.last_hidden(self.rows)
         with stream.readout() as head:
             return [self.loss(states, head, row).item() for row, states in enumerate(hidden)]
 
@@ -69,106 +55,87 @@ class Probe:
         return sum(losses) / len(losses)
 
 
-def recall_probe(distance: int, rows: int, vocabulary: int, start_token: int | None) -> Probe:
-    """Build rows of random tokens in which a span comes again after `distance` tokens."""
-    task = recall_task(distance, rows, vocabulary, start_token, SEED)
-    T = task.ids.shape[1]
-    queries = torch.arange(T - task.counted - 1, T - 1)
-    # the key to look up is the token that followed the current one last time
-    far = torch.arange(T) == (queries + 1 - distance)[:, None]
+def look_up_probe(name: str, rows: Sequence[LookUpRow]) -> Probe:
+    """Make a probe of rows that ask about what stands far back: its loss is the answers' mean cross-entropy."""
+    positions = [torch.cat([torch.arange(a.start, a.stop) for a in row.answers]) for row in rows]
 
     def loss(hidden: Tensor, head: Readout, row: int) -> Tensor:
-        return loss_of_last(hidden, head, task.ids[row], task.counted)
+        counted = positions[row]
+        targets = rows[row].ids[counted].to(hidden.device)
+        weights = torch.full((len(counted),), 1 / len(counted), device=hidden.device)
+        return chunked_cross_entropy(hidden[counted.to(hidden.device) - 1], head, targets, weights, chunk_for(head))
 
-    return Probe(f"recall at distance {distance}", task.ids, loss, RECALL_GATES, queries, far)
-
-
-def recall_probes(
-    distances: Sequence[int], rows: int, *, window: int, positions: int, vocabulary: int, start_token: int | None
-) -> list[Probe]:
-    """Build a recall probe for every distance outside the window.
-
-    Raises:
-        ConfigError: no distance is outside the window and fits the model's positions.
-    """
-    fitting = fitting_distances(tuple(distances), window, positions)
-    if not fitting:
-        raise ConfigError(
-            f"keep_softmax: no recall can be scored: of distances {', '.join(map(str, distances))} none is outside the "
-            f"window of {window} and inside the model's {positions} positions"
-        )
-    return [recall_probe(distance, rows, vocabulary, start_token) for distance in fitting]
+    return Probe(
+        name,
+        rows=tuple(row.ids for row in rows),
+        loss=loss,
+        gates=RECALL_GATES,
+        queries=tuple(of_row - 1 for of_row in positions),
+        far=tuple(torch.cat([answer.keys(len(row.ids)) for answer in row.answers]) for row in rows),
+    )
 
 
-def fitting_distances(distances: tuple[int, ...], window: int, positions: int) -> list[int]:
-    """Return the distances that are outside the window and whose rows fit the model's positions."""
-    return [distance for distance in distances if distance > window and distance + SPAN + 1 <= positions]
+def copies_probe(distances: Sequence[int], rows: int, vocabulary: int, start_token: int | None) -> Probe:
+    """Build rows of random tokens in which a span comes again after each of the distances."""
+    generator = torch.Generator().manual_seed(SEED)
+    built = [copy_row(distances, vocabulary, start_token, generator) for _ in range(rows)]
+    return look_up_probe(f"copies from {_listed(distances)} tokens back", built)
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """A made-up fact as token ids: its statement, the question for it, and the answer."""
-
-    statement: list[int]
-    question: list[int]
-    answer: list[int]
-
-    def __len__(self) -> int:
-        return len(self.statement) + len(self.question) + len(self.answer)
-
-
-def _draw_fact(encode: Callable[[str], list[int]], generator: torch.Generator) -> _Fact:
-    """Make up a fact: the number that opens somebody's thing.
-
-    The generator draws thing, owner and number, in this order, so that a seed always makes the same facts.
-    """
-
-    def pick(options: Sequence[Any]) -> Any:
-        return options[int(torch.randint(len(options), (1,), generator=generator))]
-
-    about = {"thing": pick(THINGS), "owner": pick(OWNERS)}
-    number = str(10_000 + pick(range(90_000)))  # five digits
-    statement = encode(FACT.format(**about, number=number))
-    question = encode(QUESTION.format(**about))
-    # encoded as one text, since a tokenizer may split the answer alone differently
-    question_and_answer = encode(QUESTION.format(**about) + f" {number}")
-    return _Fact(statement, question, answer=question_and_answer[len(question) :])
-
-
-def facts_probe(
-    encode: Callable[[str], list[int]], text: Sequence[int], window: int, distance: int, rows: int
-) -> Probe:
-    """Build rows of text that state a made-up fact and ask for it beyond the window.
-
-    The rows ask at different distances, evenly spread above `window` and up to `distance`.
+def text_look_ups_probe(
+    encode: Callable[[str], list[int]],
+    text: Sequence[int],
+    window: int,
+    distances: Sequence[int],
+    rows: int,
+    vocabulary: int,
+) -> Probe | None:
+    """Build rows of text that ask for facts, passages and random tokens from each of the distances.
 
     Args:
         encode: turns text into token ids, without special tokens.
-        text: token ids that fill the rows, at least `distance` + 2 TEXT_BEFORE_FACTS of them.
-        distance: longest distance in tokens from a fact to its answer.
+        text: token ids that fill the rows, each row with its own part.
+
+    Returns:
+        None if the text is too short.
     """
-    generator = torch.Generator().manual_seed(SEED + distance)
-    facts = [_draw_fact(encode, generator) for _ in range(FACTS_PER_ROW * rows)]
-    # answers of one length in tokens, so that all rows ask about the same positions
-    answer_length = len(facts[0].answer)
-    facts = [fact for fact in facts if len(fact.answer) == answer_length][:rows]
-    length = distance + 2 * TEXT_BEFORE_FACTS
-    filled, far = [], torch.zeros(length, dtype=torch.bool)
-    for row, fact in enumerate(facts):
-        row_distance = window + (row + 1) * (distance - window) // rows
-        after = max(0, row_distance - len(fact.question))
-        before = length - after - len(fact)
-        start = row * length % max(1, len(text) - length)
-        filler = list(text[start : start + before + after])
-        filled.append([*filler[:before], *fact.statement, *filler[before:], *fact.question, *fact.answer])
-        far[before : before + len(fact.statement)] = True
-    ids = torch.tensor(filled)
+    generator = torch.Generator().manual_seed(SEED)
+    part = len(text) // rows
+    parts = [text[row * part : (row + 1) * part] for row in range(rows)]
+    built = [text_row(encode, of_row, distances, window, vocabulary, generator, SCORING) for of_row in parts]
+    complete = [row for row in built if row is not None]
+    return look_up_probe(f"look-ups from {_listed(distances)} tokens back", complete) if complete else None
 
-    def loss(hidden: Tensor, head: Readout, row: int) -> Tensor:
-        return loss_of_last(hidden, head, ids[row], answer_length)
 
-    queries = torch.arange(length - answer_length - 1, length - 1)
-    return Probe(f"facts at distance {distance}", ids, loss, RECALL_GATES, queries, far.expand(answer_length, -1))
+def _listed(distances: Sequence[int]) -> str:
+    return " and ".join(map(str, sorted(distances)))
+
+
+def fitting_distances(distances: Sequence[int] | None, window: int, positions: int) -> tuple[int, ...]:
+    """Return the distances to score at.
+
+    Args:
+        distances: the user's choice, of which those stay that are outside the window and leave half the positions
+            for the rest of a row; None: 2.5 and 6 windows.
+    """
+    if distances is None:
+        return look_up_distances(window, positions)
+    return tuple(distance for distance in sorted(distances) if distance > window and 2 * distance <= positions)
+
+
+def require_distances(distances: Sequence[int] | None, window: int, positions: int) -> tuple[int, ...]:
+    """Return the distances to score at; see `fitting_distances`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if fitting := fitting_distances(distances, window, positions):
+        return fitting
+    chosen = "" if distances is None else f" of distances {', '.join(map(str, distances))}"
+    raise ConfigError(
+        f"keep_softmax: no recall can be scored:{chosen} none is outside the window of {window} and well inside the "
+        f"model's {positions} positions; use a smaller --window"
+    )
 
 
 @torch.no_grad()
@@ -183,15 +150,9 @@ def text_probe(stream: LayerStream, ids: Tensor, window: int, sinks: int) -> Pro
     def loss(hidden: Tensor, head: Readout, row: int) -> Tensor:
         beyond = hidden[window:]
         weights = torch.full((len(beyond),), 1 / len(beyond), device=beyond.device)
-        return chunked_kl(beyond, base_hidden[row], head, head, weights, CHUNK_TOKENS)
+        return chunked_kl(beyond, base_hidden[row], head, head, weights, chunk_for(head))
 
-    T = ids.shape[1]
+    rows, T = ids.shape
     queries, keys = torch.arange(window, T), torch.arange(T)
     far = (queries[:, None] - keys >= window) & (keys >= sinks)
-    return Probe("text", ids, loss, TEXT_GATES, queries, far)
-
-
-def loss_of_last(hidden: Tensor, head: Readout, row: Tensor, counted: int) -> Tensor:
-    """Return the cross-entropy of the last `counted` tokens of a row [T] with hidden states [T, D]."""
-    logits = head(hidden[-counted - 1 : -1])
-    return F.cross_entropy(logits, row[-counted:].to(logits.device))
+    return Probe("text", tuple(ids), loss, TEXT_GATES, (queries,) * rows, (far,) * rows)

@@ -25,6 +25,7 @@ all high. A fourth method starts from the gradient's best and measures again aft
 Shapes: B rows, T tokens, H query heads, J key/value heads, K head dim, Q positions that are asked about.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,23 +38,9 @@ from linearize.errors import ConfigError
 from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.readout import Readout
 
-# nats a token that the answers cost more without keys beyond the window, if the base reads them there
-ANSWERED = 0.5
-
 Progress = Callable[[str], None]
 # a layer and a key/value head
 Head = tuple[int, int]
-
-
-def answers(stream: LayerStream, probe: Probe, *, window: int, sinks: int) -> bool:
-    """Return True if the base reads the answers from beyond the window: closing all gates costs more than ANSWERED."""
-    with gated_heads(stream.model, window, sinks, device=stream.device) as attentions:
-        losses = []
-        for value in (1.0, 0.0):
-            for attention in attentions:
-                attention.head_gates.fill_(value)
-            losses.append(probe.mean_loss(stream))
-    return losses[1] - losses[0] > ANSWERED
 
 
 def _gradient(stream: LayerStream, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
@@ -66,12 +53,12 @@ def _gradient(stream: LayerStream, attentions: list[GatedAttention], probe: Prob
 
     def collect(layer: int, row: int, slopes: Sequence[Tensor]) -> None:
         if slopes:
-            total[place[layer]] -= slopes[0].cpu() / (len(probe.gates) * len(probe.ids))
+            total[place[layer]] -= slopes[0].cpu() / (len(probe.gates) * len(probe.rows))
 
     for value in probe.gates:
         for attention in attentions:
             attention.head_gates = torch.full_like(attention.head_gates, value).requires_grad_()
-        batches = stream.start([row[None] for row in probe.ids])
+        batches = stream.start([row[None] for row in probe.rows])
         stream.forward(batches, record=True)
         with stream.readout() as head:
             slopes_of_last = [_slope(stream, batch.hidden, probe, head, row) for row, batch in enumerate(batches)]
@@ -107,25 +94,28 @@ def _swap(stream: LayerStream, attentions: list[GatedAttention], probe: Probe, p
 @torch.no_grad()
 def _lookup(stream: LayerStream, attentions: list[GatedAttention], probe: Probe, progress: Progress) -> Tensor:
     """Score by the attention to the keys that the probe marks: [layers, J]."""
-    T = probe.ids.shape[1]
-    queries, far = probe.queries.to(stream.device), probe.far.to(stream.device)
     scores = _zeros(attentions)
 
     def observer(layer: int) -> Callable[[Tensor, Tensor, float], None]:
+        row_numbers = itertools.count()  # a layer meets row after row
+
         def observe(query: Tensor, key: Tensor, scaling: float) -> None:
+            row = next(row_numbers)
+            queries, far = probe.queries[row].to(stream.device), probe.far[row].to(stream.device)
+            T = key.shape[2]
             q = query[:, :, queries].unflatten(1, (key.shape[1], -1))  # [B, J, H/J, Q, K]
             logits = (q @ key.unsqueeze(2).transpose(-1, -2)).float() * scaling
             visible = torch.arange(T, device=key.device)[None, :] <= queries[:, None]
             probability = logits.masked_fill(~visible, float("-inf")).softmax(-1)
             # a group is as good as its best query head
             of_group = (probability * far).sum(-1).mean(-1).amax(-1)
-            scores[layer] += of_group.sum(0).cpu() / len(probe.ids)
+            scores[layer] += of_group.sum(0).cpu() / len(probe.rows)
 
         return observe
 
     for layer, attention in enumerate(attentions):
         attention.gating.observe = observer(layer)
-    stream.last_hidden(list(probe.ids))
+    stream.last_hidden(probe.rows)
     progress(f"scoring heads by {probe.name}: where they look")
     return scores
 

@@ -35,12 +35,14 @@ def write_student_files(
     folder: Path,
     inspection: Inspection,
     calibration: Calibration | None,
+    quality: dict[str, Any] | None,
     wait_for_weights: Callable[[], str],
 ) -> Manifest:
     """Write everything but the base's weights, and return the manifest.
 
     Args:
         calibration: the fitted parameters; None for their first values.
+        quality: what the conversion was measured to lose; None if that was not measured.
         wait_for_weights: waits until the base's weights are in the folder. It returns the methods that placed them; see
             `place_in_background`.
 
@@ -65,6 +67,7 @@ def write_student_files(
         "ignored_tensors": list(inspection.ignored),
         "parameters_added": inspection.added_parameters,
         "calibration": None if calibration is None else calibration.to_dict(),
+        "quality": quality,
         # of one sequence: the recurrent states, and below the caches by length of context
         "state_bytes": inspection.state_bytes,
         "vocabulary": inspection.config["vocab_size"],

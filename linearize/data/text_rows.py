@@ -1,5 +1,7 @@
 """Cut rows of equal length out of a dataset's text."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -8,8 +10,25 @@ from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
 from linearize.data.documents import read_documents
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # tokens of the longest row: more would cost memory and time, and tell little more of a head
 LONGEST_ROW = 2048
+
+
+def text_tokens(tokenizer: "PreTrainedTokenizerBase", dataset: str, count: int, *, skip: int = 0) -> list[int]:
+    """Return the token ids of a dataset's text behind its first `skip` tokens: `count` of them, or all that there are.
+
+    Raises:
+        ConfigError: there is no such dataset.
+    """
+    ids: list[int] = []
+    for document in read_documents(dataset, tokenizer, text_field="text", completion_only=False, seed=None):
+        ids += document.ids
+        if len(ids) >= skip + count:
+            break
+    return ids[skip : skip + count]
 
 
 def text_rows(source: Source, window: int, dataset: str, rows: int) -> Tensor | None:
@@ -26,11 +45,7 @@ def text_rows(source: Source, window: int, dataset: str, rows: int) -> Tensor | 
     tokenizer = read_tokenizer(source.folder)
     if tokenizer is None:
         return None
-    ids: list[int] = []
-    for document in read_documents(dataset, tokenizer, text_field="text", completion_only=False, seed=None):
-        ids += document.ids
-        if len(ids) >= rows * LONGEST_ROW:
-            break
+    ids = text_tokens(tokenizer, dataset, rows * LONGEST_ROW)
     positions = AutoConfig.from_pretrained(source.folder).max_position_embeddings
     length = min(len(ids) // rows, LONGEST_ROW, positions)
     if length < 2 * window:

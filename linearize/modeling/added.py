@@ -38,3 +38,24 @@ def linear_heads_by_layer(config: dict[str, Any], plan: Plan, device: str) -> di
                 site = Site.of(config, linear, i, layers)
                 heads_by_layer[i] = build_linear_heads(layer, site, config["hidden_size"])
     return heads_by_layer
+
+
+def of_fewer_heads(tensors: dict[str, Tensor], config: dict[str, Any], plan: Plan, smaller: Plan) -> dict[str, Tensor]:
+    """Pick from the added parameters of `plan` those of the linear heads of `smaller`.
+
+    Args:
+        smaller: a plan like `plan` with more softmax heads. Windows may differ.
+    """
+    J = config["num_key_value_heads"]
+    picked = {}
+    for name, shape in added_shapes(config, smaller).items():
+        layer = int(name.partition(".layers.")[2].partition(".")[0])
+        heads, fewer = plan.layers[layer].linear_heads(J), smaller.layers[layer].linear_heads(J)
+        places = [heads.index(head) for head in fewer]
+        tensor = tensors[name]
+        for dimension, size in enumerate(shape):
+            if tensor.shape[dimension] != size:  # whatever counts heads has one block for each
+                blocks = tensor.unflatten(dimension, (len(heads), -1))
+                tensor = blocks.index_select(dimension, torch.tensor(places)).flatten(dimension, dimension + 1)
+        picked[name] = tensor.clone()
+    return picked

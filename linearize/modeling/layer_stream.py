@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from linearize.checkpoint.weights import read_weights
 from linearize.errors import CheckpointError
 from linearize.modeling.readout import Readout, readout_of
+from linearize.progress import counting
 
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -49,13 +50,11 @@ class StreamedBatch:
         hidden: [B, T, D], the input of the layer that comes next.
         calls: one for every layer.
         inputs: the input [B, T, D] of every layer that was passed, if they are recorded for the way back.
-        outputs: the output of every such layer with its graph, if the model is in memory.
     """
 
     hidden: Tensor
     calls: list[LayerCall]
     inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
 
 
 class LayerStream:
@@ -109,25 +108,23 @@ class LayerStream:
         """Embed batches of token ids [B, T]; return them in front of the first layer."""
         positions = position_ids or [None] * len(rows)
         with self._embedding(rows) as embedded:
-            return [self._recorded(hidden, at) for hidden, at in zip(embedded, positions, strict=True)]
+            return [self.recorded(hidden, at) for hidden, at in zip(embedded, positions, strict=True)]
 
+    @torch.no_grad()
     def forward(self, batches: Sequence[StreamedBatch], *, record: bool = False) -> None:
         """Send every batch through all layers.
 
         Args:
-            record: record the layers' inputs for `backward`, and their graphs if the model is in memory.
+            record: record the layers' inputs for `backward`.
         """
-        keeps_graph = record and self.folder is None
-        for index in range(len(self.layers)):
-            with self.layer(index) as layer, torch.set_grad_enabled(keeps_graph):
-                for batch in batches:
-                    hidden = batch.hidden.detach().requires_grad_(keeps_graph)
-                    output = _output(layer, hidden, batch.calls[index])
-                    if record:
-                        batch.inputs.append(hidden)
-                    if keeps_graph:
-                        batch.outputs.append(output)
-                    batch.hidden = output.detach()
+        with counting(len(self.layers) * len(batches)) as advance:
+            for index in range(len(self.layers)):
+                with self.layer(index) as layer:
+                    for batch in batches:
+                        if record:
+                            batch.inputs.append(batch.hidden)
+                        batch.hidden = run_layer(layer, batch.hidden, batch.calls[index])
+                        advance()
 
     @torch.enable_grad()
     def backward(
@@ -146,15 +143,17 @@ class LayerStream:
             collect: is called with the layer, the batch's number and these gradients.
         """
         gradients = list(gradients)
-        for index in reversed(range(len(self.layers))):
-            with self.layer(index) as layer:
-                for number, batch in enumerate(batches):
-                    hidden = batch.inputs.pop().requires_grad_()
-                    output = batch.outputs.pop() if batch.outputs else _output(layer, hidden, batch.calls[index])
-                    *collected, gradients[number] = torch.autograd.grad(
-                        output, [*parameters(index), hidden], gradients[number]
-                    )
-                    collect(index, number, collected)
+        with counting(len(self.layers) * len(batches)) as advance:
+            for index in reversed(range(len(self.layers))):
+                with self.layer(index) as layer:
+                    for number, batch in enumerate(batches):
+                        hidden = batch.inputs.pop().requires_grad_()
+                        output = run_layer(layer, hidden, batch.calls[index])
+                        *collected, gradients[number] = torch.autograd.grad(
+                            output, [*parameters(index), hidden], gradients[number]
+                        )
+                        collect(index, number, collected)
+                        advance()
 
     def normalised(self, hidden: Tensor) -> Tensor:
         """Return the last layer's output [B, T, D] behind the final norm."""
@@ -191,11 +190,12 @@ class LayerStream:
         with self._opened([self.embedding]) as tensors:
             weight = tensors[self.embedding][:][used].to(self.device, embedding.weight.dtype)
         parts = places.to(self.device).split([ids.numel() for ids in rows])
-        with _weight(embedding, weight):
+        # the token of padding has no place among the used ones; it only matters for gradients
+        with _weight(embedding, weight), _attribute(embedding, "padding_idx", None):
             embedded = [embedding(part.view(ids.shape)) for part, ids in zip(parts, rows, strict=True)]
         yield embedded
 
-    def _recorded(self, embedded: Tensor, position_ids: Tensor | None) -> StreamedBatch:
+    def recorded(self, embedded: Tensor, position_ids: Tensor | None = None) -> StreamedBatch:
         """Run the family's forward on embeddings with the layers bypassed, and record how it calls them."""
         first: list[Tensor] = []
         calls: list[LayerCall] = []
@@ -249,21 +249,26 @@ class LayerStream:
             raise CheckpointError(f"{self.folder}: tensor '{odd[0]}' does not fit the model")
 
 
-def _output(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """Run one layer; some families' layers return a tuple."""
     output = layer(hidden, *call.arguments, **call.keywords)
     return output[0] if isinstance(output, tuple) else output
 
 
-@contextlib.contextmanager
-def _weight(module: nn.Module, weight: Tensor) -> Iterator[None]:
+def _weight(module: nn.Module, weight: Tensor) -> contextlib.AbstractContextManager[None]:
     """Give a module another weight for a while."""
-    before = module.weight
-    module.weight = nn.Parameter(weight, requires_grad=False)
+    return _attribute(module, "weight", nn.Parameter(weight, requires_grad=False))
+
+
+@contextlib.contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute of a module another value for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        module.weight = before
+        setattr(module, name, before)
 
 
 def _drop_weights(layer: nn.Module, names: Sequence[str]) -> None:

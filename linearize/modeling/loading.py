@@ -21,15 +21,13 @@ from linearize.checkpoint.student import (
     read_tokenizer,
 )
 from linearize.checkpoint.weights import read_weights
+from linearize.device import RESIDENT_BYTES
 from linearize.errors import CheckpointError, ConfigError, CoverageError, one_line
 from linearize.families.registry import find_family
 from linearize.modeling.factory import LinearizedClasses, linearized_classes
 from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.registration import register_checkpoint
 from linearize.plan import Plan
-
-# weights that stay in memory: reading them again for the way back takes longer than their room is worth
-RESIDENT_BYTES = 512 * 2**20
 
 
 def load_student(folder: Path, *, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
@@ -122,11 +120,16 @@ def load_unconverted(
     logging.set_verbosity_error()  # its warning of newly initialized parameters would mislead: they are added
     model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED)
     if added is not None:
-        unexpected = model.load_state_dict(added, strict=False).unexpected_keys
-        missing = [name for name in model.state_dict() if ADDED in name and name not in added]
-        if unexpected or missing:
-            raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *missing][0]}'")
+        _load_added(model, added)
     return model
+
+
+def _load_added(model: PreTrainedModel, added: dict[str, torch.Tensor]) -> None:
+    """Give a model its added parameters; refuse those of another plan."""
+    unexpected = model.load_state_dict(added, strict=False).unexpected_keys
+    missing = [name for name in model.state_dict() if ADDED in name and name not in added]
+    if unexpected or missing:
+        raise CoverageError(f"added parameters of another plan, first '{[*unexpected, *missing][0]}'")
 
 
 def _unconverted_config(source: Source, plan: Plan) -> tuple[LinearizedClasses, PretrainedConfig]:
@@ -157,14 +160,20 @@ def open_base(source: Source, *, dtype: torch.dtype, device: str) -> LayerStream
     return LayerStream(load_base(source, dtype=dtype).requires_grad_(False).to(device), device=device)
 
 
-def open_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype, device: str) -> LayerStream:
+def open_unconverted(
+    source: Source, plan: Plan, *, dtype: torch.dtype, device: str, added: dict[str, torch.Tensor] | None = None
+) -> LayerStream:
     """Open the base's weights under `plan` to run layer by layer; the added parameters are in memory.
+
+    Args:
+        added: the added parameters as calibration left them. Without, they have their first values.
 
     Raises:
         ConfigError: the base is of another architecture than the plan.
+        CoverageError: the added parameters are of another plan.
     """
     if read_weights(source.folder).nbytes <= RESIDENT_BYTES:
-        return LayerStream(load_unconverted(source, plan, dtype=dtype).to(device), device=device)
+        return LayerStream(load_unconverted(source, plan, dtype=dtype, added=added).to(device), device=device)
     classes, config = _unconverted_config(source, plan)
     with init_empty_weights(include_buffers=False):
         model = classes.causal_lm._from_config(config, dtype=dtype).eval()
@@ -173,6 +182,8 @@ def open_unconverted(source: Source, plan: Plan, *, dtype: torch.dtype, device: 
             if attention.mixer is not None:
                 attention.mixer.to_empty(device=device)
                 model.base_model._init_weights(attention.mixer)
+    if added is not None:
+        _load_added(model, added)
     return LayerStream(model, source.folder, device=device)
 
 

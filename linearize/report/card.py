@@ -11,7 +11,7 @@ from linearize.checkpoint.writing import write_text
 from linearize.plan import NO_BRANCH, LayerPlan
 from linearize.report.markdown import summary_table, table
 from linearize.report.results import STUDENT, Results
-from linearize.report.tables import cache_rows
+from linearize.report.tables import QUALITY_COLUMNS, cache_rows, quality_rows
 
 # what encloses the section of an evaluation, so that the next evaluation can replace it
 BEGIN, END = "<!-- linearize eval -->", "<!-- end of linearize eval -->"
@@ -36,7 +36,7 @@ tags: [linearize, linear-attention]
 heads by {_replacement(changed)}.{other_heads} Base weights are {weights}; {added:,} parameters were added.
 {_calibration_note(manifest)}{_recovery_note(manifest)}
 {_cache_table(manifest.cache_bytes)}
-
+{_quality_note(manifest)}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,6 +82,19 @@ def _recovery_note(manifest: Manifest) -> str:
     return (
         f"\nRecovered with recipe `{training.recipe_name}` on {training.tokens:,} tokens of "
         f"{', '.join(training.recipe['data'])} (loss {', then '.join(stage['loss']['kind'] for stage in stages)}).\n"
+    )
+
+
+def _quality_note(manifest: Manifest) -> str:
+    """Say what was measured while the heads were chosen; empty if nothing was."""
+    if (quality := manifest.quality) is None:
+        return ""
+    _, rows = quality_rows(quality)
+    verdict = "This model holds that." if quality.holds else f"This model does not: {'; '.join(quality.lost)}."
+    return (
+        f"\nHeads keep softmax so that {quality.target:.0%} of the base's look-ups beyond the window are held, and KL "
+        f"from the base on text is at most {quality.divergence_limit:g}, on {quality.tokens:,} tokens that no head was "
+        f"chosen on. {verdict}\n\n{table(QUALITY_COLUMNS, rows)}\n"
     )
 
 

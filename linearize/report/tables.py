@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from linearize.checkpoint.manifest import QualityRecord
 from linearize.report.results import BASE, MODELS, STUDENT, Metric, Results
 
 MIB = 2**20
@@ -98,3 +99,36 @@ def _value(metric: Metric, model: str) -> str:
         return NONE
     value = metric.values[model]
     return f"{number(value.mean)} ± {number(value.error)}"
+
+
+QUALITY_COLUMNS = [
+    "softmax heads",
+    "window",
+    "cache at 4K",
+    "cache at 32K",
+    "look-ups held",
+    "KL from the base",
+    "holds",
+]
+
+
+def quality_rows(quality: QualityRecord) -> Table:
+    """Return head and rows of the conversions that were measured: what each costs, and what it holds of the base.
+
+    Look-ups held is the least share over distances, of hits and of nats.
+    """
+    rows = []
+    for trial in quality.curve:
+        shares = [min(held.values()) for group, held in trial.held.items() if group.startswith("look-ups")]
+        rows.append(
+            [
+                str(trial.softmax_heads),
+                str(trial.window),
+                f"{trial.cache['4096']:.3f}",
+                f"{trial.cache['32768']:.3f}",
+                f"{min(shares):.1%}" if shares else NONE,
+                NONE if trial.divergence is None else f"{trial.divergence:.4f}",
+                ("yes" if trial.holds else "no") + (", chosen" if trial == quality.chosen else ""),
+            ]
+        )
+    return QUALITY_COLUMNS, rows

@@ -19,6 +19,9 @@ LONGEST_WINDOW = 2**31 - 1
 # more than any model has, so that a mistyped range does not fill the memory
 MOST_LAYERS = 100_000
 
+# seconds of a unit of time
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
 Options = dict[str, float | int | bool | str]
 Mix = Literal["sum", "outside", "joint", "none"]
 Gate = Literal["key", "learned"]
@@ -29,17 +32,15 @@ class ScoringSettings(Strict):
 
     Attributes:
         method: how a head's score is computed.
-        distances: tokens between a span and its copy, at which recall is scored.
-        rows: rows of copies at each distance.
-        fact_rows: rows of facts to be answered, at the longest distance; the facts stand in text of the dataset `text`.
-        text: the dataset of that text and of the long text.
+        distances: tokens from a span or a fact to its copy or question; null for 2.5 and 6 windows, as positions allow.
+        rows: rows of look-ups; each asks for facts, a passage and random tokens from every distance.
+        text: the dataset whose text the rows have, and of the long text.
         text_rows: rows of long text that are scored.
     """
 
     method: Literal["gradient", "swap", "lookup", "elimination"] = "gradient"
-    distances: list[int] = Field(default=[512, 1024], min_length=1)
-    rows: int = Field(default=2, ge=1)
-    fact_rows: int = Field(default=6, ge=0)
+    distances: list[int] | None = Field(default=None, min_length=1)
+    rows: int = Field(default=1, ge=1)
     text: str = "sample"
     text_rows: int = Field(default=1, ge=1)
 
@@ -48,7 +49,7 @@ class CalibrationSettings(Strict):
     """How added parameters get their first values from the base model (linearize/conversion/calibrate.py).
 
     Attributes:
-        when: "auto" calibrates where the base can be run: on a GPU that holds it, on a CPU up to 1 GiB of weights.
+        when: "auto" calibrates if there is text for it, "always" insists, "never" leaves the first values.
         text: the dataset to calibrate on.
         rows: rows of its text.
     """
@@ -56,6 +57,41 @@ class CalibrationSettings(Strict):
     when: Literal["auto", "always", "never"] = "auto"
     text: str = "sample"
     rows: int = Field(default=3, ge=2)
+
+
+class QualitySettings(Strict):
+    """How much of the base `keep_softmax: auto` has to hold, on rows that no head is chosen on (conversion/quality.py).
+
+    Attributes:
+        target: share of the base's copies, facts and quotes from beyond the window, in hits and in nats.
+        divergence: largest KL from the base on text beyond the window, in nats a token.
+        cache_budget: largest cache beside the base's at 32K tokens, as a share; null for none.
+        rows: rows of text to measure on.
+        budget: seconds that the conversion may take, as a number or as 40s, 10m, 2h; null for any.
+    """
+
+    target: float = Field(default=0.97, gt=0, le=1)
+    divergence: float = Field(default=0.02, gt=0)
+    cache_budget: float | None = Field(default=None, gt=0, le=1)
+    rows: int = Field(default=1, ge=1)
+    budget: float | None = Field(default=None, gt=0)
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _time(cls, value: Any) -> Any:
+        """Take 10m for 600 seconds."""
+        text = str(value).strip()
+        if isinstance(value, str) and text[-1:] in SECONDS:
+            return float(text[:-1]) * SECONDS[text[-1]]
+        return float(text) if isinstance(value, str) else value
+
+    @field_validator("target", "cache_budget", mode="before")
+    @classmethod
+    def _percentage(cls, value: Any) -> Any:
+        """Take a percentage for a fraction: 15% and 0.15 are the same."""
+        if isinstance(value, str) and value.strip().endswith("%"):
+            return float(value.strip().removesuffix("%")) / 100
+        return float(value) if isinstance(value, str) else value
 
 
 class LayerSettings(Strict):
@@ -90,6 +126,7 @@ class ConversionConfig(Strict):
         softmax_window: keys that these heads see beside the sinks; without it, all.
         scoring: how heads are scored, where `keep_softmax` asks for a score.
         calibration: how added parameters get their first values.
+        quality: how much of the base has to be held, where `keep_softmax` is "auto".
         dtype: precision that the weights of a GGUF file are read in.
     """
 
@@ -107,6 +144,7 @@ class ConversionConfig(Strict):
     softmax_window: int | None = Field(default=None, ge=1, le=LONGEST_WINDOW)
     scoring: ScoringSettings = ScoringSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    quality: QualitySettings = QualitySettings()
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     @model_validator(mode="before")

@@ -26,10 +26,15 @@ COMMAND_LINE = "command line"
 
 def packaged(kind: Kind) -> dict[str, Path]:
     """Return the YAML files that are part of the package, by name."""
+    return {path.stem: path for path in sorted(packaged_folder(kind).glob("*.yaml"))}
+
+
+def packaged_folder(kind: Kind) -> Path:
+    """Return the folder of the package's own configs or recipes."""
     folder = Path(str(importlib.resources.files("linearize"))) / kind
     if not folder.is_dir():  # a source checkout keeps them beside the package
         folder = Path(__file__).resolve().parents[2] / kind
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return folder
 
 
 def load_config(

@@ -14,6 +14,14 @@ from torch.nn import functional as F
 
 from linearize.modeling.readout import Readout
 
+# bytes of float32 logits that a measurement has in memory at once
+LOGIT_BYTES = 2**26
+
+
+def chunk_for(head: Readout) -> int:
+    """Return the number of tokens whose logits take LOGIT_BYTES."""
+    return max(16, LOGIT_BYTES // (4 * head.weight.shape[0]))
+
 
 def chunked_kl(
     student: Tensor,

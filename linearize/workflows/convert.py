@@ -2,15 +2,16 @@
 
 1. Open the source and refuse a model that cannot be converted.
 2. Begin a hidden folder beside the target. The base's weights are linked or copied into it in the background.
-3. Plan every layer and head, and check the base's tensors against its family (linearize/conversion/inspection.py).
-4. Calibrate the added parameters, if the base can be run (linearize/conversion/calibrate.py).
+3. Plan every layer and head, and check the base's tensors against its family (linearize/conversion/inspection.py). By
+   default the base is run to find the heads that have to keep softmax (linearize/conversion/automatic.py).
+4. Calibrate the added parameters (linearize/conversion/calibrate.py).
 5. Count the student's linear heads, which must be those of the plan.
 6. Write everything but the base's weights (linearize/conversion/student_files.py does 5 and 6).
 7. Verify the folder in a fresh process (linearize/conversion/verify.py).
 8. Rename the folder to the target.
 
-Memory does not grow with the model, with three exceptions: step 3 if heads are chosen by score, step 4, and a GGUF
-file, which is dequantised.
+Memory does not grow with the model: where the base is run, its layers are read one after another, and the weights of a
+GGUF file are dequantised tensor by tensor.
 """
 
 import json
@@ -32,6 +33,7 @@ from linearize.checkpoint.writing import atomic_folder, check_space, check_targe
 from linearize.conversion.inspection import Inspection, inspect_source
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
+from linearize.progress import doing
 from linearize.settings.config import ConversionConfig
 from linearize.settings.loading import load_config
 
@@ -50,6 +52,7 @@ def convert(
     revision: str | None = None,
     link: str = "auto",
     verify: bool = True,
+    measure: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
@@ -65,6 +68,8 @@ def convert(
         revision: branch, tag or commit of a hub model.
         link: "hard" links the base's weight files, "copy" copies them, "auto" takes the cheapest way that works.
         verify: check the result in a fresh process before it appears at `out`.
+        measure: measure what the conversion loses, even if its heads are chosen by hand. With `keep_softmax: auto` it
+            is measured in any case.
         overwrite: replace a checkpoint at `out`.
         trust_remote_code: accept a model with code of its own without a message. The code is never run.
         merge_adapter: `model` is a PEFT adapter; merge it into its base model first.
@@ -108,7 +113,8 @@ def convert(
             inspection = inspect_source(source, settings, weights, progress, converting=True)
             _check_plan(inspection, progress)
             calibration = _calibrate(inspection, progress)
-            manifest = write_student_files(folder, inspection, calibration, wait_for_weights)
+            quality = _quality(inspection, calibration, measure, progress)
+            manifest = write_student_files(folder, inspection, calibration, quality, wait_for_weights)
             if verify:
                 manifest = _verify(folder, source, manifest, progress)
     return Student(target.resolve(), manifest)
@@ -141,15 +147,15 @@ def _check_plan(inspection: Inspection, progress: Progress) -> None:
 
 
 def _calibrate(inspection: Inspection, progress: Progress) -> "Calibration | None":
-    """Calibrate the added parameters (step 4); None if the settings, the machine or the text do not allow it.
+    """Calibrate the added parameters (step 4); None if the settings or the text do not allow it.
 
     Raises:
         ConfigError: the settings insist on a calibration that the text does not allow.
     """
-    settings = inspection.settings.calibration
+    settings, choice = inspection.settings.calibration, inspection.choice
+    if choice is not None and choice.calibration is not None:
+        return choice.calibration
     if not inspection.calibrates:
-        if inspection.added and settings.when == "auto":
-            progress("not calibrated: the base is too large to be run here (--calibrate insists)")
         if settings.when == "always":
             progress("not calibrated: this conversion adds no parameters")
         return None
@@ -158,7 +164,8 @@ def _calibrate(inspection: Inspection, progress: Progress) -> "Calibration | Non
 
     rows = text_rows(inspection.source, inspection.plan.longest_window(), settings.text, settings.rows)
     if rows is not None:
-        return calibrate(inspection.source, inspection.plan, rows, settings.text, progress)
+        part = None if choice is None else choice.part
+        return calibrate(inspection.source, inspection.plan, rows, settings.text, progress, part)
     if settings.when == "auto":
         progress(
             "not calibrated: there is no tokenizer, or rows of text in the model's positions do not leave the window"
@@ -169,10 +176,32 @@ def _calibrate(inspection: Inspection, progress: Progress) -> "Calibration | Non
     )
 
 
+def _quality(
+    inspection: Inspection, calibration: "Calibration | None", measure: bool, progress: Progress
+) -> dict[str, Any] | None:
+    """Return the record of what the conversion loses; None if that is not measured."""
+    if inspection.choice is not None:
+        return inspection.choice.quality
+    if not measure:
+        return None
+    from linearize.conversion.trials import examine
+
+    progress(f"{inspection.source.name}: measuring what the conversion loses")
+    return examine(
+        inspection.source,
+        inspection.config,
+        inspection.settings,
+        inspection.plan,
+        None if calibration is None else calibration.tensors,
+        inspection.number_bytes,
+    )
+
+
 def _verify(folder: Path, source: Source, manifest: Manifest, progress: Progress) -> Manifest:
     """Verify the written folder, and add the outcome to its manifest (step 7)."""
     progress("verifying in a fresh process: softmax everywhere = base, cached = uncached")
-    document = {**manifest.to_dict(), "verification": run_verification(folder, source.folder)}
+    with doing("verifying in a fresh process"):
+        document = {**manifest.to_dict(), "verification": run_verification(folder, source.folder)}
     write_json(folder / MANIFEST, document)
     return Manifest.from_document(document)
 

@@ -6,11 +6,11 @@ the heads linear and half kept the student has to give the base's logits. The sa
 
 import pytest
 import torch
-from helpers import VOCABULARY, family_base, family_config
+from helpers import LINEAR, VOCABULARY, family_base, family_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from linearize.conversion.inspection import make_plan
+from linearize.conversion.planning import make_plan
 from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
 from linearize.settings.config import ConversionConfig
@@ -164,5 +164,5 @@ def test_a_tied_head_is_missing_under_the_name_that_checkpoints_give_it(tmp_path
     base.save_pretrained(tmp_path / "base")
     names = load_file(tmp_path / "base" / "model.safetensors").keys()
     assert not any("embed_out" in name or "lm_head" in name for name in names)
-    code, _, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--window", "8", "--no-verify")
+    code, _, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", *LINEAR, "--no-verify")
     assert code == 0, err

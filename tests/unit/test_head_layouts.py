@@ -3,7 +3,7 @@
 import pytest
 
 from linearize.conversion.keep_softmax import scored_share, softmax_heads, spread_evenly, top_heads
-from linearize.conversion.probes import recall_probes
+from linearize.conversion.probes import require_distances
 from linearize.conversion.scoring import combined
 from linearize.errors import ConfigError
 from linearize.evaluation.weights import spread_softmax_heads
@@ -78,7 +78,7 @@ def test_a_share_that_makes_no_sense_is_refused(spec):
 
 def test_no_recall_is_scored_within_a_window():
     with pytest.raises(ConfigError, match="no recall can be scored"):
-        recall_probes((20, 60), 2, window=100, positions=512, vocabulary=300, start_token=0)
+        require_distances((20, 60), 100, 512)
 
 
 def test_combined_scores_are_shares_of_their_totals():

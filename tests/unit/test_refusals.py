@@ -50,7 +50,7 @@ def test_the_list_is_what_decides(cli):
 
 def test_an_unlisted_family_is_read_off_and_called_experimental(tmp_path, cli):
     """Helium: nobody listed it, its attention goes through the interface, verification accepts it."""
-    from helpers import COMMON
+    from helpers import COMMON, LINEAR
     from transformers import AutoModelForCausalLM
 
     from linearize.modeling.loading import load_student
@@ -59,7 +59,7 @@ def test_an_unlisted_family_is_read_off_and_called_experimental(tmp_path, cli):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("helium", **{**COMMON, "head_dim": 8}))
     base.save_pretrained(tmp_path / "base")
-    code, out, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--window", "8")
+    code, out, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", *LINEAR)
     assert code == 0, err
     assert "helium is experimental" in err and "verified" in out
     student = load_student(tmp_path / "out", dtype=torch.float32)

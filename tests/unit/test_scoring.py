@@ -1,17 +1,14 @@
 """Which heads recall depends on: the gated attention against real conversions, derivatives against differences."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
 from helpers import tiny_base, tiny_student
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
 from linearize.conversion import probes, scoring
 from linearize.conversion.head_gates import IMPLEMENTATION, gated_heads
-from linearize.data.recall_rows import recall_task
 from linearize.modeling.layer_stream import LayerStream
 from linearize.plan import LayerPlan, Plan
 
@@ -20,7 +17,7 @@ DISTANCES = (20, 60)
 
 
 def copies(distances=DISTANCES) -> list:
-    return probes.recall_probes(distances, 2, window=12, positions=512, vocabulary=300, start_token=0)
+    return [probes.copies_probe(distances, 2, vocabulary=300, start_token=0)]
 
 
 def text(base):
@@ -34,11 +31,19 @@ def converted_but_one(base, layer: int, head: int):
     return tiny_student(Plan("llama", tuple(layers)), base)
 
 
-def plain_loss(model, distance: int) -> float:
-    task = recall_task(distance, 2, 300, 0, probes.SEED)
-    with torch.no_grad():
-        logits = model(task.ids).logits[:, -task.counted - 1 : -1]
-    return F.cross_entropy(logits.flatten(0, 1), task.ids[:, -task.counted :].flatten()).item()
+def plain_loss(model, distances=DISTANCES) -> float:
+    """Compute the loss on copies with the whole model: the last tokens of a row, from each span the first 8 apart."""
+    span, losses = min(96, min(distances)), []
+    for ids in copies(distances)[0].rows:
+        counted = [
+            position
+            for number in range(len(distances))
+            for position in range(len(ids) - (number + 1) * span + 8, len(ids) - number * span)
+        ]
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, torch.tensor(counted) - 1]
+        losses.append(F.cross_entropy(logits, ids[counted]).item())
+    return sum(losses) / len(losses)
 
 
 def test_a_swap_is_a_conversion_of_one_head():
@@ -47,8 +52,8 @@ def test_a_swap_is_a_conversion_of_one_head():
     for layer, head in ((0, 1), (2, 2)):
         student = converted_but_one(base, layer, head)
         with student.recurrent_branch_off():
-            rises = [plain_loss(student, d) - plain_loss(base, d) for d in DISTANCES]
-        assert scores[layer][head] == pytest.approx(sum(rises) / 2, abs=1e-5)
+            rise = plain_loss(student) - plain_loss(base)
+        assert scores[layer][head] == pytest.approx(rise, abs=1e-5)
     assert max(abs(score) for row in scores for score in row) > 1e-3
 
 
@@ -85,12 +90,12 @@ def test_the_gradient_is_the_slope_of_the_loss(kind):
 def test_lookup_is_the_attention_to_the_token_to_copy():
     base = tiny_base()
     scores = scoring.head_scores(LayerStream(base), copies((60,)), method="lookup", **REACH)
-    task = recall_task(60, 2, 300, 0, probes.SEED)
+    ids = torch.stack(copies((60,))[0].rows)
     base.set_attn_implementation("eager")
     with torch.no_grad():
-        attentions = base(task.ids, output_attentions=True).attentions
-    T = task.ids.shape[1]
-    queries = torch.arange(T - task.counted - 1, T - 1)
+        attentions = base(ids, output_attentions=True).attentions
+    T = ids.shape[1]
+    queries = torch.arange(T - 60 + 8 - 1, T - 1)
     for layer, weights in enumerate(attentions):
         looked = weights[:, :, queries, queries + 1 - 60].mean(-1).unflatten(1, (3, 2)).amax(2).mean(0)
         torch.testing.assert_close(torch.tensor(scores[layer]), looked, rtol=1e-4, atol=1e-6)
@@ -122,7 +127,7 @@ def test_elimination_lets_the_head_go_that_is_missed_least():
             for ids in rows:
                 wanted, got = (model(ids).logits[:, 12:].log_softmax(-1) for model in (base, student))
                 found.append((wanted.exp() * (wanted - got)).sum(-1).mean())
-            return torch.stack([found[0], (found[1] + found[2]) / 2, torch.tensor(plain_loss(student, 20))])
+            return torch.stack([found[0], (found[1] + found[2]) / 2, torch.tensor(plain_loss(student, (20,)))])
 
     scores = [[0.3, 0.9, 0.1], [0.8, 0.2, 0.7], [0.0, 0.6, 0.5]]
     every = {(i, h) for i in range(3) for h in range(3)}
@@ -143,47 +148,6 @@ def test_elimination_lets_the_head_go_that_is_missed_least():
     assert {(i, h): turns[i][h] for i, h in every} == wanted_turns
     assert [line.split()[4] for line in said] == [f"{layer}:{head}" for layer, head in went]
     assert base.config._attn_implementation != IMPLEMENTATION
-
-
-def facts(tokenizer_folder, rows: int = 4):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    filler = [tokenizer.convert_tokens_to_ids("<|user|>")] * 300
-    return tokenizer, probes.facts_probe(lambda words: tokenizer(words).input_ids, filler, 40, 100, rows)
-
-
-def test_facts_are_asked_for_beyond_the_window(tokenizer_folder):
-    tokenizer, probe = facts(tokenizer_folder)
-    asked, length = len(probe.queries), probe.ids.shape[1]
-    distances = []
-    for row in probe.ids:
-        said = tokenizer.decode(row)
-        stated, question, number = re.fullmatch(
-            r"(?:<.user.>)+ (To open .+, enter) (\d+)\.\n(?:<.user.>)+\n(.+) (\d+)", said
-        ).group(1, 3, 4)
-        assert question == stated and number in said.partition(question)[2].partition(".")[0]
-        assert tokenizer.decode(row[-asked:]).strip() == number
-        other = (row != row[0]).int()
-        end = next(i for i in range(1, length) if other[i - 1] > other[i])  # of the fact
-        distances.append(length - asked - end)
-    assert distances == [55, 70, 85, 100]
-    assert probe.queries.tolist() == list(range(length - asked - 1, length - 1))
-    assert probe.far[:, :64].sum() == 0 and probe.far.any() and not probe.far[:, length - asked - 40 :].any()
-
-
-def test_the_loss_on_facts_is_that_of_their_answers(tokenizer_folder):
-    base, (_, probe) = tiny_base(), facts(tokenizer_folder)
-    with torch.no_grad():
-        logits = base(probe.ids[1, None]).logits[0, probe.queries]
-        wanted = F.cross_entropy(logits, probe.ids[1, probe.queries + 1]).item()
-        assert probe.losses(LayerStream(base))[1] == pytest.approx(wanted, rel=1e-4)
-
-
-def test_only_a_base_that_answers_is_asked_for_facts(tokenizer_folder):
-    _, probe = facts(tokenizer_folder)
-    assert not scoring.answers(LayerStream(tiny_base()), probe, window=12, sinks=2)
-    losses = iter([0.2] * 4 + [3.0] * 4)
-    known = dataclasses.replace(probe, loss=lambda hidden, head, row: torch.tensor(next(losses)))
-    assert scoring.answers(LayerStream(tiny_base()), known, window=12, sinks=2)
 
 
 def test_scoring_leaves_the_model_as_it_was():

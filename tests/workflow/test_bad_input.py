@@ -301,7 +301,7 @@ def test_no_disk_space(base_folder, cli, tmp_path, monkeypatch, link):
     else:
         monkeypatch.setattr("os.link", full)
         monkeypatch.setattr("shutil.copyfile", full)
-    code, _, err = cli("convert", base, "-o", tmp_path / "out", "--link", link)
+    code, _, err = cli("convert", base, "-o", tmp_path / "out", "--link", link, "--keep-softmax", "none")
     assert code == 5, err
     assert_one_line(err, ["disk"])
     assert not list(tmp_path.glob("*out*"))

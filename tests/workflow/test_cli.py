@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import LINEAR
 
-COMMANDS = ["convert", "plan", "finetune", "eval", "run", "bench", "list", "doctor"]
+COMMANDS = ["convert", "plan", "finetune", "eval", "run", "bench", "scores", "list", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -176,6 +177,7 @@ def test_notes_that_nobody_reads_stop_nothing(base_folder, tmp_path):
         "-o",
         str(tmp_path / "out"),
         "--no-verify",
+        *LINEAR,
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stderr.close()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import LINEAR, ROOT
 
 MIXER = '''"""A recurrence that forgets nothing."""
 
@@ -132,7 +132,7 @@ def test_a_family_is_one_file_and_one_registry_entry(copy, tmp_path):
         num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
     )  # fmt: skip
     HeliumForCausalLM(config).save_pretrained(tmp_path / "base")
-    done = run("convert", tmp_path / "base", "-o", tmp_path / "out", "--window", "8")
+    done = run("convert", tmp_path / "base", "-o", tmp_path / "out", *LINEAR)
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout
 

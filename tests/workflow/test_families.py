@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from linearize.checkpoint.gguf_file import complete
 from linearize.checkpoint.open import open_source
 from linearize.conversion import verify
-from linearize.conversion.probes import recall_probe, text_probe
+from linearize.conversion.probes import copies_probe, text_probe
 from linearize.conversion.scoring import head_scores
 from linearize.errors import CheckpointError
 from linearize.families.registry import FAMILIES as LISTED
@@ -197,7 +197,7 @@ def test_readout_and_head_scores(case):
     ids = tokens()
     hidden = case.base.base_model(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(readout_of(case.base)(hidden), case.base(ids).logits, rtol=1e-4, atol=1e-5)
-    probes = [recall_probe(24, 1, VOCABULARY, None), text_probe(LayerStream(case.base), ids[:1], 8, 2)]
+    probes = [copies_probe((24,), 1, VOCABULARY, None), text_probe(LayerStream(case.base), ids[:1], 8, 2)]
     scores = head_scores(LayerStream(case.base), probes, window=8, sinks=2, layers=[1, 3])
     heads = find_family(case.model_type).heads(case.base.config.to_dict())["num_key_value_heads"]
     assert [len(row) for row in scores] == [heads] * 4

@@ -41,9 +41,13 @@ def test_settings_that_were_given_are_kept(base_folder, tmp_path):
 
 def test_no_room_to_calibrate(base_folder, cli, tmp_path):
     base = base_folder()
-    code, _, err = cli("convert", base, "--window", "300", "-o", tmp_path / "out", "--no-verify")
+    code, _, err = cli(
+        "convert", base, "--window", "300", "--keep-softmax", "none", "-o", tmp_path / "out", "--no-verify"
+    )
     assert code == 0 and "not calibrated" in err
-    code, _, err = cli("convert", base, "--window", "300", "-o", tmp_path / "never", "--no-verify", "--calibrate")
+    code, _, err = cli(
+        "convert", base, "--window", "300", "--keep-softmax", "none", "-o", tmp_path / "never", "--calibrate"
+    )
     assert code == 2 and "--window" in err and not (tmp_path / "never").exists()
     code, out, _ = cli(
         "convert", base, "--window", "12", "-o", tmp_path / "no", "--no-verify", "--no-calibrate", "--json"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import COMMON
+from helpers import COMMON, LINEAR
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -39,7 +39,7 @@ def test_the_text_model_is_converted_on_request(model_type, shard, tmp_path, cli
     code, _, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out")
     assert code == 4 and "--text-model" in err and TEXT[model_type][0] in err
     assert not (tmp_path / "out").exists()
-    code, out, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--text-model", "--window", "8")
+    code, out, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--text-model", *LINEAR)
     assert code == 0, err
     assert "verified" in out
     student, ids = load_student(tmp_path / "out", dtype=torch.float32), torch.arange(2, 42)[None]
@@ -65,7 +65,7 @@ def test_layouts_of_older_checkpoints(tmp_path, cli):
         )
     assert any(name == "language_model.lm_head.weight" for name in tensors)
     save_file(tensors, file, {"format": "pt"})
-    code, _, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--text-model", "--window", "8")
+    code, _, err = cli("convert", tmp_path / "base", "-o", tmp_path / "out", "--text-model", *LINEAR)
     assert code == 0, err
     student, ids = load_student(tmp_path / "out", dtype=torch.float32), torch.arange(2, 42)[None]
     with torch.no_grad(), student.softmax_attention():

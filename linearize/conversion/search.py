@@ -1,0 +1,235 @@
+"""Find how few heads can keep softmax: the smallest share that holds what the base can do, by measured loss.
+
+1. Fit the recurrent branches of all heads to the base (calibrate.py).
+2. Read the held-out rows with the base and with window + sinks alone (trials.py).
+3. Read them with conversions that keep more and more of the best heads, until look-ups hold; search by bisection.
+4. If text does not hold yet, go on with more heads, or with a window twice as long where that takes fewer bytes.
+
+Every conversion that is tried is the real one: its heads, its window, its fitted branches.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from linearize.checkpoint.source import Source
+from linearize.conversion.calibrate import Calibration, calibrate
+from linearize.conversion.trials import CONTEXT, Examiner, Trial, cache_shares
+from linearize.data.text_rows import text_rows
+from linearize.errors import ConfigError, CoverageError
+from linearize.modeling.added import added_shapes, of_fewer_heads
+from linearize.plan import Plan
+from linearize.settings.config import ConversionConfig
+
+# shares of heads that are tried; more would save little of the cache
+SHARES = (0, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+# the share that is tried first
+FIRST_SHARE = 3 / 16
+# tokens beyond a longer window that a divergence is measured on
+LEAST_TEXT = 256
+# a divergence so many times the limit is not mended by the next step
+FAR_OFF = 1.5
+# a conversion whose cache is a larger share of the base's gains nothing
+WORTHWHILE = 0.9
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search.
+
+    Attributes:
+        heads: number of heads that keep softmax.
+        window: keys that linear heads see.
+        calibration: the fitted parameters of this conversion; None if it is not calibrated.
+        record: all that was measured, for linearize.json.
+    """
+
+    heads: int
+    window: int
+    calibration: Calibration | None
+    record: dict[str, Any]
+
+
+@dataclass
+class Search:
+    """A search for the number of heads that keep softmax.
+
+    Attributes:
+        config: the base's config, with every default filled in.
+        planned: returns the plan in which that many heads keep softmax, the best by score, with that window.
+        heads: number of key/value heads to choose from.
+        width: bytes of one cached number.
+        progress: receives one line of text at a time.
+        first: number of heads and window to try first, and to take if they hold; None if nothing is known.
+    """
+
+    source: Source
+    config: dict[str, Any]
+    settings: ConversionConfig
+    planned: Callable[[int, int], Plan]
+    heads: int
+    width: int
+    progress: Callable[[str], None]
+    first: tuple[int, int] | None = None
+    _calibration: Calibration | None = None
+    _trials: dict[tuple[int, int], Trial] = field(default_factory=dict)
+
+    def run(self) -> Found:
+        """Search for the smallest cache that holds what the base can do.
+
+        Returns:
+            What was found. If nothing within the budget holds, the largest cache within it.
+
+        Raises:
+            ConfigError: not even window + sinks alone fit the budget.
+            CoverageError: nothing is to be gained from a conversion of this model.
+        """
+        counts = self._counts()
+        self._calibration = self._calibrate()
+        self._examiner = Examiner(
+            self.source, self.config, self.settings, self.planned(0, self.settings.window), self.width
+        )
+        answered = ", ".join(name.replace("@", " from ") for name in self._examiner.standard.answered) or "none"
+        self.progress(f"held-out rows of {self._examiner.rows.tokens} tokens; look-ups of the base: {answered}")
+        self._require_measured()
+        chosen = self._smallest(counts)
+        self._require_gain(chosen)
+        trials = sorted(self._trials.values(), key=lambda trial: trial.cache[CONTEXT])
+        return Found(chosen.heads, chosen.window, self._fitted(chosen), self._examiner.record(chosen, tuple(trials)))
+
+    def _require_gain(self, chosen: Trial) -> None:
+        """Refuse a conversion that saves next to nothing or loses look-ups, unless a budget was set for its cache."""
+        cache, budget = chosen.cache[CONTEXT], self.settings.quality.cache_budget
+        lost = self._examiner.standard.lost(chosen.reading)
+        if budget is None and (cache > WORTHWHILE or lost):
+            more = "more than " if lost else ""
+            raise CoverageError(
+                f"{self.source.name}: nothing is to be gained: what the base can do needs {more}{cache:.0%} of its "
+                "cache at 32K tokens. Keep the base, or say what may be lost: --quality 0.9, --cache-budget 30%, "
+                "--keep-softmax"
+            )
+
+    def _require_measured(self) -> None:
+        """Refuse a model of which nothing can be measured."""
+        if not self._examiner.standard.answered and not self._examiner.rows.texts:
+            raise ConfigError(
+                f"{self.source.name}: --keep-softmax auto cannot measure this model: it has no tokenizer and copies "
+                "no random tokens. Choose heads by hand (--keep-softmax every:4) or convert all (--keep-softmax none)"
+            )
+
+    def _counts(self) -> list[int]:
+        """Return the numbers of heads to try, ascending, within the budget."""
+        counts = sorted({round(share * self.heads) for share in SHARES})
+        budget = self.settings.quality.cache_budget
+        if budget is None:
+            return counts
+        window = self.settings.window
+        within = [count for count in range(self.heads) if self._cache(count, window) <= budget]
+        if not within:
+            raise ConfigError(
+                f"--cache-budget: got {budget:.1%}, window, sinks and recurrent states alone take "
+                f"{self._cache(0, window):.1%} of the base's cache at 32K tokens; use a smaller --window"
+            )
+        return sorted({count for count in counts if count <= within[-1]} | {within[-1]})
+
+    def _smallest(self, counts: list[int]) -> Trial:
+        """Measure until the smallest cache that holds is found; see `run`."""
+        window, standard = self.settings.window, self._examiner.standard
+        budget = self.settings.quality.cache_budget or math.inf
+        if self.first is not None and self._cache(*self.first) <= budget and self._trial(*self.first).holds:
+            return self._trial(*self.first)
+        least = _first_that_holds(
+            lambda number: not standard.lost(self._trial(counts[number], window).reading),
+            len(counts),
+            start=max(i for i, count in enumerate(counts) if count <= max(counts[0], FIRST_SHARE * self.heads)),
+        )
+        if least is None:
+            return self._trial(counts[-1], window)
+        options = self._options(counts[least:])
+        skip = False
+        for option in options[:-1]:
+            if skip:
+                skip = False
+                continue
+            if (trial := self._trial(*option)).holds:
+                return trial
+            skip = (trial.reading.divergence or 0.0) > FAR_OFF * standard.divergence
+        return self._trial(*options[-1])
+
+    def _options(self, counts: list[int]) -> list[tuple[int, int]]:
+        """Return numbers of heads and windows that may hold text, too, within the budget, the smallest cache first."""
+        window, rows = self.settings.window, self._examiner.rows
+        windows = [window]
+        # a window twice as long has to leave text to measure
+        if 2 * window + LEAST_TEXT <= min((rows.rows[number].asked for number in rows.texts), default=0):
+            windows.append(2 * window)
+        options = [(count, length) for count in counts for length in windows]
+        budget = self.settings.quality.cache_budget or math.inf
+        affordable = [option for option in options if self._cache(*option) <= budget]
+        return sorted(affordable, key=lambda option: self._cache(*option))
+
+    def _cache(self, count: int, window: int) -> float:
+        """Return a conversion's cache at CONTEXT as a share of the base's."""
+        return cache_shares(self.config, self.planned(count, window), self.width)[CONTEXT]
+
+    def _calibrate(self) -> Calibration | None:
+        """Fit the branches of all heads; None if the settings or the text do not allow it, or there are none."""
+        plan, settings = self.planned(0, self.settings.window), self.settings.calibration
+        if settings.when == "never" or not added_shapes(self.config, plan):
+            return None
+        rows = text_rows(self.source, plan.longest_window(), settings.text, settings.rows)
+        return None if rows is None else calibrate(self.source, plan, rows, settings.text, self.progress)
+
+    def _added(self, plan: Plan) -> dict[str, Tensor] | None:
+        """Return the fitted parameters of the linear heads of a plan."""
+        if self._calibration is None:
+            return None
+        everything = self.planned(0, self.settings.window)
+        return of_fewer_heads(self._calibration.tensors, self.config, everything, plan)
+
+    def _trial(self, count: int, window: int) -> Trial:
+        """Measure a conversion, once."""
+        if (count, window) not in self._trials:
+            plan = self.planned(count, window)
+            trial = self._trials[count, window] = self._examiner.trial(plan, self._added(plan), count)
+            outcome = "; ".join(self._examiner.standard.shortfalls(trial.reading)) or "holds"
+            kl = "" if trial.reading.divergence is None else f", KL {trial.reading.divergence:.4f}"
+            self.progress(
+                f"softmax in {count} of {self.heads} heads, window {window}: {trial.cache[CONTEXT]:.1%} of the base's "
+                f"cache at 32K{kl}: {outcome}"
+            )
+        return self._trials[count, window]
+
+    def _fitted(self, chosen: Trial) -> Calibration | None:
+        """Return the part of the calibration that the chosen conversion takes."""
+        plan = self.planned(chosen.heads, chosen.window)
+        if self._calibration is None or (tensors := self._added(plan)) is None:
+            return None
+        layers = set(plan.linear_layers(self.config["num_key_value_heads"]))
+        errors = {layer: pair for layer, pair in self._calibration.errors.items() if layer in layers}
+        return replace(self._calibration, tensors=tensors, errors=errors)
+
+
+def _first_that_holds(holds: Callable[[int], bool], count: int, start: int) -> int | None:
+    """Return the first of the numbers below `count` that holds, if all behind it hold; None if none does.
+
+    The search goes from `start` up or down, one, two, four… numbers at a time, and then bisects.
+    """
+    low, high, step = 0, count, 1  # those below `low` do not hold; `high` and those behind it do
+    guess = start
+    while low < high:
+        if holds(guess):
+            high = guess
+        else:
+            low = guess + 1
+        if high == count:
+            guess = min(low + step - 1, count - 1)
+        elif low == 0:
+            guess = max(high - step, 0)
+        else:
+            guess = (low + high) // 2
+        step *= 2
+    return None if low == count else low

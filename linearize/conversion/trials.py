@@ -1,0 +1,153 @@
+"""Measure conversions of one base: each reads the held-out rows, and is held against what the base made of them."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from linearize.checkpoint.source import Source
+from linearize.conversion.quality import HeldOutRows, Reading, Standard, held_out_rows, read_rows
+from linearize.device import compute_dtype, pick_device
+from linearize.errors import CheckpointError
+from linearize.modeling.cache_size import cache_sizes
+from linearize.modeling.layer_stream import LayerStream
+from linearize.modeling.loading import open_unconverted
+from linearize.plan import Plan
+from linearize.progress import doing
+from linearize.settings.config import ConversionConfig
+
+# context at which caches are compared, in tokens
+CONTEXT = 32768
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A conversion that was measured.
+
+    Attributes:
+        heads: number of key/value heads that keep softmax, of the heads that could become linear.
+        window: keys that linear heads see.
+        cache: context length -> cache as a share of the base's.
+        reading: its reading of the held-out rows.
+        holds: true if it holds all that is asked for.
+    """
+
+    heads: int
+    window: int
+    cache: dict[int, float]
+    reading: Reading
+    holds: bool
+
+    def to_dict(self, standard: Standard) -> dict[str, Any]:
+        """Return the record for linearize.json."""
+        held = standard.held(self.reading)
+        return {
+            "softmax_heads": self.heads,
+            "window": self.window,
+            "cache": {str(length): round(share, 5) for length, share in self.cache.items()},
+            "holds": self.holds,
+            "held": {
+                group: {kind: round(one.share, 4) for kind, one in shares.items()} for group, shares in held.items()
+            },
+            **self.reading.to_dict(),
+        }
+
+
+@dataclass
+class Examiner:
+    """Measures conversions of one base.
+
+    Attributes:
+        config: the base's config, with every default filled in.
+        all_linear: the plan without a softmax head, under which base and window + sinks are read.
+        width: bytes of one cached number.
+    """
+
+    source: Source
+    config: dict[str, Any]
+    settings: ConversionConfig
+    all_linear: Plan
+    width: int
+    rows: HeldOutRows = field(init=False)
+    standard: Standard = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the rows with the base, and with window + sinks in every head.
+
+        Raises:
+            CheckpointError: the base computes logits that are not finite.
+        """
+        window, quality = self.settings.window, self.settings.quality
+        self.rows = held_out_rows(self.source, self.config, self.settings)
+        stream = self._open(self.all_linear, None)
+        with doing("measuring the base"), stream.model.softmax_attention():
+            base, self._base_hidden = read_rows(stream, self.rows, window)
+        if not all(nats.isfinite().all() for nats in base.nats.values()):
+            raise CheckpointError(f"{self.source.name}: its logits are not finite; its weights are damaged")
+        with doing("measuring window + sinks alone"), stream.model.recurrent_branch_off():
+            alone, _ = read_rows(stream, self.rows, window, self._base_hidden)
+        self.standard = Standard(base, alone, quality.target, quality.divergence)
+
+    def trial(self, plan: Plan, added: dict[str, Tensor] | None, heads: int) -> Trial:
+        """Measure the conversion under a plan.
+
+        Args:
+            added: its added parameters; None for their first values.
+            heads: number of its softmax heads.
+        """
+        window = plan.longest_window()
+        with doing(f"measuring {heads} softmax heads"):
+            reading, _ = read_rows(self._open(plan, added), self.rows, window, self._base_hidden)
+        return Trial(heads, window, self.cache(plan), reading, self.standard.holds(reading))
+
+    def cache(self, plan: Plan) -> dict[int, float]:
+        """Return a conversion's cache as a share of the base's, by context length."""
+        return cache_shares(self.config, plan, self.width)
+
+    def record(self, chosen: Trial, trials: tuple[Trial, ...]) -> dict[str, Any]:
+        """Return the record of what was measured, for linearize.json."""
+        standard = self.standard
+        return {
+            "target": standard.quality,
+            "divergence_limit": standard.divergence,
+            "holds": chosen.holds,
+            "lost": standard.shortfalls(chosen.reading),
+            "answered": list(standard.answered),
+            "tokens": self.rows.tokens,
+            "chosen": chosen.to_dict(standard),
+            "base": standard.base.to_dict(),
+            "window_alone": standard.window_alone.to_dict(),
+            "curve": [trial.to_dict(standard) for trial in trials],
+        }
+
+    def _open(self, plan: Plan, added: dict[str, Tensor] | None) -> LayerStream:
+        return open_unconverted(self.source, plan, dtype=compute_dtype("auto"), device=pick_device(), added=added)
+
+
+def cache_shares(config: dict[str, Any], plan: Plan, width: int) -> dict[int, float]:
+    """Return the cache under a plan as a share of the base's, by context length; see `cache_sizes`."""
+    sizes = cache_sizes(config, plan, width)
+    return {length: of_length["student"] / of_length["base"] for length, of_length in sizes.items()}
+
+
+def examine(
+    source: Source,
+    config: dict[str, Any],
+    settings: ConversionConfig,
+    plan: Plan,
+    added: dict[str, Tensor] | None,
+    width: int,
+) -> dict[str, Any]:
+    """Measure one conversion, and return the record for linearize.json.
+
+    Args:
+        config: the base's config, with every default filled in.
+        added: its added parameters; None for their first values.
+        width: bytes of one cached number.
+    """
+    # base and window + sinks are read under the same plan without softmax heads
+    layers = tuple(layer if layer.native else layer.with_softmax_heads(()) for layer in plan.layers)
+    examiner = Examiner(source, config, settings, replace(plan, layers=layers), width)
+    softmax_heads = sum(len(layer.softmax_heads) for layer in plan.layers if not layer.native)
+    trial = examiner.trial(plan, added, softmax_heads)
+    return examiner.record(trial, (trial,))
