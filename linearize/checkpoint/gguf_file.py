@@ -14,6 +14,7 @@ from linearize.checkpoint.writing import write_json
 from linearize.errors import CheckpointError, UnsupportedModelError, one_line
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES
+from linearize.progress import counting, doing
 
 if TYPE_CHECKING:
     import torch
@@ -142,15 +143,17 @@ def write_tensors(path: Path, model: "PreTrainedModel", folder: Path) -> tuple[i
         f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)
     ]  # fmt: skip
     weight_map: dict[str, str] = {}
-    for file, shard in zip(files, shards, strict=True):
-        tensors = {}
-        for tensor in shard:
-            name = names[tensor.name]
-            tensors[name] = _dequantised(tensor, processor, names, model.dtype)
-            if tensors[name].shape != parameters[name].shape:
-                raise ValueError(f"tensor '{tensor.name}' has the shape {list(tensors[name].shape)}")
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+    with doing("dequantising"), counting(len(stored)) as advance:
+        for file, shard in zip(files, shards, strict=True):
+            tensors = {}
+            for tensor in shard:
+                name = names[tensor.name]
+                tensors[name] = _dequantised(tensor, processor, names, model.dtype)
+                if tensors[name].shape != parameters[name].shape:
+                    raise ValueError(f"tensor '{tensor.name}' has the shape {list(tensors[name].shape)}")
+                advance()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
     if len(files) > 1:
         total = sum(parameters[name].numel() for name in weight_map) * model.dtype.itemsize
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

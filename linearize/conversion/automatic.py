@@ -34,7 +34,7 @@ class Choice:
         keep_softmax: the form of `keep_softmax` that was chosen.
         window: keys that linear heads see.
         scores: [layers][key/value heads].
-        quality: what was measured, for linearize.json.
+        quality: what was measured, for linearize.json; None where it is known from somebody else's measurement.
         part: part of their fitted shares that the branches get; None without calibration.
         calibration: the fitted parameters, if they were fitted just now.
     """
@@ -42,7 +42,7 @@ class Choice:
     keep_softmax: str
     window: int
     scores: HeadScores
-    quality: dict[str, Any]
+    quality: dict[str, Any] | None
     part: float | None = None
     calibration: "Calibration | None" = None
 
@@ -102,8 +102,8 @@ def resolve(
         return settings.model_copy(update={"keep_softmax": "none"}), None, ()
     request.plan(0, settings.window, [])  # refuses layers that the model does not have
     choice = cached_choice(request) if weights else None
-    if choice is None and measure:
-        choice = choose(request)
+    if choice is None and weights:
+        choice = choose(request) if measure else known_choice(request)
     if choice is None:
         return settings.model_copy(update={"keep_softmax": "none"}), None, possible_caches(request)
     return settings.model_copy(update={"keep_softmax": choice.keep_softmax, "window": choice.window}), choice, ()
@@ -113,6 +113,16 @@ def cached_choice(request: ChoiceRequest) -> Choice | None:
     """Return the choice of an earlier conversion of this base with these settings; None if there was none."""
     value = read_cached("choices", _cache_key(request))
     return None if value is None else Choice(**value)
+
+
+def known_choice(request: ChoiceRequest) -> Choice | None:
+    """Return the choice that a file of scores states for this model and these settings; None if there is none."""
+    known = known_scores(request.source, request.settings)
+    found = None if known is None else known.found(request.settings)
+    if known is None or found is None or request.settings.quality.cache_budget is not None:
+        return None
+    heads, window = found
+    return Choice(share_form(BY, heads, request.heads), window, known.scores, quality=None)
 
 
 def choose(request: ChoiceRequest) -> Choice:
@@ -151,6 +161,7 @@ def choose(request: ChoiceRequest) -> Choice:
         width=request.width,
         progress=progress,
         first=None if known is None else known.found(request.settings),
+        cache_key=_cache_key(request),
     ).run()
     choice = Choice(
         share_form(BY, found.heads, request.heads),

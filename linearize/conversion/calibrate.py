@@ -15,6 +15,7 @@ rotary meets positions from the model's whole range.
 Shapes: B rows, T tokens, H query heads, K head dim.
 """
 
+import base64
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,6 +89,29 @@ class Calibration:
             "part": self.part,
             "divergence": self.divergence,
         }
+
+    def to_stored(self) -> dict[str, Any]:
+        """Return everything as JSON; `from_stored` reads it."""
+        tensors = {
+            name: base64.b64encode(tensor.float().numpy().tobytes()).decode() for name, tensor in self.tensors.items()
+        }
+        return {**self.to_dict(), "tensors": tensors}
+
+    @classmethod
+    def from_stored(cls, stored: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> "Calibration":
+        """Read what `to_stored` returned; `shapes` are those of the tensors."""
+        return cls(
+            tensors={
+                name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32).view(shapes[name])
+                for name, text in stored["tensors"].items()
+            },
+            errors={int(layer): (pair[0], pair[1]) for layer, pair in stored["attention_error"].items()},
+            rows=stored["rows"],
+            tokens=stored["tokens"],
+            text=stored["text"],
+            part=stored["part"],
+            divergence=None if stored["divergence"] is None else tuple(stored["divergence"]),
+        )
 
 
 @without_kernels()

@@ -64,6 +64,17 @@ class Reading:
     nats: dict[str, Tensor]
     divergence: float | None
 
+    def to_stored(self) -> dict[str, Any]:
+        """Return everything as JSON; `from_stored` reads it."""
+        hits, nats = ({name: x.tolist() for name, x in of.items()} for of in (self.hits, self.nats))
+        return {"hits": hits, "nats": nats, "divergence": self.divergence}
+
+    @classmethod
+    def from_stored(cls, stored: dict[str, Any]) -> "Reading":
+        """Read what `to_stored` returned."""
+        hits, nats = ({name: torch.tensor(x) for name, x in stored[kind].items()} for kind in ("hits", "nats"))
+        return cls(hits, nats, stored["divergence"])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record for linearize.json: means."""
         return {

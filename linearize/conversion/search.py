@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.conversion.calibrate import Calibration, calibrate
 from linearize.conversion.trials import CONTEXT, Examiner, Trial, cache_shares
@@ -63,6 +64,8 @@ class Search:
         heads: number of key/value heads to choose from.
         width: bytes of one cached number.
         progress: receives one line of text at a time.
+        cache_key: everything that decides the outcome; steps that are done are cached under it, so that the same
+            command goes on where an earlier one was stopped.
         first: number of heads and window to try first, and to take if they hold; None if nothing is known.
     """
 
@@ -73,6 +76,7 @@ class Search:
     heads: int
     width: int
     progress: Callable[[str], None]
+    cache_key: dict[str, Any]
     first: tuple[int, int] | None = None
     _calibration: Calibration | None = None
     _trials: dict[tuple[int, int], Trial] = field(default_factory=dict)
@@ -90,7 +94,12 @@ class Search:
         counts = self._counts()
         self._calibration = self._calibrate()
         self._examiner = Examiner(
-            self.source, self.config, self.settings, self.planned(0, self.settings.window), self.width
+            self.source,
+            self.config,
+            self.settings,
+            self.planned(0, self.settings.window),
+            self.width,
+            cache_key=self.cache_key,
         )
         answered = ", ".join(name.replace("@", " from ") for name in self._examiner.standard.answered) or "none"
         self.progress(f"held-out rows of {self._examiner.rows.tokens} tokens; look-ups of the base: {answered}")
@@ -181,7 +190,14 @@ class Search:
         if settings.when == "never" or not added_shapes(self.config, plan):
             return None
         rows = text_rows(self.source, plan.longest_window(), settings.text, settings.rows)
-        return None if rows is None else calibrate(self.source, plan, rows, settings.text, self.progress)
+        if rows is None:
+            return None
+        stored = cached_on_disk(
+            "calibrations",
+            self.cache_key,
+            lambda: calibrate(self.source, plan, rows, settings.text, self.progress).to_stored(),
+        )
+        return Calibration.from_stored(stored, added_shapes(self.config, plan))
 
     def _added(self, plan: Plan) -> dict[str, Tensor] | None:
         """Return the fitted parameters of the linear heads of a plan."""

@@ -1,10 +1,13 @@
 """Measure conversions of one base: each reads the held-out rows, and is held against what the base made of them."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.conversion.quality import HeldOutRows, Reading, Standard, held_out_rows, read_rows
 from linearize.device import compute_dtype, pick_device
@@ -61,6 +64,7 @@ class Examiner:
         config: the base's config, with every default filled in.
         all_linear: the plan without a softmax head, under which base and window + sinks are read.
         width: bytes of one cached number.
+        cache_key: everything that decides the readings, if they are cached on disk.
     """
 
     source: Source
@@ -68,6 +72,7 @@ class Examiner:
     settings: ConversionConfig
     all_linear: Plan
     width: int
+    cache_key: dict[str, Any] | None = None
     rows: HeldOutRows = field(init=False)
     standard: Standard = field(init=False)
 
@@ -77,15 +82,12 @@ class Examiner:
         Raises:
             CheckpointError: the base computes logits that are not finite.
         """
-        window, quality = self.settings.window, self.settings.quality
+        quality = self.settings.quality
         self.rows = held_out_rows(self.source, self.config, self.settings)
-        stream = self._open(self.all_linear, None)
-        with doing("measuring the base"), stream.model.softmax_attention():
-            base, self._base_hidden = read_rows(stream, self.rows, window)
+        base = self._cached("base", lambda: self._base[0])
         if not all(nats.isfinite().all() for nats in base.nats.values()):
             raise CheckpointError(f"{self.source.name}: its logits are not finite; its weights are damaged")
-        with doing("measuring window + sinks alone"), stream.model.recurrent_branch_off():
-            alone, _ = read_rows(stream, self.rows, window, self._base_hidden)
+        alone = self._cached("window alone", self._read_window_alone)
         self.standard = Standard(base, alone, quality.target, quality.divergence)
 
     def trial(self, plan: Plan, added: dict[str, Tensor] | None, heads: int) -> Trial:
@@ -96,9 +98,35 @@ class Examiner:
             heads: number of its softmax heads.
         """
         window = plan.longest_window()
-        with doing(f"measuring {heads} softmax heads"):
-            reading, _ = read_rows(self._open(plan, added), self.rows, window, self._base_hidden)
+
+        def read() -> Reading:
+            _, base_hidden = self._base
+            with doing(f"measuring {heads} softmax heads"):
+                return read_rows(self._open(plan, added), self.rows, window, base_hidden)[0]
+
+        reading = self._cached(f"{heads} heads, window {window}", read)
         return Trial(heads, window, self.cache(plan), reading, self.standard.holds(reading))
+
+    @functools.cached_property
+    def _base(self) -> tuple[Reading, list[Tensor]]:
+        """Reading and hidden states of the base."""
+        stream = self._open(self.all_linear, None)
+        with doing("measuring the base"), stream.model.softmax_attention():
+            return read_rows(stream, self.rows, self.settings.window)
+
+    def _read_window_alone(self) -> Reading:
+        """Read the rows with window + sinks in every head."""
+        _, base_hidden = self._base
+        stream = self._open(self.all_linear, None)
+        with doing("measuring window + sinks alone"), stream.model.recurrent_branch_off():
+            return read_rows(stream, self.rows, self.settings.window, base_hidden)[0]
+
+    def _cached(self, name: str, read: Callable[[], Reading]) -> Reading:
+        """Return a reading: an earlier one from disk, if this examiner has a key."""
+        if self.cache_key is None:
+            return read()
+        stored = cached_on_disk("readings", {**self.cache_key, "reading": name}, lambda: read().to_stored())
+        return Reading.from_stored(stored)
 
     def cache(self, plan: Plan) -> dict[int, float]:
         """Return a conversion's cache as a share of the base's, by context length."""

@@ -13,6 +13,7 @@ several tensors into one (experts). Shapes: B rows, T tokens, D hidden size.
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,6 +33,8 @@ from linearize.errors import CheckpointError
 from linearize.modeling.readout import Readout, readout_of
 from linearize.progress import counting
 
+# bytes of layer inputs that stay in memory for the way back
+RECORDED_BYTES = 256 << 20
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -49,12 +53,12 @@ class StreamedBatch:
     Attributes:
         hidden: [B, T, D], the input of the layer that comes next.
         calls: one for every layer.
-        inputs: the input [B, T, D] of every layer that was passed, if they are recorded for the way back.
+        inputs: the input [B, T, D] of every layer that was passed, or its file, if recorded for the way back.
     """
 
     hidden: Tensor
     calls: list[LayerCall]
-    inputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor | Path] = field(default_factory=list)
 
 
 class LayerStream:
@@ -69,6 +73,8 @@ class LayerStream:
     def __init__(self, model: PreTrainedModel, folder: Path | None = None, *, device: str | torch.device = "cpu"):
         self.model, self.folder, self.device = model, folder, device
         self.layers: nn.ModuleList = model.base_model.layers
+        self.recorded_bytes = 0
+        self.recordings: tempfile.TemporaryDirectory[str] | None = None
         if folder is not None:
             self._find_tensors(folder)
 
@@ -122,7 +128,7 @@ class LayerStream:
                 with self.layer(index) as layer:
                     for batch in batches:
                         if record:
-                            batch.inputs.append(batch.hidden)
+                            batch.inputs.append(self._recorded_input(batch.hidden))
                         batch.hidden = run_layer(layer, batch.hidden, batch.calls[index])
                         advance()
 
@@ -147,13 +153,25 @@ class LayerStream:
             for index in reversed(range(len(self.layers))):
                 with self.layer(index) as layer:
                     for number, batch in enumerate(batches):
-                        hidden = batch.inputs.pop().requires_grad_()
+                        hidden = _read_back(batch.inputs.pop()).to(self.device).requires_grad_()
                         output = run_layer(layer, hidden, batch.calls[index])
                         *collected, gradients[number] = torch.autograd.grad(
                             output, [*parameters(index), hidden], gradients[number]
                         )
                         collect(index, number, collected)
                         advance()
+        self.recorded_bytes = 0
+
+    def _recorded_input(self, hidden: Tensor) -> Tensor | Path:
+        """Keep an input for the way back: in memory, beyond RECORDED_BYTES in a temporary folder."""
+        self.recorded_bytes += hidden.nbytes
+        if self.recorded_bytes <= RECORDED_BYTES:
+            return hidden
+        if self.recordings is None:  # removed with this stream, or at exit
+            self.recordings = tempfile.TemporaryDirectory(prefix="linearize-activations-")
+        path = Path(self.recordings.name) / f"{self.recorded_bytes}.safetensors"
+        save_file({"hidden": hidden.contiguous().cpu()}, path)
+        return path
 
     def normalised(self, hidden: Tensor) -> Tensor:
         """Return the last layer's output [B, T, D] behind the final norm."""
@@ -247,6 +265,15 @@ class LayerStream:
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, options)
         if odd := sorted(map(str, info.mismatched_keys)) or sorted(info.conversion_errors):
             raise CheckpointError(f"{self.folder}: tensor '{odd[0]}' does not fit the model")
+
+
+def _read_back(recorded: Tensor | Path) -> Tensor:
+    """Return a recorded input; its file is removed."""
+    if isinstance(recorded, Tensor):
+        return recorded
+    hidden = load_file(recorded)["hidden"]
+    recorded.unlink()
+    return hidden
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from linearize.modeling.readout import Readout
 
 # bytes of float32 logits that a measurement has in memory at once
-LOGIT_BYTES = 2**26
+LOGIT_BYTES = 2**25
 
 
 def chunk_for(head: Readout) -> int:

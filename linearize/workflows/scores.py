@@ -38,7 +38,7 @@ def write_scores(
     with open_source(model, dtype=settings.dtype, **source_options) as source:
         inspection = inspect_source(source, settings, progress=progress, converting=True)
         choice = inspection.choice
-        if choice is None:
+        if choice is None or choice.quality is None:
             raise ConfigError(f"{source.name}: no layer is converted, so that there is nothing to score")
         chosen = choice.quality["chosen"]
         document = scores_document(source, settings, choice.scores, chosen["softmax_heads"], chosen["window"])

@@ -1,9 +1,11 @@
 """A model that runs layer by layer from its files computes what the same model in memory computes, to the last bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import FAMILIES, family_base
-from transformers import AutoModelForCausalLM
+from helpers import FAMILIES, family_base, tiny_base
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize.conversion.head_gates import gated_heads
 from linearize.modeling.layer_stream import LayerStream
@@ -82,3 +84,39 @@ def test_gradients_of_gates_equal_those_of_the_model_in_memory(case):
                 expected = torch.autograd.grad(hidden.sum(), gates)
             for layer, slope in enumerate(expected):
                 torch.testing.assert_close(found[layer, number], slope, rtol=1e-5, atol=1e-6)
+
+
+def test_recorded_inputs_beyond_the_limit_wait_on_disk(monkeypatch):
+    base, rows = tiny_base(), [torch.arange(2, 30)[None], torch.arange(5, 40)[None]]
+
+    def gradients() -> list[torch.Tensor]:
+        stream, found = LayerStream(base), []
+        batches = stream.start(rows)
+        stream.forward(batches, record=True)
+        on_disk = [any(not isinstance(one, torch.Tensor) for one in batch.inputs) for batch in batches]
+        stream.backward(
+            batches,
+            [torch.ones_like(batch.hidden) for batch in batches],
+            lambda index: [stream.layers[index].self_attn.q_proj.weight],
+            lambda index, number, collected: found.append(collected[0]),
+        )
+        folders = stream.recordings
+        assert all(on_disk) == (folders is not None)
+        assert folders is None or not list(Path(folders.name).iterdir())
+        return found
+
+    in_memory = gradients()
+    monkeypatch.setattr("linearize.modeling.layer_stream.RECORDED_BYTES", 0)
+    assert all(torch.equal(one, other) for one, other in zip(in_memory, gradients(), strict=True))
+
+
+def test_only_embeddings_that_occur_are_read_whatever_the_padding_token(base_folder):
+    folder = base_folder(pad_token_id=299)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.pad_token_id == 299
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    stream = LayerStream(base_without_weights(folder, torch.float32), folder)
+    ids = torch.arange(2, 30)
+    with torch.no_grad():
+        expected = whole.base_model(ids[None], use_cache=False).last_hidden_state[0]
+    assert torch.equal(stream.last_hidden([ids])[0], expected)

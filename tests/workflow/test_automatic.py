@@ -156,3 +156,39 @@ def test_scores_of_a_model_are_found_again(base_folder, cli, tmp_path, monkeypat
     assert len(quality.curve) == 1
     code, _, err = cli("scores", base, "-o", tmp_path / "scores.json")
     assert code == 2 and ".scores.json" in err
+
+
+def test_an_interrupted_search_goes_on_with_the_steps_that_are_done(base_folder, cli, tmp_path, monkeypatch):
+    from linearize.conversion import trials
+
+    base, read_rows, reads = base_folder(), trials.read_rows, []
+
+    def stopped_at_the_third(*arguments):
+        reads.append(arguments)
+        if len(reads) == 3:
+            raise KeyboardInterrupt
+        return read_rows(*arguments)
+
+    monkeypatch.setattr(trials, "read_rows", stopped_at_the_third)
+    assert cli("convert", base, "-o", tmp_path / "out", *WINDOW)[0] == 130
+    assert not (tmp_path / "out").exists()
+    code, _, err = cli("convert", base, "-o", tmp_path / "out", *WINDOW)
+    # window + sinks alone was read before; the base once more, since conversions are held against its hidden states
+    assert code == 0 and "scoring" not in err and "calibrating" not in err, err
+    modes = [arguments[3] is None if len(arguments) > 3 else True for arguments in reads[3:]]
+    assert modes.count(True) == 1
+    assert cli("convert", base, "-o", tmp_path / "other", *WINDOW)[0] == 0
+    first, second = (Student.read(tmp_path / name).manifest.to_dict() for name in ("out", "other"))
+    assert first["plan"] == second["plan"] and first["quality"] == second["quality"]
+
+
+def test_a_plan_shows_what_is_known_of_a_model(base_folder, cli, tmp_path, monkeypatch):
+    base, folder = base_folder(), tmp_path / "configs"
+    folder.mkdir()
+    assert cli("scores", base, "--window", "12", "-o", folder / "tiny.scores.json")[0] == 0
+    monkeypatch.setattr("linearize.conversion.known_scores.packaged_folder", lambda kind: folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other-cache"))
+    code, out, err = cli("plan", base, "--window", "12", "--json")
+    planned, found = json.loads(out), json.loads((folder / "tiny.scores.json").read_text())["found"]
+    assert code == 0 and planned["choice"]["possible"] == [], err
+    assert sum(len(heads) for heads in softmax_heads(planned["layers"])) == found["softmax_heads"]
