@@ -78,6 +78,7 @@ FLAGS = {
         "--recall", "32", "--recall-rows", "1", "--only", "perplexity,recall",
     ],
     "bench": ["--lengths", "32", "--repeats", "1"],
+    "scores": ["--window", "16"],
 }  # fmt: skip
 SWITCHES = ("--no-verify", "--overwrite", "--no-calibrate")
 SMALL_SUITE = (
