@@ -24,7 +24,7 @@ from linearize.device import RESIDENT_BYTES, compute_dtype, pick_device
 from linearize.errors import ConfigError
 from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
-from linearize.modeling.layer_stream import LayerStream, run_layer
+from linearize.modeling.layer_stream import RECORDED_BYTES, LayerStream, run_layer
 from linearize.plan import Plan
 from linearize.settings.config import ConversionConfig
 from linearize.training.losses import LOGIT_BYTES
@@ -199,8 +199,9 @@ def estimate(
     if settings.calibration.when == "never":
         steps["calibrate"] = 0.0
     width = compute_dtype("auto").itemsize
-    resident = weights if weights <= RESIDENT_BYTES else 2 * (weights // layers) + 2 * width * vocabulary * hidden
-    rows_in_flight = row * hidden * width * (layers if scoring.method == "gradient" and scores else 3)
+    resident = weights if weights <= RESIDENT_BYTES else 2 * (weights // layers) + width * vocabulary * hidden
+    recorded = row * hidden * width * layers if scoring.method == "gradient" and scores else 0
+    rows_in_flight = 3 * row * hidden * width + min(recorded, RECORDED_BYTES)
     work = row * hidden * WORK_BYTES + 4 * LOGIT_BYTES
     return Estimate(steps, IMPORTED_BYTES + resident + rows_in_flight + work, weights)
 
@@ -251,7 +252,8 @@ def estimate_plan(inspection: "Inspection") -> Estimate | None:
         inspection.config,
         settings,
         weights=inspection.weights.nbytes,
-        scores=bool(inspection.possible) and known_scores(inspection.source, settings) is None,
+        scores=bool(inspection.possible)
+        and (inspection.from_config or known_scores(inspection.source, settings) is None),
         measures=bool(inspection.possible),
     )
 

@@ -8,6 +8,7 @@
 Every conversion that is tried is the real one: its heads, its window, its fitted branches.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -136,13 +137,14 @@ class Search:
         if budget is None:
             return counts
         window = self.settings.window
-        within = [count for count in range(self.heads) if self._cache(count, window) <= budget]
-        if not within:
+        affordable = bisect.bisect_right(range(self.heads), budget, key=lambda count: self._cache(count, window))
+        if not affordable:
             raise ConfigError(
                 f"--cache-budget: got {budget:.1%}, window, sinks and recurrent states alone take "
                 f"{self._cache(0, window):.1%} of the base's cache at 32K tokens; use a smaller --window"
             )
-        return sorted({count for count in counts if count <= within[-1]} | {within[-1]})
+        largest = affordable - 1
+        return sorted({count for count in counts if count < largest} | {largest})
 
     def _smallest(self, counts: list[int]) -> Trial:
         """Measure until the smallest cache that holds is found; see `run`."""

@@ -229,3 +229,23 @@ def test_portable_file_of_the_real_model(converted, tmp_path):
         wanted = load_student(converted, dtype=torch.float32)(torch.arange(300)[None]).logits
     # another process: the order in which a product is summed may hang on where its buffers lie
     torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], wanted, rtol=1e-6, atol=1e-4)
+
+
+def test_the_default_holds_what_the_base_looks_up(smollm2, tmp_path):
+    """On rows of another seed and another kind than those that chose the heads: copies among random tokens alone."""
+    from linearize.data.recall_rows import recall_task
+    from linearize.evaluation.recall import accuracy
+
+    student = convert(smollm2, out=tmp_path / "out", verify=False, progress=lambda message: None)
+    quality = student.manifest.quality
+    assert quality is not None and quality.holds and quality.chosen.cache["32768"] < 0.35
+    assert min(quality.chosen.held["look-ups@3072"].values()) > 0.95
+    model, task = load_student(student.folder, dtype=torch.float32), recall_task(1024, 2, 49152, 1, seed=11)
+    right = {"base": 0.0, "student": 0.0}
+    with torch.no_grad():
+        for row in task.ids:
+            for name, mode in (("base", model.softmax_attention()), ("student", contextlib.nullcontext())):
+                with mode:
+                    hidden = model.base_model(row[None], use_cache=False).last_hidden_state[0]
+                right[name] += accuracy(hidden, readout_of(model), row, task.counted)
+    assert right["base"] > 0.4 and right["student"] > 0.9 * right["base"]
