@@ -16,8 +16,10 @@ RESIDENT_BYTES = 512 << 20
 # Linux' figures for the machine, and a container's limit and use (control groups version 2)
 MEMINFO = Path("/proc/meminfo")
 CONTAINER_LIMIT, CONTAINER_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-# M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+# M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+# bytes from which a freed buffer goes back to the system
+RETURNED_BYTES = 1 << 20
 # packages whose versions decide the results
 RECORDED_PACKAGES = ("linearize", "torch", "transformers", "safetensors", "peft", "accelerate")
 
@@ -93,6 +95,18 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(MMAP_MAX, 0)
+
+
+def return_freed_memory() -> None:
+    """Make glibc return freed buffers to the kernel at once.
+
+    Buffers of other sizes for every layer leave gaps that add up: the way back through 30 layers took 1.0 GiB where 0.4
+    were in use. Elsewhere than on glibc this does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, RETURNED_BYTES)
+        libc.mallopt(TRIM_THRESHOLD, RETURNED_BYTES)
 
 
 def versions() -> dict[str, str]:

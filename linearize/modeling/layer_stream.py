@@ -29,6 +29,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from linearize.checkpoint.weights import read_weights
+from linearize.device import return_freed_memory
 from linearize.errors import CheckpointError
 from linearize.modeling.readout import Readout, readout_of
 from linearize.progress import counting
@@ -76,6 +77,7 @@ class LayerStream:
         self.recorded_bytes = 0
         self.recordings: tempfile.TemporaryDirectory[str] | None = None
         if folder is not None:
+            return_freed_memory()
             self._find_tensors(folder)
 
     def _find_tensors(self, folder: Path) -> None:
