@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from linearize.checkpoint.fingerprint import tokenizer_fingerprint
+from linearize.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint
 from linearize.checkpoint.result_cache import read_cached, write_cached
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
@@ -161,7 +161,7 @@ def choose(request: ChoiceRequest) -> Choice:
         width=request.width,
         progress=progress,
         first=None if known is None else known.found(request.settings),
-        cache_key=_cache_key(request),
+        cache_key=_step_key(request, settings, scores),
     ).run()
     choice = Choice(
         share_form(BY, found.heads, request.heads),
@@ -202,6 +202,12 @@ def _require_measurable(request: ChoiceRequest) -> None:
         f"{request.source.name}: --keep-softmax auto cannot measure this model: {why}. Choose heads by hand "
         "(--keep-softmax every:4), convert all (--keep-softmax none), or use a smaller --window"
     )
+
+
+def _step_key(request: ChoiceRequest, settings: ConversionConfig, scores: HeadScores) -> dict[str, Any]:
+    """Return everything that decides what a fit or a reading finds; what is asked of a conversion is not among it."""
+    deciding = settings.model_dump(exclude={"description", "quality"}) | {"rows": settings.quality.rows}
+    return {**_cache_key(request), "settings": deciding, "scores": fingerprint_of(scores)}
 
 
 def _cache_key(request: ChoiceRequest) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Every conversion that is tried is the real one: its heads, its window, its fitte
 """
 
 import bisect
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -94,14 +95,6 @@ class Search:
         """
         counts = self._counts()
         self._calibration = self._calibrate()
-        self._examiner = Examiner(
-            self.source,
-            self.config,
-            self.settings,
-            self.planned(0, self.settings.window),
-            self.width,
-            cache_key=self.cache_key,
-        )
         answered = ", ".join(name.replace("@", " from ") for name in self._examiner.standard.answered) or "none"
         self.progress(f"held-out rows of {self._examiner.rows.tokens} tokens; look-ups of the base: {answered}")
         self._require_measured()
@@ -109,6 +102,12 @@ class Search:
         self._require_gain(chosen)
         trials = sorted(self._trials.values(), key=lambda trial: trial.cache[CONTEXT])
         return Found(chosen.heads, chosen.window, self._fitted(chosen), self._examiner.record(chosen, tuple(trials)))
+
+    @functools.cached_property
+    def _examiner(self) -> Examiner:
+        """The examiner of all trials, which has read the rows with the base."""
+        all_linear = self.planned(0, self.settings.window)
+        return Examiner(self.source, self.config, self.settings, all_linear, self.width, self.cache_key)
 
     def _require_gain(self, chosen: Trial) -> None:
         """Refuse a conversion that saves next to nothing or loses look-ups, unless a budget was set for its cache."""

@@ -28,7 +28,7 @@ def flat(settings: dict, groups: tuple[str, ...]) -> dict[str, object]:
 
 def defaults(page: str) -> dict[str, object]:
     if page == "configs":
-        return flat(load_config(None).model_dump(mode="json"), ("scoring", "calibration"))
+        return flat(load_config(None).model_dump(mode="json"), ("scoring", "calibration", "quality"))
     keys = flat(Recipe().model_dump(mode="json"), ("loss", "lora", "optimizer"))
     own = Stage.model_fields.keys() - Recipe.model_fields.keys()
     stage = Stage(name="distill").model_dump(mode="json", include=own - {"name"})

@@ -192,3 +192,10 @@ def test_a_plan_shows_what_is_known_of_a_model(base_folder, cli, tmp_path, monke
     planned, found = json.loads(out), json.loads((folder / "tiny.scores.json").read_text())["found"]
     assert code == 0 and planned["choice"]["possible"] == [], err
     assert sum(len(heads) for heads in softmax_heads(planned["layers"])) == found["softmax_heads"]
+
+
+def test_another_target_takes_over_what_was_fitted_and_read(base_folder, cli, tmp_path):
+    base = base_folder()
+    assert cli("convert", base, "-o", tmp_path / "out", *WINDOW)[0] == 0
+    code, _, err = cli("convert", base, "-o", tmp_path / "other", *WINDOW, "--quality", "0.5")
+    assert code == 0 and "calibrating" not in err and "scoring" not in err, err
