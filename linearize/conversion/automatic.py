@@ -146,7 +146,8 @@ def choose(request: ChoiceRequest) -> Choice:
         scores=known is None,
     )
     progress = request.progress
-    progress(f"{request.source.name}: {described(takes)}")
+    expected = "layers too large to time beforehand" if takes is None else described(takes)
+    progress(f"{request.source.name}: {expected}")
     if known is not None:
         progress(f"{request.source.name}: head scores are known ({known.name})")
         scores = known.scores

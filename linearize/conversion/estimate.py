@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # lengths of the rows that are timed, in tokens
 LENGTHS = (256, 1024)
+# bytes of a layer that is too large to be made just for its time, as those of large mixtures are
+TIMED_BYTES = 1 << 30
 # conversions that a search measures, as a rule, and passes of calibration over one row to scale all branches
 TRIALS, SCALING_PASSES = 4, 4
 # seconds for imports, reading text, planning and writing
@@ -90,8 +92,8 @@ class Estimate:
 
 
 @torch.no_grad()
-def time_layer(config: dict[str, Any], plan: Plan) -> LayerTimes:
-    """Time one layer of a model with random weights.
+def time_layer(config: dict[str, Any], plan: Plan) -> LayerTimes | None:
+    """Time one layer of a model with random weights; None if the layer is larger than TIMED_BYTES.
 
     Args:
         config: the base's config, with every default filled in.
@@ -105,6 +107,8 @@ def time_layer(config: dict[str, Any], plan: Plan) -> LayerTimes:
         model = classes.causal_lm._from_config(student_config, dtype=dtype).eval()
     index = plan.linear_layers(config["num_key_value_heads"])[0]
     layer, layer_plan = model.base_model.layers[index], plan.layers[index]
+    if sum(parameter.nbytes for parameter in layer.parameters()) > TIMED_BYTES:
+        return None
     embeddings = (model.get_input_embeddings(), model.base_model.layers)
     for module in (layer, *(child for child in model.base_model.children() if child not in embeddings)):
         _randomise(module, device)
@@ -208,8 +212,10 @@ def estimate(
 
 def shortened(
     config: dict[str, Any], settings: ConversionConfig, plan: Plan, *, weights: int, scores: bool
-) -> tuple[ConversionConfig, Estimate]:
+) -> tuple[ConversionConfig, Estimate | None]:
     """Return settings under which the default conversion takes no longer than `quality.budget`, and their estimate.
+
+    A model with layers too large to be timed has none.
 
     The ways, from the best to the shortest: the settings as they are; heads scored by where they look; that, and
     fewer rows to calibrate on.
@@ -222,6 +228,8 @@ def shortened(
         ConfigError: even the shortest way takes longer.
     """
     times, budget = time_layer(config, plan), settings.quality.budget
+    if times is None:
+        return settings, None
     look_up = settings.scoring.model_copy(update={"method": "lookup"})
     fewer = settings.calibration.model_copy(update={"rows": 2})
     faster = settings.model_copy(update={"scoring": look_up})
@@ -236,19 +244,21 @@ def shortened(
 
 
 def estimate_plan(inspection: "Inspection") -> Estimate | None:
-    """Estimate the conversion of an inspected model; None if no head becomes linear."""
+    """Estimate the conversion of an inspected model; None if no head becomes linear, or its layers are too large."""
     J, layers = inspection.key_value_heads, inspection.plan.layers
     linear = tuple(layer if layer.native else layer.with_softmax_heads(()) for layer in layers)
     plan = replace(inspection.plan, layers=linear)
     if not plan.linear_layers(J):
         return None
     settings = inspection.settings
+    if (times := time_layer(inspection.config, plan)) is None:
+        return None
     if not inspection.calibrates:
         settings = settings.model_copy(
             update={"calibration": settings.calibration.model_copy(update={"when": "never"})}
         )
     return estimate(
-        time_layer(inspection.config, plan),
+        times,
         inspection.config,
         settings,
         weights=inspection.weights.nbytes,

@@ -199,3 +199,12 @@ def test_another_target_takes_over_what_was_fitted_and_read(base_folder, cli, tm
     assert cli("convert", base, "-o", tmp_path / "out", *WINDOW)[0] == 0
     code, _, err = cli("convert", base, "-o", tmp_path / "other", *WINDOW, "--quality", "0.5")
     assert code == 0 and "calibrating" not in err and "scoring" not in err, err
+
+
+def test_layers_too_large_to_time_cost_a_plan_nothing(base_folder, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("linearize.conversion.estimate.TIMED_BYTES", 1000)
+    base = base_folder()
+    code, out, err = cli("plan", base, "--window", "12", "--json")
+    assert code == 0 and json.loads(out)["estimate"] is None, err
+    code, _, err = cli("convert", base, "-o", tmp_path / "out", *WINDOW)
+    assert code == 0 and "too large to time" in err, err
