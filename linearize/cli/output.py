@@ -3,11 +3,12 @@
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from linearize.errors import ConfigError
 
@@ -30,7 +31,7 @@ class _State:
         log: an open file that gets every message with its date.
         line_shown: a terminal shows a progress line that the next message must not overwrite.
         last_written: time.monotonic() of the last message.
-        console: rich's console while a bar is shown.
+        bar: the bar that a terminal shows, if any.
     """
 
     quiet: bool = False
@@ -38,10 +39,22 @@ class _State:
     log: TextIO | None = None
     line_shown: bool = False
     last_written: float = field(default_factory=time.monotonic)
-    console: Any = None
+    bar: "Bar | None" = None
+
+
+class Bar(Protocol):
+    """A bar on the terminal (cli/reporter.py)."""
+
+    def print(self, message: str) -> None:
+        """Print a message above the bar."""
+
+    def close(self) -> None:
+        """Remove the bar."""
 
 
 _state = _State()
+# held while something is drawn on the terminal: the bar is drawn by a thread of its own
+LOCK = threading.RLock()
 
 
 def configure(*, quiet: bool = False, verbose: bool = False, log_file: Path | None = None) -> None:
@@ -71,14 +84,34 @@ def last_written() -> float:
     return _state.last_written
 
 
-def set_console(console: Any) -> None:
-    """Print messages through a console of rich, above its bar; None: print them plainly."""
-    _state.console = console
+def shows_line() -> bool:
+    """Return True while a terminal shows a progress line."""
+    return _state.line_shown
+
+
+def bar() -> Bar | None:
+    """Return the bar that the terminal shows."""
+    return _state.bar
+
+
+def set_bar(shown: Bar) -> None:
+    """Print messages above this bar from now on."""
+    _state.bar = shown
+
+
+def close_bar() -> None:
+    """Remove the bar, if there is one."""
+    with LOCK:
+        if _state.bar is not None:
+            _state.bar.close()
+            _state.bar = None
 
 
 def emit(text: str) -> None:
     """Print a result. If the reader has closed the pipe (`| head`), go on, so that the exit code stays right."""
+    close_bar()
     clear_progress()
+    _state.last_written = time.monotonic()
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -95,17 +128,19 @@ def note(message: str) -> None:
     _log(message)
     if _state.quiet:
         return
-    clear_progress()
-    _state.last_written = time.monotonic()
-    if _state.console is not None:
-        _state.console.print(message, markup=False, highlight=False, soft_wrap=True)
-    else:
-        _print_error(message if sys.stderr.isatty() else f"{_now()} {message}")
+    with LOCK:
+        clear_progress()
+        _state.last_written = time.monotonic()
+        if _state.bar is not None:
+            _state.bar.print(message)
+        else:
+            _print_error(message if sys.stderr.isatty() else f"{_now()} {message}")
 
 
 def print_error(message: str) -> None:
     """Print an error on standard error."""
     _log(message)
+    close_bar()
     clear_progress()
     _print_error(message)
 
@@ -115,6 +150,7 @@ def progress_line(message: str, *, final: bool = False) -> None:
     _log(message)
     if _state.quiet:
         return
+    close_bar()
     _state.last_written = time.monotonic()
     if sys.stderr.isatty():
         _print_error(f"\r\x1b[2K{message}", end="\n" if final else "")

@@ -48,9 +48,9 @@ def plan(
     text_model: options.TextModel = False,
     json_: Json = False,
 ) -> None:
-    """Print the plan of a conversion, from config.json and safetensors headers alone.
+    """Print the plan of a conversion, from config.json and safetensors headers.
 
-    Only choosing heads by score (recall:, text:, both:) runs the base model.
+    One layer with random weights is timed. Only choosing heads by score (recall:, text:, both:) runs the base model.
     """
     settings = options.load_settings(
         config, set_, mixer=mixer, window=window, sinks=sinks, mix=mix, keep_softmax=keep_softmax,

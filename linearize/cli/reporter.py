@@ -9,13 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from linearize.cli import output
 from linearize.progress import Snapshot, snapshot
-
-if TYPE_CHECKING:
-    pass
 
 # seconds of silence before a command shows that it is at work: on a terminal, and in a log
 TERMINAL_SILENCE, LOG_SILENCE = 2.0, 25.0
@@ -46,11 +43,14 @@ def _watch(done: threading.Event) -> None:
         if not sys.stderr.isatty():
             if silence > LOG_SILENCE:
                 output.note(describe(snapshot()))
-        elif bar is not None or silence > TERMINAL_SILENCE:
-            bar = bar or _Bar()
-            bar.show(snapshot())
-    if bar is not None:
-        bar.close()
+            continue
+        with output.LOCK:
+            if output.bar() is None and silence > TERMINAL_SILENCE and not output.shows_line():
+                bar = _Bar()
+                output.set_bar(bar)
+            if bar is not None and output.bar() is bar:
+                bar.show(snapshot())
+    output.close_bar()
 
 
 def describe(now: Snapshot) -> str:
@@ -85,7 +85,6 @@ class _Bar:
         self.task: Any = None
         self.started = 0.0
         self.progress.start()
-        output.set_console(self.progress.console)
 
     def show(self, now: Snapshot) -> None:
         """Draw what is under way."""
@@ -97,9 +96,12 @@ class _Bar:
         left = "" if now.seconds_left is None else f"{_clock(now.seconds_left)} left, "
         self.progress.update(self.task, completed=now.done, left=f"{left}{_memory() / 2**30:.1f} GiB")
 
+    def print(self, message: str) -> None:
+        """Print a message above the bar."""
+        self.progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         """Remove the bar."""
-        output.set_console(None)
         self.progress.stop()
 
 
