@@ -67,8 +67,10 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.tie_weights()
     try:
-        if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
-            # experts: transformers joins several tensors of the file into one, and splits them again when it saves
+        joined = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
+        if joined or getattr(model, "_keep_in_fp32_modules", None):
+            # transformers joins experts of the file into one tensor, and splits them again when it saves; some families
+            # keep parts in float32
             numbers, missing = _dequantise_whole(location, config, folder, dtype)
         else:
             numbers, missing = write_tensors(path, model, folder)
