@@ -111,8 +111,7 @@ def resolve(
 
 def cached_choice(request: ChoiceRequest) -> Choice | None:
     """Return the choice of an earlier conversion of this base with these settings; None if there was none."""
-    value = read_cached("choices", _cache_key(request))
-    return None if value is None else Choice(**value)
+    return read_cached("choices", _cache_key(request), lambda value: Choice(**value))
 
 
 def known_choice(request: ChoiceRequest) -> Choice | None:
@@ -143,7 +142,7 @@ def choose(request: ChoiceRequest) -> Choice:
         request.settings,
         request.plan(0, request.settings.window, []),
         weights=request.weights_bytes,
-        scores=known is None,
+        known=known is not None,
     )
     progress = request.progress
     expected = "layers too large to time beforehand" if takes is None else described(takes)
@@ -193,12 +192,15 @@ def possible_caches(request: ChoiceRequest) -> tuple[dict[str, Any], ...]:
 
 def _require_measurable(request: ChoiceRequest) -> None:
     """Refuse a base on which nothing can be measured."""
-    from linearize.conversion.probes import fitting_distances
+    from linearize.conversion.probes import look_up_distances_of
 
     settings, positions = request.settings, request.config["max_position_embeddings"]
-    if fitting_distances(settings.scoring.distances, settings.window, positions):
+    if look_up_distances_of(settings, positions):
         return
-    why = f"its {positions:,} positions leave no room beyond a window of {settings.window}"
+    room = f"its {positions:,} positions"
+    if settings.softmax_window is not None and settings.softmax_window < positions:
+        room = f"a --softmax-window of {settings.softmax_window:,}"
+    why = f"{room} {'leave' if room.startswith('its') else 'leaves'} no room beyond a window of {settings.window}"
     raise ConfigError(
         f"{request.source.name}: --keep-softmax auto cannot measure this model: {why}. Choose heads by hand "
         "(--keep-softmax every:4), convert all (--keep-softmax none), or use a smaller --window"

@@ -17,7 +17,7 @@ from linearize.conversion.calibrate import HELD_OUT
 from linearize.conversion.head_gates import gated_heads
 from linearize.conversion.known_scores import known_scores
 from linearize.conversion.look_ups import ROOM
-from linearize.conversion.probes import RECALL_GATES, fitting_distances
+from linearize.conversion.probes import RECALL_GATES, look_up_distances_of
 from linearize.conversion.verify import LONGEST
 from linearize.data.text_rows import LONGEST_ROW
 from linearize.device import RESIDENT_BYTES, compute_dtype, pick_device
@@ -166,7 +166,7 @@ def estimate(
     *,
     weights: int,
     scores: bool,
-    measures: bool,
+    trials: int,
 ) -> Estimate:
     """Estimate a conversion.
 
@@ -174,11 +174,11 @@ def estimate(
         config: the base's config, with every default filled in.
         weights: bytes of the base's weights.
         scores: heads will be scored.
-        measures: conversions will be measured, to choose one.
+        trials: conversions that will be measured, to choose one; 0 if the choice is made.
     """
     layers, hidden, vocabulary = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
     positions, scoring = config["max_position_embeddings"], settings.scoring
-    distances = fitting_distances(scoring.distances, settings.window, positions)
+    distances = look_up_distances_of(settings, positions)
     row = max(distances, default=4 * settings.window) + ROOM // 2
     text_row = min(LONGEST_ROW, positions)
     read = weights / READ_RATE if weights > RESIDENT_BYTES else 0.0
@@ -193,10 +193,10 @@ def estimate(
         )
         + (1 + SCALING_PASSES) * read,
         "measure": (
-            layers * settings.quality.rows * (times.softmax(row) + (1 + TRIALS) * times.linear(row))
-            + (2 + TRIALS) * read
+            layers * settings.quality.rows * (times.softmax(row) + (1 + trials) * times.linear(row))
+            + (2 + trials) * read
         )
-        * measures,
+        * (trials > 0),
         "verify": layers * (2 * times.softmax(LONGEST) + 3 * times.linear(LONGEST)) + 6 * read,
         "read and write": FIXED_SECONDS,
     }
@@ -211,7 +211,7 @@ def estimate(
 
 
 def shortened(
-    config: dict[str, Any], settings: ConversionConfig, plan: Plan, *, weights: int, scores: bool
+    config: dict[str, Any], settings: ConversionConfig, plan: Plan, *, weights: int, known: bool
 ) -> tuple[ConversionConfig, Estimate | None]:
     """Return settings under which the default conversion takes no longer than `quality.budget`, and their estimate.
 
@@ -222,19 +222,25 @@ def shortened(
 
     Args:
         plan: a plan without softmax heads.
-        weights, scores: as for `estimate`.
+        weights: bytes of the base's weights.
+        known: scores and choice are known, so that one conversion is measured.
 
     Raises:
         ConfigError: even the shortest way takes longer.
     """
     times, budget = time_layer(config, plan), settings.quality.budget
+    if times is None and budget is not None:
+        raise ConfigError(
+            f"--budget: got {duration(budget)}, but a layer of this model takes more than {TIMED_BYTES >> 30} GiB and "
+            "is not timed beforehand. Leave --budget out, or choose heads by hand (--keep-softmax every:4)"
+        )
     if times is None:
         return settings, None
     look_up = settings.scoring.model_copy(update={"method": "lookup"})
     fewer = settings.calibration.model_copy(update={"rows": 2})
     faster = settings.model_copy(update={"scoring": look_up})
     for way in (settings, faster, faster.model_copy(update={"calibration": fewer})):
-        takes = estimate(times, config, way, weights=weights, scores=scores, measures=True)
+        takes = estimate(times, config, way, weights=weights, scores=not known, trials=1 if known else TRIALS)
         if budget is None or takes.seconds <= budget:
             return way, takes
     raise ConfigError(
@@ -257,14 +263,15 @@ def estimate_plan(inspection: "Inspection") -> Estimate | None:
         settings = settings.model_copy(
             update={"calibration": settings.calibration.model_copy(update={"when": "never"})}
         )
+    open_choice, choice = bool(inspection.possible), inspection.choice
+    known = choice is not None and choice.quality is None  # convert measures that it holds
     return estimate(
         times,
         inspection.config,
         settings,
         weights=inspection.weights.nbytes,
-        scores=bool(inspection.possible)
-        and (inspection.from_config or known_scores(inspection.source, settings) is None),
-        measures=bool(inspection.possible),
+        scores=open_choice and (inspection.from_config or known_scores(inspection.source, settings) is None),
+        trials=TRIALS if open_choice else int(known),
     )
 
 

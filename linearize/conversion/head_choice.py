@@ -4,6 +4,7 @@ The probes are in linearize/conversion/probes.py, the scores in scoring.py. keep
 takes the heads that score best.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +68,15 @@ def base_head_scores(request: ScoreRequest) -> HeadScores:
         return [[0.0] * request.config["num_key_value_heads"]] * request.config["num_hidden_layers"]
     if request.by == "both" and request.settings.scoring.method != "elimination":
         return combined(*(base_head_scores(replace(request, by=part)) for part in ("recall", "text")))
-    return cached_on_disk("scores", _cache_key(request), lambda: _compute_scores(request))
+    layers, heads = request.config["num_hidden_layers"], request.config["num_key_value_heads"]
+
+    def parse(stored: HeadScores) -> HeadScores:
+        scores = [[float(score) for score in row] for row in stored]
+        if [len(row) for row in scores] != [heads] * layers:
+            raise ValueError("scores of another shape")
+        return scores
+
+    return cached_on_disk("scores", _cache_key(request), lambda: _compute_scores(request), parse=parse)
 
 
 def _cache_key(request: ScoreRequest) -> dict[str, Any]:
@@ -78,6 +87,7 @@ def _cache_key(request: ScoreRequest) -> dict[str, Any]:
         "by": request.by,
         **request.reach,
         **scoring.model_dump(),
+        "softmax_window": request.settings.softmax_window,
         "layers": list(request.layers),
         "data": [data_fingerprint([scoring.text]), tokenizer_fingerprint(read_tokenizer(request.source.folder))],
         "precision": str(compute_dtype("auto")),
@@ -121,7 +131,8 @@ def _probe_groups(request: ScoreRequest, stream: LayerStream) -> list[list[Probe
     source, config, settings = request.source, request.config, request.settings
     scoring, groups = settings.scoring, []
     if request.by != "text":
-        distances = require_distances(scoring.distances, settings.window, config["max_position_embeddings"])
+        positions = min(config["max_position_embeddings"], settings.softmax_window or math.inf)
+        distances = require_distances(scoring.distances, settings.window, int(positions))
         probe = _look_ups(request, distances)
         start_token = config.get("bos_token_id")
         groups.append([probe or copies_probe(distances, scoring.rows, config["vocab_size"], start_token)])

@@ -45,7 +45,7 @@ class KnownScores:
 def known_scores(source: Source, settings: ConversionConfig) -> KnownScores | None:
     """Return the scores that the package has for a checkpoint with these settings; None if it has none."""
     paths = sorted(packaged_folder("configs").glob(f"*{SUFFIX}"))
-    if not paths:
+    if not paths or settings.softmax_window is not None:  # heads that see less are scored at other distances
         return None
     fingerprint = weights_fingerprint(source)
     for path in paths:

@@ -13,6 +13,7 @@ from linearize.conversion.look_ups import SCORING, LookUpRow, copy_row, look_up_
 from linearize.errors import ConfigError
 from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.readout import Readout
+from linearize.settings.config import ConversionConfig
 from linearize.training.losses import chunk_for, chunked_cross_entropy, chunked_kl
 
 # far from any seed that an evaluation is likely to use, so that scores and evaluation see different rows
@@ -121,6 +122,12 @@ def fitting_distances(distances: Sequence[int] | None, window: int, positions: i
     if distances is None:
         return look_up_distances(window, positions)
     return tuple(distance for distance in sorted(distances) if distance > window and 2 * distance <= positions)
+
+
+def look_up_distances_of(settings: ConversionConfig, positions: int) -> tuple[int, ...]:
+    """Return the distances to score and to measure at, within the window of the softmax heads if they have one."""
+    reach = min(positions, settings.softmax_window or positions)
+    return fitting_distances(settings.scoring.distances, settings.window, reach)
 
 
 def require_distances(distances: Sequence[int] | None, window: int, positions: int) -> tuple[int, ...]:

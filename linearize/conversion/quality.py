@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
 from linearize.conversion.look_ups import HELD_OUT, TEXT_BEFORE, Answer, LookUpRow, copy_row, text_row
-from linearize.conversion.probes import fitting_distances
+from linearize.conversion.probes import look_up_distances_of
 from linearize.data.text_rows import text_tokens
 from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.readout import Readout
@@ -92,7 +92,7 @@ def held_out_rows(source: Source, config: dict[str, Any], settings: ConversionCo
     """
     quality, generator = settings.quality, torch.Generator().manual_seed(SEED)
     positions = config["max_position_embeddings"]
-    distances = fitting_distances(settings.scoring.distances, settings.window, positions)
+    distances = look_up_distances_of(settings, positions)
     if (tokenizer := read_tokenizer(source.folder)) is None:
         return HeldOutRows(_random_rows(config, distances, quality.rows, generator), ())
 
@@ -101,23 +101,30 @@ def held_out_rows(source: Source, config: dict[str, Any], settings: ConversionCo
 
     # without look-ups, a row that leaves the window is enough for the divergence
     length = max(distances) + TEXT_BEFORE if distances else min(4 * settings.window, positions)
-    text = text_tokens(tokenizer, settings.scoring.text, quality.rows * length, skip=SKIPPED_TEXT)
-    text = text or text_tokens(tokenizer, settings.scoring.text, quality.rows * length)
-    rows: list[LookUpRow] = []
-    for number in range(quality.rows):
-        part = text[number * length : (number + 1) * length]
-        if distances:
-            row = text_row(encode, part, distances, settings.window, config["vocab_size"], generator, HELD_OUT)
-            rows += [row] if row is not None else []
-        elif len(part) > settings.window:
-            rows.append(LookUpRow(torch.tensor(part), (), len(part)))
-    return HeldOutRows(tuple(rows), tuple(range(len(rows))))
+    needed = quality.rows * length
+    text = text_tokens(tokenizer, settings.scoring.text, SKIPPED_TEXT + needed)[-needed:]
+    parts = [text[number * length : (number + 1) * length] for number in range(quality.rows)]
+    rows = [
+        text_row(encode, part, distances, settings.window, config["vocab_size"], generator, HELD_OUT)
+        if distances
+        else _plain_row(part, settings.window)
+        for part in parts
+    ]
+    complete = tuple(row for row in rows if row is not None)
+    if complete:
+        return HeldOutRows(complete, tuple(range(len(complete))))
+    return HeldOutRows(_random_rows(config, distances, quality.rows, generator), ())
+
+
+def _plain_row(text: Sequence[int], window: int) -> LookUpRow | None:
+    """Build a row of running text alone; None if it does not leave the window."""
+    return LookUpRow(torch.tensor(text), (), len(text)) if len(text) > window else None
 
 
 def _random_rows(
     config: dict[str, Any], distances: Sequence[int], rows: int, generator: torch.Generator
 ) -> tuple[LookUpRow, ...]:
-    """Build rows of random tokens, for a model without a tokenizer."""
+    """Build rows of random tokens, for a model without a tokenizer or a text that is too short."""
     start_token = config.get("bos_token_id")
     return tuple(
         copy_row(distances, config["vocab_size"], start_token, generator) for _ in range(rows if distances else 0)
@@ -225,7 +232,8 @@ class Standard:
             group: shares
             for group, shares in self.held(reading).items()
             if any(
-                held.share + (1 if group.startswith("look-ups") else 2) * held.error < self.quality
+                # written so that NaN is lost, too
+                not held.share + (1 if group.startswith("look-ups") else 2) * held.error >= self.quality
                 for held in shares.values()
             )
         }

@@ -1,6 +1,7 @@
 """Find how few heads can keep softmax: the smallest share that holds what the base can do, by measured loss.
 
-1. Fit the recurrent branches of all heads to the base (calibrate.py).
+1. Fit the recurrent branches of all heads to the base (calibrate.py). Those of a mixer whose heads depend on each other
+   are fitted for every conversion that is tried.
 2. Read the held-out rows with the base and with window + sinks alone (trials.py).
 3. Read them with conversions that keep more and more of the best heads, until look-ups hold; search by bisection.
 4. If text does not hold yet, go on with more heads, or with a window twice as long where that takes fewer bytes.
@@ -15,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
+from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.conversion.calibrate import Calibration, calibrate
 from linearize.conversion.trials import CONTEXT, Examiner, Trial, cache_shares
 from linearize.data.text_rows import text_rows
 from linearize.errors import ConfigError, CoverageError
-from linearize.modeling.added import added_shapes, of_fewer_heads
+from linearize.modeling.added import added_shapes, linear_heads_by_layer, of_fewer_heads
+from linearize.modeling.linear_heads import LinearHeads
 from linearize.plan import Plan
 from linearize.settings.config import ConversionConfig
 
@@ -80,7 +81,6 @@ class Search:
     progress: Callable[[str], None]
     cache_key: dict[str, Any]
     first: tuple[int, int] | None = None
-    _calibration: Calibration | None = None
     _trials: dict[tuple[int, int], Trial] = field(default_factory=dict)
 
     def run(self) -> Found:
@@ -94,14 +94,15 @@ class Search:
             CoverageError: nothing is to be gained from a conversion of this model.
         """
         counts = self._counts()
-        self._calibration = self._calibrate()
+        if self._independent_heads():
+            self._calibration_of(self.planned(0, self.settings.window))  # before the rows: a base may be damaged
         answered = ", ".join(name.replace("@", " from ") for name in self._examiner.standard.answered) or "none"
         self.progress(f"held-out rows of {self._examiner.rows.tokens} tokens; look-ups of the base: {answered}")
-        self._require_measured()
         chosen = self._smallest(counts)
         self._require_gain(chosen)
         trials = sorted(self._trials.values(), key=lambda trial: trial.cache[CONTEXT])
-        return Found(chosen.heads, chosen.window, self._fitted(chosen), self._examiner.record(chosen, tuple(trials)))
+        calibration = self._calibration_of(self.planned(chosen.heads, chosen.window))
+        return Found(chosen.heads, chosen.window, calibration, self._examiner.record(chosen, tuple(trials)))
 
     @functools.cached_property
     def _examiner(self) -> Examiner:
@@ -119,14 +120,6 @@ class Search:
                 f"{self.source.name}: nothing is to be gained: what the base can do needs {more}{cache:.0%} of its "
                 "cache at 32K tokens. Keep the base, or say what may be lost: --quality 0.9, --cache-budget 30%, "
                 "--keep-softmax"
-            )
-
-    def _require_measured(self) -> None:
-        """Refuse a model of which nothing can be measured."""
-        if not self._examiner.standard.answered and not self._examiner.rows.texts:
-            raise ConfigError(
-                f"{self.source.name}: --keep-softmax auto cannot measure this model: it has no tokenizer and copies "
-                "no random tokens. Choose heads by hand (--keep-softmax every:4) or convert all (--keep-softmax none)"
             )
 
     def _counts(self) -> list[int]:
@@ -173,8 +166,9 @@ class Search:
         """Return numbers of heads and windows that may hold text, too, within the budget, the smallest cache first."""
         window, rows = self.settings.window, self._examiner.rows
         windows = [window]
-        # a window twice as long has to leave text to measure
-        if 2 * window + LEAST_TEXT <= min((rows.rows[number].asked for number in rows.texts), default=0):
+        # a window twice as long has to leave text to measure, and is no longer than that of the softmax heads
+        room = min((rows.rows[number].asked for number in rows.texts), default=0) - LEAST_TEXT
+        if 2 * window <= min(room, self.settings.softmax_window or room):
             windows.append(2 * window)
         options = [(count, length) for count in counts for length in windows]
         budget = self.settings.quality.cache_budget or math.inf
@@ -185,33 +179,50 @@ class Search:
         """Return a conversion's cache at CONTEXT as a share of the base's."""
         return cache_shares(self.config, self.planned(count, window), self.width)[CONTEXT]
 
-    def _calibrate(self) -> Calibration | None:
-        """Fit the branches of all heads; None if the settings or the text do not allow it, or there are none."""
-        plan, settings = self.planned(0, self.settings.window), self.settings.calibration
-        if settings.when == "never" or not added_shapes(self.config, plan):
+    def _independent_heads(self) -> bool:
+        """Return True if every head's branch is the same whichever other heads are linear."""
+        all_linear = self.planned(0, self.settings.window)
+        by_layer = linear_heads_by_layer(self.config, all_linear, device="meta")
+        return all(
+            not isinstance(heads, LinearHeads) or heads.structure.independent_heads for heads in by_layer.values()
+        )
+
+    def _calibration_of(self, plan: Plan) -> Calibration | None:
+        """Return the fit of a plan: its part of the fit of all heads, where these are independent."""
+        if not self._independent_heads():
+            return self._calibrated(plan)
+        all_linear = self.planned(0, self.settings.window)
+        if (calibration := self._calibrated(all_linear)) is None:
+            return None
+        layers = set(plan.linear_layers(self.config["num_key_value_heads"]))
+        return replace(
+            calibration,
+            tensors=of_fewer_heads(calibration.tensors, self.config, all_linear, plan),
+            errors={layer: pair for layer, pair in calibration.errors.items() if layer in layers},
+        )
+
+    def _calibrated(self, plan: Plan) -> Calibration | None:
+        """Fit the branches of a plan, once; None if the settings or the text do not allow it, or there are none."""
+        settings, shapes = self.settings.calibration, added_shapes(self.config, plan)
+        if settings.when == "never" or not shapes:
             return None
         rows = text_rows(self.source, plan.longest_window(), settings.text, settings.rows)
         if rows is None:
             return None
-        stored = cached_on_disk(
+        return cached_on_disk(
             "calibrations",
-            self.cache_key,
+            {**self.cache_key, "plan": fingerprint_of(plan.to_dict())},
             lambda: calibrate(self.source, plan, rows, settings.text, self.progress).to_stored(),
+            parse=lambda stored: Calibration.from_stored(stored, shapes),
         )
-        return Calibration.from_stored(stored, added_shapes(self.config, plan))
-
-    def _added(self, plan: Plan) -> dict[str, Tensor] | None:
-        """Return the fitted parameters of the linear heads of a plan."""
-        if self._calibration is None:
-            return None
-        everything = self.planned(0, self.settings.window)
-        return of_fewer_heads(self._calibration.tensors, self.config, everything, plan)
 
     def _trial(self, count: int, window: int) -> Trial:
         """Measure a conversion, once."""
         if (count, window) not in self._trials:
             plan = self.planned(count, window)
-            trial = self._trials[count, window] = self._examiner.trial(plan, self._added(plan), count)
+            calibration = self._calibration_of(plan)
+            added = None if calibration is None else calibration.tensors
+            trial = self._trials[count, window] = self._examiner.trial(plan, added, count, window)
             outcome = "; ".join(self._examiner.standard.shortfalls(trial.reading)) or "holds"
             kl = "" if trial.reading.divergence is None else f", KL {trial.reading.divergence:.4f}"
             self.progress(
@@ -219,15 +230,6 @@ class Search:
                 f"cache at 32K{kl}: {outcome}"
             )
         return self._trials[count, window]
-
-    def _fitted(self, chosen: Trial) -> Calibration | None:
-        """Return the part of the calibration that the chosen conversion takes."""
-        plan = self.planned(chosen.heads, chosen.window)
-        if self._calibration is None or (tensors := self._added(plan)) is None:
-            return None
-        layers = set(plan.linear_layers(self.config["num_key_value_heads"]))
-        errors = {layer: pair for layer, pair in self._calibration.errors.items() if layer in layers}
-        return replace(self._calibration, tensors=tensors, errors=errors)
 
 
 def _first_that_holds(holds: Callable[[int], bool], count: int, start: int) -> int | None:

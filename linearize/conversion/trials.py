@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.conversion.quality import HeldOutRows, Reading, Standard, held_out_rows, read_rows
 from linearize.device import compute_dtype, pick_device
-from linearize.errors import CheckpointError
+from linearize.errors import CheckpointError, ConfigError
 from linearize.modeling.cache_size import cache_sizes
 from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.loading import open_unconverted
@@ -81,30 +82,35 @@ class Examiner:
 
         Raises:
             CheckpointError: the base computes logits that are not finite.
+            ConfigError: nothing can be measured.
         """
         quality = self.settings.quality
         self.rows = held_out_rows(self.source, self.config, self.settings)
+        if not self.rows.rows:
+            raise self._nothing_to_measure()
         base = self._cached("base", lambda: self._base[0])
         if not all(nats.isfinite().all() for nats in base.nats.values()):
             raise CheckpointError(f"{self.source.name}: its logits are not finite; its weights are damaged")
         alone = self._cached("window alone", self._read_window_alone)
         self.standard = Standard(base, alone, quality.target, quality.divergence)
+        if not self.standard.answered and alone.divergence is None:
+            raise self._nothing_to_measure()
 
-    def trial(self, plan: Plan, added: dict[str, Tensor] | None, heads: int) -> Trial:
+    def trial(self, plan: Plan, added: dict[str, Tensor] | None, heads: int, window: int) -> Trial:
         """Measure the conversion under a plan.
 
         Args:
             added: its added parameters; None for their first values.
             heads: number of its softmax heads.
+            window: its window, where single layers do not set one of their own.
         """
-        window = plan.longest_window()
 
         def read() -> Reading:
             _, base_hidden = self._base
             with doing(f"measuring {heads} softmax heads"):
-                return read_rows(self._open(plan, added), self.rows, window, base_hidden)[0]
+                return read_rows(self._open(plan, added), self.rows, plan.longest_window(), base_hidden)[0]
 
-        reading = self._cached(f"{heads} heads, window {window}", read)
+        reading = self._cached(fingerprint_of(plan.to_dict()), read)
         return Trial(heads, window, self.cache(plan), reading, self.standard.holds(reading))
 
     @functools.cached_property
@@ -112,21 +118,28 @@ class Examiner:
         """Reading and hidden states of the base."""
         stream = self._open(self.all_linear, None)
         with doing("measuring the base"), stream.model.softmax_attention():
-            return read_rows(stream, self.rows, self.settings.window)
+            return read_rows(stream, self.rows, self.all_linear.longest_window())
 
     def _read_window_alone(self) -> Reading:
         """Read the rows with window + sinks in every head."""
         _, base_hidden = self._base
         stream = self._open(self.all_linear, None)
         with doing("measuring window + sinks alone"), stream.model.recurrent_branch_off():
-            return read_rows(stream, self.rows, self.settings.window, base_hidden)[0]
+            return read_rows(stream, self.rows, self.all_linear.longest_window(), base_hidden)[0]
 
     def _cached(self, name: str, read: Callable[[], Reading]) -> Reading:
         """Return a reading: an earlier one from disk, if this examiner has a key."""
         if self.cache_key is None:
             return read()
-        stored = cached_on_disk("readings", {**self.cache_key, "reading": name}, lambda: read().to_stored())
-        return Reading.from_stored(stored)
+        key = {**self.cache_key, "reading": name}
+        return cached_on_disk("readings", key, lambda: read().to_stored(), parse=Reading.from_stored)
+
+    def _nothing_to_measure(self) -> ConfigError:
+        return ConfigError(
+            f"{self.source.name}: the loss of a conversion cannot be measured: there is no text beyond the window, for "
+            "want of a tokenizer, text or positions, and the model copies no random tokens. Choose heads by hand "
+            "(--keep-softmax every:4) or convert all (--keep-softmax none), without --require-quality"
+        )
 
     def cache(self, plan: Plan) -> dict[int, float]:
         """Return a conversion's cache as a share of the base's, by context length."""
@@ -177,5 +190,5 @@ def examine(
     layers = tuple(layer if layer.native else layer.with_softmax_heads(()) for layer in plan.layers)
     examiner = Examiner(source, config, settings, replace(plan, layers=layers), width)
     softmax_heads = sum(len(layer.softmax_heads) for layer in plan.layers if not layer.native)
-    trial = examiner.trial(plan, added, softmax_heads)
+    trial = examiner.trial(plan, added, softmax_heads, settings.window)
     return examiner.record(trial, (trial,))

@@ -114,6 +114,7 @@ class Mixer(nn.Module):
             one more column. Weights that are exponentials of scores need this: float32 cannot hold their sum.
         assigns: true if it computes an assignment for each token from the key before rotary (see `assign`).
         starts_unfitted: true if its first parameters are of no use until `fit` has run.
+        independent_heads: true if a head computes the same whichever other heads are linear.
     """
 
     gates: tuple[str, ...] = ()
@@ -124,6 +125,7 @@ class Mixer(nn.Module):
     log_normaliser: bool = False
     assigns: bool = False
     starts_unfitted: bool = False
+    independent_heads: bool = True
 
     update: Callable[..., Tensor]
     chunked: Callable[..., tuple[Tensor, Tensor]]

@@ -28,6 +28,9 @@ class MixtureOfMemories(Mixer):
         top: routed memories that a token writes to.
     """
 
+    # one router reads the keys of all heads
+    independent_heads = False
+
     def __init__(self, site: Site, inner: str = "mamba2", memories: int = 4, top: int = 2):
         super().__init__(site)
         self.inner = build_mixer(inner, site, {})

@@ -111,3 +111,9 @@ def test_the_first_that_holds_is_found_from_anywhere(count):
 
         assert _first_that_holds(holds, count, start) == (first if first < count else None)
         assert len(asked) == len(set(asked)) <= 7
+
+
+def test_nan_is_lost():
+    standard = Standard(reading(0.8, 1.0), reading(0.0, 5.0), 0.97, 0.02)
+    assert not standard.holds(reading(0.8, float("nan")))
+    assert not standard.holds(reading(0.8, 1.0, divergence=float("nan")))

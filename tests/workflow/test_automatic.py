@@ -71,7 +71,7 @@ def test_a_model_that_cannot_be_measured_is_refused(base_folder, cli, tmp_path):
     for path in base.glob("token*"):
         path.unlink()
     code, _, err = cli("convert", base, "-o", tmp_path / "out", *WINDOW)
-    assert code == 2 and "no tokenizer" in err and "--keep-softmax none" in err
+    assert code == 2 and "want of a tokenizer" in err and "--keep-softmax none" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -208,3 +208,69 @@ def test_layers_too_large_to_time_cost_a_plan_nothing(base_folder, cli, tmp_path
     assert code == 0 and json.loads(out)["estimate"] is None, err
     code, _, err = cli("convert", base, "-o", tmp_path / "out", *WINDOW)
     assert code == 0 and "too large to time" in err, err
+
+
+def test_a_layer_with_a_window_of_its_own_keeps_it(base_folder, tmp_path):
+    """Trials with another window are other conversions, though the longest window is the same."""
+    settings = load_config(None, {"window": 12}, ["layers={'1': {window: 40}}", "quality.divergence=1e-12"])
+    student = convert(str(base_folder()), settings, out=tmp_path / "out", verify=False, progress=lambda text: None)
+    assert {layer.window for number, layer in enumerate(student.manifest.plan.layers) if number != 1} <= {12, 24}
+    assert student.manifest.plan.layers[1].window == 40
+    readings = list((tmp_path / "cache" / "linearize" / "readings").iterdir())
+    assert len(readings) == len(student.manifest.quality.curve) + 2  # the base, and window + sinks alone
+
+
+def test_softmax_heads_with_a_window_are_measured_within_it(base_folder, cli, tmp_path):
+    flags = ["--window", "12", "--softmax-window", "300", "--no-verify"]
+    code, out, err = cli("convert", base_folder(), "-o", tmp_path / "out", *flags)
+    assert code == 0 and "yes, chosen" in out, err
+    code, _, err = cli("convert", base_folder(), "-o", tmp_path / "narrow", *flags, "--softmax-window", "14")
+    assert code == 2 and "--softmax-window of 14" in err
+
+
+def test_a_short_text_is_still_held_out(base_folder, cli, tmp_path):
+    """Rows come from the end of a text that ends before the usual place."""
+    from linearize.data.samples import SAMPLES
+
+    lines = SAMPLES["sample"].read_text(encoding="utf-8").splitlines()[:2]
+    (tmp_path / "short.txt").write_text("\n".join(json.loads(line)["text"] for line in lines)[:20_000])
+    flags = ["--set", f"scoring.text={tmp_path / 'short.txt'}"]
+    code, _, err = cli("convert", base_folder(), "-o", tmp_path / "out", *WINDOW, *flags)
+    assert code == 0 and Student.read(tmp_path / "out").manifest.quality.chosen.divergence is not None, err
+
+
+def test_damaged_results_are_computed_again(base_folder, cli, tmp_path):
+    base = base_folder()
+    assert cli("convert", base, "-o", tmp_path / "out", *WINDOW)[0] == 0
+    for kind in ("choices", "readings", "calibrations", "scores"):
+        for path in (tmp_path / "cache" / "linearize" / kind).iterdir():
+            path.write_text('{"value": {"hits": 3}}')
+    code, _, err = cli("convert", base, "-o", tmp_path / "other", *WINDOW)
+    assert code == 0 and "Traceback" not in err, err
+    first, second = (Student.read(tmp_path / name).manifest.to_dict() for name in ("out", "other"))
+    assert first["plan"] == second["plan"] and first["quality"] == second["quality"]
+
+
+def test_quality_cannot_be_required_of_what_cannot_be_measured(base_folder, cli, tmp_path):
+    flags = ["--window", "300", "--keep-softmax", "none", "--no-verify", "--require-quality"]
+    base = base_folder()
+    for path in base.glob("token*"):
+        path.unlink()
+    code, _, err = cli("convert", base, "-o", tmp_path / "out", *flags)
+    assert code == 2 and "cannot be measured" in err and not (tmp_path / "out").exists()
+
+
+def test_a_mixer_whose_heads_depend_on_each_other_is_fitted_for_its_plan(base_folder, tmp_path):
+    changes = {"window": 12, "mixer": "mom"}
+    quality = ["quality.divergence=1e-12", "quality.cache_budget=0.6"]
+    chosen = convert(
+        str(base_folder()), load_config(None, changes, quality), out=tmp_path / "chosen", verify=False, progress=print
+    )
+    layers = enumerate(chosen.manifest.plan.layers)
+    heads = ",".join(f"{number}:{head}" for number, layer in layers for head in layer.softmax_heads)
+    by_hand = load_config(None, changes | {"window": chosen.manifest.plan.longest_window(), "keep_softmax": heads})
+    convert(str(base_folder()), by_hand, out=tmp_path / "hand", verify=False, progress=print)
+    from linearize.modeling.loading import added_of
+
+    fitted, refitted = added_of(tmp_path / "chosen"), added_of(tmp_path / "hand")
+    assert fitted.keys() == refitted.keys() and all(torch.equal(fitted[name], refitted[name]) for name in fitted)
