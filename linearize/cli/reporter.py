@@ -69,12 +69,12 @@ class _Bar:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.progress: Progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=Console(stderr=True),
@@ -91,10 +91,12 @@ class _Bar:
         if self.task is None or now.started != self.started:
             if self.task is not None:
                 self.progress.remove_task(self.task)
-            self.task = self.progress.add_task(now.name or "working", total=now.total or None, left="")
+            self.task = self.progress.add_task(now.name or "working", total=now.total or None, count="", left="")
             self.started = now.started
         left = "" if now.seconds_left is None else f"{_clock(now.seconds_left)} left, "
-        self.progress.update(self.task, completed=now.done, left=f"{left}{_memory() / 2**30:.1f} GiB")
+        count = f"{now.done} of {now.total}" if now.total else ""
+        memory = f"{_memory() / 2**30:.1f} GiB"
+        self.progress.update(self.task, completed=now.done, count=count, left=f"{left}{memory}")
 
     def print(self, message: str) -> None:
         """Print a message above the bar."""

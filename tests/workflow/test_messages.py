@@ -48,7 +48,23 @@ def test_a_terminal_shows_a_bar(monkeypatch, capsys):
         output.note("a message [with brackets]")
         time.sleep(0.1)
     err = capsys.readouterr().err
-    assert "scoring heads" in err and "0/30" in err and "a message [with brackets]" in err
+    assert "scoring heads" in err and "0 of 30" in err and "a message [with brackets]" in err
+
+
+def test_the_bar_leaves_before_a_result_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(reporter, "TERMINAL_SILENCE", 0.0)
+    monkeypatch.setattr(reporter, "TICK", 0.02)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with reporter.reporting(), doing("scoring heads"), counting(30):
+        time.sleep(0.3)
+        assert output.bar() is not None
+        monkeypatch.setattr(reporter, "TERMINAL_SILENCE", 60.0)
+        output.emit("the result")
+        assert output.bar() is None
+        output.progress_line("step 1")
+        assert output.shows_line()
+        output.clear_progress()
+    assert capsys.readouterr().out == "the result\n"
 
 
 def test_quiet_prints_results_and_errors_alone(base_folder, cli, tmp_path):
