@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # bytes of weights that stay in memory while a base is scored; larger models are read layer by layer
 RESIDENT_BYTES = 512 << 20
+# the same on CUDA devices, as a share of the memory that is free there; the rest is for activations
+RESIDENT_SHARE = 0.6
 # Linux' figures for the machine, and a container's limit and use (control groups version 2)
 MEMINFO = Path("/proc/meminfo")
 CONTAINER_LIMIT, CONTAINER_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -75,6 +77,23 @@ def available_memory(device: str) -> int:
     if CONTAINER_LIMIT.is_file() and (limit := CONTAINER_LIMIT.read_text().strip()) != "max":
         free = min(free, int(limit) - int(CONTAINER_USE.read_text()))
     return free
+
+
+def placement_of(nbytes: int, device: str) -> dict[str, str] | str | None:
+    """Return where a model of `nbytes` of weights stays while it is scored, as Accelerate's device maps say it.
+
+    Returns:
+        All on `device`; "auto" over several CUDA devices, if it takes them all; None if it has to be read layer by
+        layer.
+    """
+    if device == "cpu":
+        return {"": device} if nbytes <= RESIDENT_BYTES else None
+    import torch
+
+    room = [RESIDENT_SHARE * torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+    if nbytes <= room[0]:
+        return {"": device}
+    return "auto" if nbytes <= sum(room) else None
 
 
 def total_memory() -> int:

@@ -3,12 +3,17 @@
 import contextlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.writing import write_json
+
+# a week
+KEPT_SECONDS = 7 * 24 * 3600
 
 
 def cached_on_disk(
@@ -35,6 +40,7 @@ def cached_on_disk(
         return value
     stored = compute()
     write_cached(kind, key, stored)
+    shutil.rmtree(_unfinished(kind, key), ignore_errors=True)
     return parse(stored)
 
 
@@ -57,6 +63,26 @@ def write_cached(kind: str, key: dict[str, Any], value: Any) -> None:
         write_json(path, {"key": key, "value": value})
 
 
+def unfinished_folder(kind: str, key: dict[str, Any]) -> Path:
+    """Return the folder for what a computation leaves when it is interrupted. `cached_on_disk` removes it in the end.
+
+    What nobody has gone on with for KEPT_SECONDS is removed.
+    """
+    folder = _unfinished(kind, key)
+    with contextlib.suppress(OSError):
+        for other in folder.parent.iterdir():
+            if time.time() - other.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def _unfinished(kind: str, key: dict[str, Any]) -> Path:
+    return _cache_folder() / "unfinished" / f"{kind}-{fingerprint_of(key)}"
+
+
 def _path(kind: str, key: dict[str, Any]) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize" / kind
-    return folder / f"{fingerprint_of(key)}.json"
+    return _cache_folder() / kind / f"{fingerprint_of(key)}.json"
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linearize"

@@ -19,13 +19,16 @@ import base64
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from linearize.checkpoint.fingerprint import sha256
 from linearize.checkpoint.names import ADDED
+from linearize.checkpoint.result_cache import cached_on_disk, unfinished_folder
 from linearize.checkpoint.source import Source
 from linearize.data.recall_rows import SPAN, recall_task
 from linearize.device import compute_dtype, pick_device
@@ -41,6 +44,8 @@ from linearize.plan import Plan
 from linearize.progress import doing
 from linearize.training.losses import chunk_for, chunked_kl
 
+# of the fit; cached outcomes of another one are computed again
+VERSION = 1
 # rows that only the mix is fitted on: one of text, then one of copies
 HELD_OUT = 2
 # far from any seed that an evaluation is likely to use
@@ -93,17 +98,18 @@ class Calibration:
     def to_stored(self) -> dict[str, Any]:
         """Return everything as JSON; `from_stored` reads it."""
         tensors = {
-            name: base64.b64encode(tensor.float().numpy().tobytes()).decode() for name, tensor in self.tensors.items()
+            name: [list(tensor.shape), base64.b64encode(tensor.float().numpy().tobytes()).decode()]
+            for name, tensor in self.tensors.items()
         }
         return {**self.to_dict(), "tensors": tensors}
 
     @classmethod
-    def from_stored(cls, stored: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> "Calibration":
-        """Read what `to_stored` returned; `shapes` are those of the tensors."""
+    def from_stored(cls, stored: dict[str, Any]) -> "Calibration":
+        """Read what `to_stored` returned."""
         return cls(
             tensors={
-                name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32).view(shapes[name])
-                for name, text in stored["tensors"].items()
+                name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32).view(shape)
+                for name, (shape, text) in stored["tensors"].items()
             },
             errors={int(layer): (pair[0], pair[1]) for layer, pair in stored["attention_error"].items()},
             rows=stored["rows"],
@@ -114,8 +120,6 @@ class Calibration:
         )
 
 
-@without_kernels()
-@torch.no_grad()
 def calibrate(
     source: Source,
     plan: Plan,
@@ -124,7 +128,7 @@ def calibrate(
     progress: Callable[[str], None] = lambda message: None,
     part: float | None = None,
 ) -> Calibration:
-    """Fit the parameters that a conversion adds.
+    """Fit the parameters that a conversion adds. The outcome is cached on disk for the next conversion of this base.
 
     Args:
         ids: token ids [rows, T] of text, at least two rows, longer than every window.
@@ -134,13 +138,44 @@ def calibrate(
     Raises:
         CheckpointError: the base computes values that are not finite.
     """
+    key = {
+        "version": VERSION,
+        "base": source.fingerprint(),
+        "plan": plan.to_dict(),
+        "rows": sha256(ids.numpy().tobytes()),
+        "part": part,
+        "precision": str(compute_dtype("auto")),
+    }
+
+    def compute() -> dict[str, Any]:
+        unfinished = unfinished_folder("calibrations", key)
+        return _fit(source, plan, ids, text, progress, part, unfinished).to_stored()
+
+    return cached_on_disk("calibrations", key, compute, parse=Calibration.from_stored)
+
+
+@without_kernels()
+@torch.no_grad()
+def _fit(
+    source: Source,
+    plan: Plan,
+    ids: Tensor,
+    text: str,
+    progress: Callable[[str], None],
+    part: float | None,
+    unfinished: Path,
+) -> Calibration:
+    """Fit what `calibrate` does."""
     device = pick_device()
-    stream = open_unconverted(source, plan, dtype=compute_dtype("auto"), device=device)
-    model = stream.model
+    stream = open_unconverted(source, plan, dtype=compute_dtype("auto"), device=device, unfinished=unfinished)
+    model, kept = stream.model, stream.kept_pass("fit")
     rows = _with_copies(ids, model.config).to(device)
     fitter = _LayerFitter(source.name, plan, progress)
+    fitter.restore(model, kept.load("forward")[1])
     with doing("calibrating"), model.observed(fitter.fit):
-        stream.forward(stream.start([rows], [_spread_positions(rows, model.config)]))
+        batches = stream.start([rows], [_spread_positions(rows, model.config)])
+        stream.forward(batches, kept, state=lambda: fitter.state(model))
+    kept.remove()
     attentions = [attention for _, attention in model.linear_attentions()]
     scalable = [
         attention.mixer for attention in attentions if attention.layer_idx in fitter.errors and attention.mixer.scalable
@@ -158,7 +193,7 @@ def calibrate(
             f"calibrated: {part:g} of the shares fitted; KL from the base {fitted:.4f} on text, {window_alone:.4f} "
             "with window + sinks"
         )
-    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if ADDED in name}
+    tensors = {name: value.detach().cpu() for name, value in _added(model).items()}
     return Calibration(tensors, fitter.errors, len(rows), rows.shape[1], text, part, divergence)
 
 
@@ -203,6 +238,19 @@ class _LayerFitter:
             f"+ sinks, {self.errors[layer][1]:.4f} fitted"
         )
 
+    def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return what is fitted so far, for `restore`."""
+        errors = [(float(layer), *pair) for layer, pair in self.errors.items()]
+        return {**_added(model), "errors": torch.tensor(errors, dtype=torch.float64).view(-1, 3)}
+
+    def restore(self, model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
+        """Take over what an interrupted fit had fitted."""
+        for name, tensor in _added(model).items():
+            if name in saved and saved[name].shape == tensor.shape:
+                tensor.copy_(saved[name])
+        for layer, window_alone, fitted in saved["errors"].tolist() if "errors" in saved else []:
+            self.errors[int(layer)] = (window_alone, fitted)
+
     def _require_finite(self, observation: Observation) -> None:
         """Refuse a base whose values are not finite, naming the layer."""
         if not all(x.isfinite().all() for x in (observation.q, observation.k, observation.target)):
@@ -210,6 +258,11 @@ class _LayerFitter:
                 f"{self.source_name}: layer {observation.layer} computes values that are not finite; its weights, or "
                 "those before it, are damaged"
             )
+
+
+def _added(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the added parameters of a model by name."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ADDED in name}
 
 
 def choose_part(

@@ -24,7 +24,8 @@ from linearize.device import RESIDENT_BYTES, compute_dtype, pick_device
 from linearize.errors import ConfigError
 from linearize.families.registry import find_family
 from linearize.modeling.factory import linearized_classes
-from linearize.modeling.layer_stream import RECORDED_BYTES, LayerStream, run_layer
+from linearize.modeling.layer_pass import RECORDED_BYTES
+from linearize.modeling.layer_stream import LayerStream, run_layer
 from linearize.plan import Plan
 from linearize.settings.config import ConversionConfig
 from linearize.training.losses import LOGIT_BYTES

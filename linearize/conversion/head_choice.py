@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from linearize.checkpoint.fingerprint import tokenizer_fingerprint
-from linearize.checkpoint.result_cache import cached_on_disk
+from linearize.checkpoint.result_cache import cached_on_disk, unfinished_folder
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
 from linearize.conversion.keep_softmax import HeadScores, scored_share, share_count
@@ -108,7 +108,8 @@ def _compute_scores(request: ScoreRequest) -> HeadScores:
 def _run_base(request: ScoreRequest, first: HeadScores) -> HeadScores:
     """Run the base; `first` are the scores that elimination starts from."""
     method, progress, layers = request.settings.scoring.method, request.progress, request.layers
-    stream = open_base(request.source, dtype=compute_dtype("auto"), device=pick_device())
+    unfinished = unfinished_folder("scores", _cache_key(request))
+    stream = open_base(request.source, dtype=compute_dtype("auto"), device=pick_device(), unfinished=unfinished)
     groups = _probe_groups(request, stream)
     if method == "elimination":
         return eliminate(stream, groups, first, request.count, layers=layers, progress=progress, **request.reach)

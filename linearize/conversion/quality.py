@@ -144,7 +144,9 @@ def read_rows(
     Returns:
         The reading, and the model's own hidden states [T, D] behind the final norm on the rows with text.
     """
-    hidden = stream.last_hidden([row.ids for row in held_out.rows])
+    kept = stream.kept_pass("rows")
+    hidden = stream.last_hidden([row.ids for row in held_out.rows], kept)
+    kept.remove()
     hits, nats, divergences = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list), []
     with stream.readout() as head:
         for row, states in zip(held_out.rows, hidden, strict=True):

@@ -48,25 +48,39 @@ def _gradient(stream: LayerStream, attentions: list[GatedAttention], probe: Prob
     total = _zeros(attentions)
     place = {attention.layer_idx: place for place, attention in enumerate(attentions)}
 
-    def gates_of(layer: int) -> list[Tensor]:
-        return [attentions[place[layer]].head_gates] if layer in place else []
-
-    def collect(layer: int, row: int, slopes: Sequence[Tensor]) -> None:
-        if slopes:
-            total[place[layer]] -= slopes[0].cpu() / (len(probe.gates) * len(probe.rows))
+    def gates_of(layer: int) -> Tensor | None:
+        return attentions[place[layer]].head_gates if layer in place else None
 
     for value in probe.gates:
         for attention in attentions:
             attention.head_gates = torch.full_like(attention.head_gates, value).requires_grad_()
-        batches = stream.start([row[None] for row in probe.rows])
-        stream.forward(batches, record=True)
-        with stream.readout() as head:
-            slopes_of_last = [_slope(stream, batch.hidden, probe, head, row) for row, batch in enumerate(batches)]
-        stream.backward(batches, slopes_of_last, gates_of, collect)
+        for layer, slopes in _slopes(stream, probe, gates_of, f"{probe.name}-{value}").items():
+            total[place[layer]] -= slopes / (len(probe.gates) * len(probe.rows))
         progress(f"scoring heads by {probe.name}: gradient at gates of {value}")
     for attention in attentions:
         attention.head_gates = torch.ones_like(attention.head_gates).detach()
     return total
+
+
+def _slopes(
+    stream: LayerStream, probe: Probe, gates_of: Callable[[int], Tensor | None], name: str
+) -> dict[int, Tensor]:
+    """Return the slope of a probe's loss by the gates of every layer, summed over rows.
+
+    Args:
+        name: of the pass, which goes on where it was interrupted.
+    """
+    kept = stream.kept_pass(name)
+    batches = stream.start([row[None] for row in probe.rows])
+    stream.forward(batches, kept, record=True)
+
+    def slopes_of_last() -> list[Tensor]:
+        with stream.readout() as head:
+            return [_slope(stream, batch.hidden, probe, head, row) for row, batch in enumerate(batches)]
+
+    slopes = stream.backward(batches, slopes_of_last, gates_of, kept)
+    kept.remove()
+    return slopes
 
 
 @torch.enable_grad()

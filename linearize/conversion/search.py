@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from linearize.checkpoint.fingerprint import fingerprint_of
-from linearize.checkpoint.result_cache import cached_on_disk
 from linearize.checkpoint.source import Source
 from linearize.conversion.calibrate import Calibration, calibrate
 from linearize.conversion.trials import CONTEXT, Examiner, Trial, cache_shares
@@ -203,18 +201,13 @@ class Search:
 
     def _calibrated(self, plan: Plan) -> Calibration | None:
         """Fit the branches of a plan, once; None if the settings or the text do not allow it, or there are none."""
-        settings, shapes = self.settings.calibration, added_shapes(self.config, plan)
-        if settings.when == "never" or not shapes:
+        settings = self.settings.calibration
+        if settings.when == "never" or not added_shapes(self.config, plan):
             return None
         rows = text_rows(self.source, plan.longest_window(), settings.text, settings.rows)
         if rows is None:
             return None
-        return cached_on_disk(
-            "calibrations",
-            {**self.cache_key, "plan": fingerprint_of(plan.to_dict())},
-            lambda: calibrate(self.source, plan, rows, settings.text, self.progress).to_stored(),
-            parse=lambda stored: Calibration.from_stored(stored, shapes),
-        )
+        return calibrate(self.source, plan, rows, settings.text, self.progress)
 
     def _trial(self, count: int, window: int) -> Trial:
         """Measure a conversion, once."""

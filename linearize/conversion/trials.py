@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from linearize.checkpoint.fingerprint import fingerprint_of
-from linearize.checkpoint.result_cache import cached_on_disk
+from linearize.checkpoint.result_cache import cached_on_disk, unfinished_folder
 from linearize.checkpoint.source import Source
 from linearize.conversion.quality import HeldOutRows, Reading, Standard, held_out_rows, read_rows
 from linearize.device import compute_dtype, pick_device
@@ -105,34 +105,39 @@ class Examiner:
             window: its window, where single layers do not set one of their own.
         """
 
+        name = fingerprint_of(plan.to_dict())
+
         def read() -> Reading:
             _, base_hidden = self._base
             with doing(f"measuring {heads} softmax heads"):
-                return read_rows(self._open(plan, added), self.rows, plan.longest_window(), base_hidden)[0]
+                return read_rows(self._open(name, plan, added), self.rows, plan.longest_window(), base_hidden)[0]
 
-        reading = self._cached(fingerprint_of(plan.to_dict()), read)
+        reading = self._cached(name, read)
         return Trial(heads, window, self.cache(plan), reading, self.standard.holds(reading))
 
     @functools.cached_property
     def _base(self) -> tuple[Reading, list[Tensor]]:
         """Reading and hidden states of the base."""
-        stream = self._open(self.all_linear, None)
+        stream = self._open("base", self.all_linear, None)
         with doing("measuring the base"), stream.model.softmax_attention():
             return read_rows(stream, self.rows, self.all_linear.longest_window())
 
     def _read_window_alone(self) -> Reading:
         """Read the rows with window + sinks in every head."""
         _, base_hidden = self._base
-        stream = self._open(self.all_linear, None)
+        stream = self._open("window alone", self.all_linear, None)
         with doing("measuring window + sinks alone"), stream.model.recurrent_branch_off():
             return read_rows(stream, self.rows, self.all_linear.longest_window(), base_hidden)[0]
 
     def _cached(self, name: str, read: Callable[[], Reading]) -> Reading:
         """Return a reading: an earlier one from disk, if this examiner has a key."""
-        if self.cache_key is None:
+        if (key := self._key(name)) is None:
             return read()
-        key = {**self.cache_key, "reading": name}
         return cached_on_disk("readings", key, lambda: read().to_stored(), parse=Reading.from_stored)
+
+    def _key(self, name: str) -> dict[str, Any] | None:
+        """Return what decides a reading; None if readings are not cached."""
+        return None if self.cache_key is None else {**self.cache_key, "reading": name}
 
     def _nothing_to_measure(self) -> ConfigError:
         return ConfigError(
@@ -161,8 +166,17 @@ class Examiner:
             "curve": [trial.to_dict(standard) for trial in trials],
         }
 
-    def _open(self, plan: Plan, added: dict[str, Tensor] | None) -> LayerStream:
-        return open_unconverted(self.source, plan, dtype=compute_dtype("auto"), device=pick_device(), added=added)
+    def _open(self, name: str, plan: Plan, added: dict[str, Tensor] | None) -> LayerStream:
+        """Open the conversion under a plan for the reading of that name."""
+        key = self._key(name)
+        return open_unconverted(
+            self.source,
+            plan,
+            dtype=compute_dtype("auto"),
+            device=pick_device(),
+            added=added,
+            unfinished=None if key is None else unfinished_folder("readings", key),
+        )
 
 
 def cache_shares(config: dict[str, Any], plan: Plan, width: int) -> dict[int, float]:

@@ -7,13 +7,15 @@
    weights are dropped. The hidden states between layers are all that stays.
 4. Backward the same way round: each layer is recomputed from its recorded input.
 
+On a CUDA device the next layer's weights are copied while this one computes (next_layer.py). An interrupted pass over a
+model that is read from its files goes on with the layers that are left (layer_pass.py).
+
 Weights are read through the files' memory maps. They are copied only where their type changes or transformers merges
 several tensors into one (experts). Shapes: B rows, T tokens, D hidden size.
 """
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,11 +32,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from linearize.checkpoint.weights import read_weights
 from linearize.device import return_freed_memory
 from linearize.errors import CheckpointError
+from linearize.modeling.layer_pass import LayerPass
+from linearize.modeling.next_layer import NextLayer
 from linearize.modeling.readout import Readout, readout_of
 from linearize.progress import counting
 
-# bytes of layer inputs that stay in memory for the way back
-RECORDED_BYTES = 256 << 20
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -68,17 +69,29 @@ class LayerStream:
     Args:
         model: the model itself, or one without weights (modeling/loading.py).
         folder: the safetensors from which the weights of each layer are read when it runs; None if `model` has them.
-        device: computes the layers.
+        device: gets the rows, and computes the layers unless Accelerate has spread them over several devices.
+        unfinished: where a pass over a model in files waits that is interrupted; None keeps nothing.
+        ahead: load the next layer while one computes; None: on a CUDA device.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path | None = None, *, device: str | torch.device = "cpu"):
-        self.model, self.folder, self.device = model, folder, device
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        folder: Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        unfinished: Path | None = None,
+        ahead: bool | None = None,
+    ):
+        self.model, self.folder, self.device = model, folder, torch.device(device)
         self.layers: nn.ModuleList = model.base_model.layers
-        self.recorded_bytes = 0
-        self.recordings: tempfile.TemporaryDirectory[str] | None = None
+        self.unfinished = None if folder is None else unfinished
+        self.next_layer: NextLayer | None = None
         if folder is not None:
             return_freed_memory()
             self._find_tensors(folder)
+            if self.device.type == "cuda" if ahead is None else ahead:
+                self.next_layer = NextLayer(self.layers, self._load_layer, self.device)
 
     def _find_tensors(self, folder: Path) -> None:
         """Sort the checkpoint's tensors by layer; load those of no layer, but for embedding and readout."""
@@ -97,14 +110,26 @@ class LayerStream:
         self.embedding = self._name_on_disk(self.model.get_input_embeddings())
         tied = self.model.config.get_text_config().tie_word_embeddings
         self.head = self.embedding if tied else self._name_on_disk(self.model.get_output_embeddings())
-        self._load([name for name in other_tensors if name not in (self.embedding, self.head)])
+        self._load([name for name in other_tensors if name not in (self.embedding, self.head)], self.device)
+
+    def _load_layer(self, index: int) -> None:
+        """Read a layer's weights: into memory if a copy beside the compute takes them on, else onto the device."""
+        self._load(self.layer_tensors[index], self.device if self.next_layer is None else torch.device("cpu"))
 
     @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Provide one decoder layer with its weights."""
+    def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
+        """Provide one decoder layer with its weights.
+
+        Args:
+            following: the layer that is asked for next.
+        """
         layer = self.layers[index]
-        if self.folder is not None:
-            self._load(self.layer_tensors[index])
+        if self.next_layer is not None:
+            self.next_layer.wait_for(index)
+            if following is not None and 0 <= following < len(self.layers):
+                self.next_layer.begin(following)
+        elif self.folder is not None:
+            self._load_layer(index)
         try:
             yield layer
         finally:
@@ -118,71 +143,93 @@ class LayerStream:
         with self._embedding(rows) as embedded:
             return [self.recorded(hidden, at) for hidden, at in zip(embedded, positions, strict=True)]
 
+    def kept_pass(self, name: str) -> LayerPass:
+        """Return a pass that goes on from where one of that name was interrupted, with the same rows and weights."""
+        return LayerPass(self.unfinished, name)
+
     @torch.no_grad()
-    def forward(self, batches: Sequence[StreamedBatch], *, record: bool = False) -> None:
-        """Send every batch through all layers.
+    def forward(
+        self,
+        batches: Sequence[StreamedBatch],
+        kept: LayerPass | None = None,
+        *,
+        record: bool = False,
+        state: Callable[[], dict[str, Tensor]] = dict,
+    ) -> None:
+        """Send every batch through all layers, or through those that an interrupted pass has left.
 
         Args:
             record: record the layers' inputs for `backward`.
+            state: returns what else to save between two layers.
         """
-        with counting(len(self.layers) * len(batches)) as advance:
-            for index in range(len(self.layers)):
-                with self.layer(index) as layer:
-                    for batch in batches:
+        kept = kept or LayerPass()
+        first = _go_on(batches, kept, record)
+
+        def present() -> dict[str, Tensor]:
+            return {f"hidden.{row}": batch.hidden for row, batch in enumerate(batches)} | state()
+
+        with counting((len(self.layers) - first) * len(batches)) as advance:
+            for index in range(first, len(self.layers)):
+                with self.layer(index, index + 1) as layer:
+                    for row, batch in enumerate(batches):
                         if record:
-                            batch.inputs.append(self._recorded_input(batch.hidden))
+                            batch.inputs.append(kept.record(batch.hidden, index, row))
                         batch.hidden = run_layer(layer, batch.hidden, batch.calls[index])
                         advance()
+                kept.save("forward", index + 1, present)
 
     @torch.enable_grad()
     def backward(
         self,
         batches: Sequence[StreamedBatch],
-        gradients: Sequence[Tensor],
-        parameters: Callable[[int], Sequence[Tensor]],
-        collect: Callable[[int, int, Sequence[Tensor]], None],
-    ) -> None:
-        """Send the gradients of the last layer's output back through all layers.
+        slopes: Callable[[], Sequence[Tensor]],
+        parameter: Callable[[int], Tensor | None],
+        kept: LayerPass | None = None,
+    ) -> dict[int, Tensor]:
+        """Send gradients back through all layers, or through those that an interrupted pass has left.
 
         Args:
             batches: passed forward with `record`; their recorded inputs are used up.
-            gradients: [B, T, D] for every batch.
-            parameters: returns the tensors of layer `index` whose gradients are collected.
-            collect: is called with the layer, the batch's number and these gradients.
-        """
-        gradients = list(gradients)
-        with counting(len(self.layers) * len(batches)) as advance:
-            for index in reversed(range(len(self.layers))):
-                with self.layer(index) as layer:
-                    for number, batch in enumerate(batches):
-                        hidden = _read_back(batch.inputs.pop()).to(self.device).requires_grad_()
-                        output = run_layer(layer, hidden, batch.calls[index])
-                        *collected, gradients[number] = torch.autograd.grad(
-                            output, [*parameters(index), hidden], gradients[number]
-                        )
-                        collect(index, number, collected)
-                        advance()
-        self.recorded_bytes = 0
+            slopes: returns the gradients [B, T, D] of the last layer's output for every batch.
+            parameter: returns a tensor of layer `index`, or None.
+            kept: the pass that recorded the inputs.
 
-    def _recorded_input(self, hidden: Tensor) -> Tensor | Path:
-        """Keep an input for the way back: in memory, beyond RECORDED_BYTES in a temporary folder."""
-        self.recorded_bytes += hidden.nbytes
-        if self.recorded_bytes <= RECORDED_BYTES:
-            return hidden
-        if self.recordings is None:  # removed with this stream, or at exit
-            self.recordings = tempfile.TemporaryDirectory(prefix="linearize-activations-")
-        path = Path(self.recordings.name) / f"{self.recorded_bytes}.safetensors"
-        save_file({"hidden": hidden.contiguous().cpu()}, path)
-        return path
+        Returns:
+            For every layer with such a tensor its gradient, summed over batches.
+        """
+        kept = kept or LayerPass()
+        done, saved = kept.load("backward")
+        gradients = [saved[f"gradient.{row}"].to(self.device) for row in range(len(batches))] if saved else [*slopes()]
+        sums = {int(name.removeprefix("sum.")): tensor for name, tensor in saved.items() if name.startswith("sum.")}
+
+        def present() -> dict[str, Tensor]:
+            waiting = {f"gradient.{row}": gradient for row, gradient in enumerate(gradients)}
+            return waiting | {f"sum.{index}": of_layer for index, of_layer in sums.items()}
+
+        kept.save("backward", done, present, now=True)
+        with counting((len(self.layers) - done) * len(batches)) as advance:
+            for index in reversed(range(len(self.layers) - done)):
+                with self.layer(index, index - 1) as layer:
+                    for row, batch in enumerate(batches):
+                        hidden = kept.read_back(batch.inputs.pop()).to(gradients[row].device).requires_grad_()
+                        output = run_layer(layer, hidden, batch.calls[index])
+                        wanted = [tensor for tensor in (parameter(index), hidden) if tensor is not None]
+                        given = gradients[row].to(output.device)
+                        *of_layer, gradients[row] = torch.autograd.grad(output, wanted, given)
+                        if of_layer:
+                            sums[index] = of_layer[0].cpu() + sums.get(index, 0)
+                        advance()
+                kept.save("backward", len(self.layers) - index, present)
+        return sums
 
     def normalised(self, hidden: Tensor) -> Tensor:
         """Return the last layer's output [B, T, D] behind the final norm."""
         return self._bypassed(hidden, {}, lambda *_, **__: hidden).last_hidden_state
 
-    def last_hidden(self, rows: Sequence[Tensor]) -> list[Tensor]:
+    def last_hidden(self, rows: Sequence[Tensor], kept: LayerPass | None = None) -> list[Tensor]:
         """Return the hidden states [T, D] behind the final norm of every row of token ids [T]."""
         batches = self.start([row[None] for row in rows])
-        self.forward(batches)
+        self.forward(batches, kept)
         with torch.no_grad():
             return [self.normalised(batch.hidden)[0] for batch in batches]
 
@@ -235,13 +282,17 @@ class LayerStream:
         def stand_in(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
             return bypass(hidden_states, *arguments, **keywords)
 
+        # a layer's own attribute: Accelerate's hooks
+        own = [vars(layer).get("forward") for layer in self.layers]
         for layer in self.layers:
             layer.forward = stand_in
         try:
             return self.model.base_model(inputs_embeds=embedded, use_cache=False, **options)
         finally:
-            for layer in self.layers:
+            for layer, forward in zip(self.layers, own, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def _name_on_disk(self, module: nn.Module) -> str:
         """Return the name that a checkpoint gives the weight of an embedding."""
@@ -258,24 +309,37 @@ class LayerStream:
             }
             yield {name: files[self.file_of[name]].get_slice(name) for name in names}
 
-    def _load(self, names: Sequence[str]) -> None:
+    def _load(self, names: Sequence[str], device: torch.device) -> None:
         """Read tensors into the model as transformers does, its conversions included."""
         with self._opened(names) as tensors:
             options = LoadStateDictConfig(
-                device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=self.conversions
+                device_map={"": device}, dtype=self.model.dtype, weight_mapping=self.conversions
             )
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, options)
         if odd := sorted(map(str, info.mismatched_keys)) or sorted(info.conversion_errors):
             raise CheckpointError(f"{self.folder}: tensor '{odd[0]}' does not fit the model")
 
 
-def _read_back(recorded: Tensor | Path) -> Tensor:
-    """Return a recorded input; its file is removed."""
-    if isinstance(recorded, Tensor):
-        return recorded
-    hidden = load_file(recorded)["hidden"]
-    recorded.unlink()
-    return hidden
+def _go_on(batches: Sequence[StreamedBatch], kept: LayerPass, record: bool) -> int:
+    """Take the batches to where an interrupted pass has left them; return the number of layers that are done."""
+    done, saved = kept.load("forward")
+    recorded = done if record else 0
+    if record and (way_back := kept.load("backward"))[1]:  # it asks for no hidden states
+        done, saved = len(batches[0].calls), {f"hidden.{row}": batch.hidden for row, batch in enumerate(batches)}
+        recorded = done - way_back[0]
+    files: list[list[Tensor | Path]] = [
+        [file for index in range(recorded) if (file := kept.input_file(index, row)).is_file()]
+        for row in range(len(batches) if recorded else 0)
+    ]
+    shapes = {f"hidden.{row}": batch.hidden.shape for row, batch in enumerate(batches)}
+    if any(name not in saved or saved[name].shape != shape for name, shape in shapes.items()):
+        return 0
+    if any(len(of_row) < recorded for of_row in files):
+        return 0
+    for row, batch in enumerate(batches):
+        batch.hidden = saved[f"hidden.{row}"].to(batch.hidden)
+        batch.inputs = files[row] if recorded else []
+    return done
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:

@@ -21,7 +21,7 @@ from linearize.checkpoint.student import (
     read_tokenizer,
 )
 from linearize.checkpoint.weights import read_weights
-from linearize.device import RESIDENT_BYTES
+from linearize.device import placement_of
 from linearize.errors import CheckpointError, ConfigError, CoverageError, one_line
 from linearize.families.registry import find_family
 from linearize.modeling.factory import LinearizedClasses, linearized_classes
@@ -103,7 +103,12 @@ def load_base(source: Source, *, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_unconverted(
-    source: Source, plan: Plan, *, dtype: torch.dtype, added: dict[str, torch.Tensor] | None = None
+    source: Source,
+    plan: Plan,
+    *,
+    dtype: torch.dtype,
+    added: dict[str, torch.Tensor] | None = None,
+    device_map: dict[str, str] | str | None = None,
 ) -> PreTrainedModel:
     """Load the base's weights under `plan`, added parameters at their start: the conversion before any training.
 
@@ -111,6 +116,7 @@ def load_unconverted(
 
     Args:
         added: the added parameters as calibration left them. Without, they have their first values.
+        device_map: devices of its modules, as Accelerate takes them.
 
     Raises:
         ConfigError: the base is of another architecture than the plan.
@@ -118,7 +124,10 @@ def load_unconverted(
     """
     classes, config = _unconverted_config(source, plan)
     logging.set_verbosity_error()  # its warning of newly initialized parameters would mislead: they are added
-    model = _load_exactly(source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED)
+    placed = {} if device_map is None else {"device_map": device_map}
+    model = _load_exactly(
+        source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED, **placed
+    )
     if added is not None:
         _load_added(model, added)
     return model
@@ -153,27 +162,45 @@ def base_without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()
 
 
-def open_base(source: Source, *, dtype: torch.dtype, device: str) -> LayerStream:
-    """Open a base model to run layer by layer: in memory if it is small, from its files otherwise."""
-    if read_weights(source.folder).nbytes > RESIDENT_BYTES:
-        return LayerStream(base_without_weights(source.folder, dtype), source.folder, device=device)
-    return LayerStream(load_base(source, dtype=dtype).requires_grad_(False).to(device), device=device)
+def open_base(source: Source, *, dtype: torch.dtype, device: str, unfinished: Path | None = None) -> LayerStream:
+    """Open a base model to run layer by layer: in memory if it is small, from its files otherwise.
+
+    On CUDA devices a small model is one that fits into all of them together; Accelerate spreads it over them.
+
+    Args:
+        unfinished: where passes over a model in files wait that are interrupted; None keeps nothing.
+    """
+    placement = placement_of(read_weights(source.folder).nbytes, device)
+    if placement is None:
+        model = base_without_weights(source.folder, dtype)
+        return LayerStream(model, source.folder, device=device, unfinished=unfinished)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, device_map=placement)
+    return LayerStream(model.eval().requires_grad_(False), device=device)
 
 
 def open_unconverted(
-    source: Source, plan: Plan, *, dtype: torch.dtype, device: str, added: dict[str, torch.Tensor] | None = None
+    source: Source,
+    plan: Plan,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    added: dict[str, torch.Tensor] | None = None,
+    unfinished: Path | None = None,
 ) -> LayerStream:
     """Open the base's weights under `plan` to run layer by layer; the added parameters are in memory.
 
     Args:
         added: the added parameters as calibration left them. Without, they have their first values.
+        unfinished: as for `open_base`.
 
     Raises:
         ConfigError: the base is of another architecture than the plan.
         CoverageError: the added parameters are of another plan.
     """
-    if read_weights(source.folder).nbytes <= RESIDENT_BYTES:
-        return LayerStream(load_unconverted(source, plan, dtype=dtype, added=added).to(device), device=device)
+    placement = placement_of(read_weights(source.folder).nbytes, device)
+    if placement is not None:
+        model = load_unconverted(source, plan, dtype=dtype, added=added, device_map=placement)
+        return LayerStream(model, device=device)
     classes, config = _unconverted_config(source, plan)
     with init_empty_weights(include_buffers=False):
         model = classes.causal_lm._from_config(config, dtype=dtype).eval()
@@ -184,7 +211,7 @@ def open_unconverted(
                 model.base_model._init_weights(attention.mixer)
     if added is not None:
         _load_added(model, added)
-    return LayerStream(model, source.folder, device=device)
+    return LayerStream(model, source.folder, device=device, unfinished=unfinished)
 
 
 def untrained_parameters(student: Student) -> dict[str, torch.Tensor] | None:

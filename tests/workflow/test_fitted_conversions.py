@@ -2,10 +2,14 @@
 
 import json
 
+import pytest
 import torch
 from helpers import quiet
 
+from linearize import device
 from linearize.checkpoint.student import Student
+from linearize.modeling import layer_pass
+from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.loading import load_student
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
@@ -53,3 +57,37 @@ def test_no_room_to_calibrate(base_folder, cli, tmp_path):
         "convert", base, "--window", "12", "-o", tmp_path / "no", "--no-verify", "--no-calibrate", "--json"
     )
     assert code == 0 and json.loads(out)["calibration"] is None
+
+
+def test_a_stopped_conversion_goes_on_with_the_layers_that_are_left(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(layer_pass, "SAVE_SECONDS", 0.0)
+    base, settings = str(base_folder(num_hidden_layers=3)), load_config(None, {"mixer": "vq", "window": 12})
+    read, stop_after = [], [-1]
+    load = LayerStream._load_layer
+
+    def load_until_stopped(stream: LayerStream, index: int) -> None:
+        if len(read) == stop_after[0]:
+            raise KeyboardInterrupt
+        read.append(index)
+        load(stream, index)
+
+    monkeypatch.setattr(LayerStream, "_load_layer", load_until_stopped)
+
+    def fitted(name: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name / "cache"))
+        convert(base, settings, out=tmp_path / name / "out", verify=False, progress=quiet)
+        assert not list((tmp_path / name / "cache/linearize/unfinished").rglob("*.*"))
+        return load_student(tmp_path / name / "out", dtype=torch.float32).state_dict()
+
+    expected, undisturbed = fitted("undisturbed"), len(read)
+    read.clear()
+    # forward and backward of the scores, the fit, the shares of all branches, the base's reading
+    for stop_after[0] in (2, 4, 8, 11, undisturbed - 1):
+        with pytest.raises(KeyboardInterrupt):
+            fitted("stopped")
+    stop_after[0] = -1
+    again = fitted("stopped")
+    # the shares of all branches are measured in one go: four models of three layers at most
+    assert len(read) <= undisturbed + 12
+    assert all(torch.equal(again[name], expected[name]) for name in expected)

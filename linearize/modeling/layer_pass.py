@@ -1,0 +1,103 @@
+"""Record what the way back through the layers of a model needs, and how far a pass has come.
+
+With a folder, an interrupted pass goes on from there: recorded inputs are files, and between two layers the state is
+saved every now and then.
+"""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# bytes of layer inputs that stay in memory for the way back
+RECORDED_BYTES = 256 << 20
+# seconds of work that an interruption may cost, about
+SAVE_SECONDS = 20.0
+
+
+class LayerPass:
+    """One pass through the layers, forward and perhaps backward.
+
+    Args:
+        folder: keeps the pass for the next process; None: it ends with this one.
+        name: tells the passes of a folder apart.
+    """
+
+    def __init__(self, folder: Path | None = None, name: str = ""):
+        self.folder, self.name = folder, name
+        self.saved_at = time.monotonic()
+        self.recorded_bytes = 0
+        self.temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def load(self, stage: str) -> tuple[int, dict[str, Tensor]]:
+        """Return the number of layers that are done in a stage and the tensors of then; 0 and none without a save."""
+        if self.folder is not None:
+            with (
+                contextlib.suppress(OSError, SafetensorError, ValueError, LookupError, TypeError),
+                safe_open(self._state_file, framework="pt") as file,
+            ):
+                saved = file.metadata()
+                if saved["stage"] == stage:
+                    return int(saved["layers"]), {name: file.get_tensor(name) for name in file.keys()}
+        return 0, {}
+
+    def save(self, stage: str, layers: int, state: Callable[[], dict[str, Tensor]], *, now: bool = False) -> None:
+        """Save `state` after `layers` layers of a stage, unless the last save is young. A full disk is no error.
+
+        Args:
+            now: save in any case.
+        """
+        if self.folder is None or not (now or time.monotonic() - self.saved_at >= SAVE_SECONDS):
+            return
+        partial = self._state_file.with_suffix(".partial")
+        with contextlib.suppress(OSError, SafetensorError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
+            save_file(tensors, partial, metadata={"stage": stage, "layers": str(layers)})
+            os.replace(partial, self._state_file)
+        self.saved_at = time.monotonic()
+
+    def record(self, hidden: Tensor, layer: int, row: int) -> Tensor | Path:
+        """Keep the input of a layer: in memory, beyond RECORDED_BYTES or if the pass is kept in a file."""
+        self.recorded_bytes += hidden.nbytes
+        if self.folder is None and self.recorded_bytes <= RECORDED_BYTES:
+            return hidden
+        path = self.input_file(layer, row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"hidden": hidden.contiguous().cpu()}, path)
+        return path
+
+    def read_back(self, recorded: Tensor | Path) -> Tensor:
+        """Return what `record` kept; a temporary file is removed."""
+        if isinstance(recorded, Tensor):
+            return recorded
+        hidden = load_file(recorded)["hidden"]
+        if self.folder is None:
+            recorded.unlink()
+        return hidden
+
+    def input_file(self, layer: int, row: int) -> Path:
+        """Return the file of a layer's recorded input."""
+        folder = self.folder
+        if folder is None:
+            if self.temporary is None:  # removed with this pass, or at exit
+                self.temporary = tempfile.TemporaryDirectory(prefix="linearize-activations-")
+            folder = Path(self.temporary.name)
+        return folder / f"{self.name}-input-{layer}-{row}.safetensors"
+
+    def remove(self) -> None:
+        """Remove what was kept; the pass is done."""
+        if self.folder is not None:
+            for file in self.folder.glob(f"{self.name}*"):
+                file.unlink(missing_ok=True)
+
+    @property
+    def _state_file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self.name}.safetensors"
