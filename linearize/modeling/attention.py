@@ -36,6 +36,7 @@ from linearize.mixers.mixer import Site
 from linearize.modeling.cache import adopt_layer
 from linearize.modeling.context import context_of
 from linearize.modeling.linear_heads import build_linear_heads
+from linearize.modeling.packing import Packing
 from linearize.modeling.window_cache import WindowCache
 from linearize.modeling.window_heads import WindowHeads, build_softmax_window_heads
 from linearize.ops.window import Scores
@@ -350,13 +351,32 @@ class LinearizedAttention(nn.Module):
         scores: Scores,
     ) -> Tensor:
         """Run heads that have a window, taking the layer's projections and scores: [B, T, heads, K]."""
-        q, q_rotary, k, k_rotary, v = self._projections_of(projections, heads.site.heads)
+        of_heads, hidden_states = self._projections_of(projections, heads.site.heads), call.hidden_states
         scores = self._scores_of(scores, heads.site.heads)
-        padding_mask = None if call.padding_mask is None else call.padding_mask[:, -q.shape[1] :]
-        inputs = heads.recurrent_inputs(k, call.hidden_states)
+        padding_mask = None if call.padding_mask is None else call.padding_mask[:, -hidden_states.shape[1] :]
+        packing = Packing.of(padding_mask)
+        if packing is not None:
+            padding_mask = packing.padding_mask
+            of_heads, hidden_states = Projections(*map(packing.pack, of_heads)), packing.pack(hidden_states)
+        output = self._of_packed(heads, of_heads, hidden_states, padding_mask, call.segments, cache, scores)
+        return output if packing is None else packing.unpack(output)
+
+    def _of_packed(
+        self,
+        heads: WindowHeads,
+        projections: Projections,
+        hidden_states: Tensor,
+        padding_mask: Tensor | None,
+        segments: Tensor | None,
+        cache: WindowCache | None,
+        scores: Scores,
+    ) -> Tensor:
+        """Run heads that have a window on their own projections, padding first: [B, T, heads, K]."""
+        q, q_rotary, k, k_rotary, v = projections
+        inputs = heads.recurrent_inputs(k, hidden_states)
         if cache is None:
             context = context_of(
-                k_rotary, v, inputs, sinks=heads.sinks, padding_mask=padding_mask, segments=call.segments
+                k_rotary, v, inputs, sinks=heads.sinks, padding_mask=padding_mask, segments=segments
             )
             return heads(q, q_rotary, context, scores=scores, state=None)[0]
         cached_context = heads.decode_context(

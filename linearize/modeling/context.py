@@ -25,6 +25,7 @@ class Slots(NamedTuple):
     ordinals: Tensor | None = None
     key_mask: Tensor | None = None
     segments: Tensor | None = None
+    is_new: Tensor | None = None
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Context:
         ordinals: [B or 1, S] int64.
         key_mask: [B, S] bool, False for padding; None without padding.
         segments: [B, S] document numbers; None for one document.
+        is_new: [B, S] bool, True for the tokens of the queries; None if these are the last T slots of every row.
         sink_keys, sink_values: [B, N, J, K]; None without sinks.
         sink_slots: [B or 1, N] absolute slots, -1 for a sink that the row does not have.
         sink_segments: [B, N] document numbers of the sinks; None for one document.
@@ -49,6 +51,7 @@ class Context:
     ordinals: Tensor
     key_mask: Tensor | None
     segments: Tensor | None
+    is_new: Tensor | None
     sink_keys: Tensor | None
     sink_values: Tensor | None
     sink_slots: Tensor | None
@@ -91,6 +94,7 @@ class Context:
             self.ordinals[:, start:end],
             cut(self.key_mask),
             cut(self.segments),
+            cut(self.is_new),
         )
 
     def part(self, start: int, end: int) -> "Context":
@@ -106,6 +110,9 @@ class Context:
         """Return a cache's context with decoded assignments; the newest tokens' are given, [B, T, J, ·]."""
         assert self.recurrent_inputs.assignment is not None, "a context without assignments has none to decode"
         cached = self.recurrent_inputs.assignment[:, : -newest.shape[1]]
+        if self.is_new is not None and cached.shape[1]:  # a row with padding has fewer new tokens, behind cached ones
+            last = self.is_new[:, -newest.shape[1] :, None, None]
+            newest = torch.where(last, newest, decode(self.recurrent_inputs.assignment[:, -newest.shape[1] :]))
         assignment = torch.cat([decode(cached), newest], dim=1) if cached.shape[1] else newest
         return replace(self, recurrent_inputs=RecurrentInputs(assignment=assignment))
 
@@ -168,7 +175,7 @@ def context_of(
     Args:
         keys, values: [B, S, J, K], keys after rotary.
         sinks: number of first tokens of each document that are sinks.
-        padding_mask: [B, S] bool, False for padding.
+        padding_mask: [B, S] bool, False for padding, which comes first.
         segments: [B, S] document numbers.
     """
     ordinals = ordinals_of(padding_mask, segments, keys.shape[1], keys.device)
@@ -186,6 +193,7 @@ def context_of(
         ordinals,
         padding_mask,
         segments,
+        None,
         sink_keys,
         sink_values,
         sink_slots,

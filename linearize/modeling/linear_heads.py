@@ -267,7 +267,7 @@ class LinearHeads(WindowHeads):
         # in a plain context, a token's slot is its number in the document
         may_hold_sinks_or_padding = not context.is_plain or first_slot < self.sinks
         if not self.delayed:
-            write_mask = slots.key_mask
+            write_mask = slots.key_mask if slots.is_new is None else slots.is_new
         elif may_hold_sinks_or_padding and slots.ordinals is not None:
             # a sink's ordinal is below `sinks`, and so is that of padding, -1
             write_mask = slots.ordinals >= self.sinks

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearize.mixers.mixer import RecurrentInputs
 from linearize.modeling.context import Context, Slots, Step, gather_slots
+from linearize.modeling.packing import padding_moved_ahead
 
 
 class WindowCache:
@@ -78,7 +79,7 @@ class WindowCache:
         Args:
             keys, values: [B, T, J, K], keys after rotary.
             recurrent_inputs: encoded, see `WindowHeads.encode_inputs`.
-            padding_mask: [B, T] bool, False for padding.
+            padding_mask: [B, T] bool, False for padding, which comes first.
         """
         if padding_mask is None and keys.shape[1] == 1 and self._can_step(keys, values, recurrent_inputs):
             return self._step(keys, values, recurrent_inputs)
@@ -91,13 +92,23 @@ class WindowCache:
             ordinals = torch.where(padding_mask, counts[:, None] + padding_mask.cumsum(-1) - 1, -1)
             self.padded = True
         self.token_counts = counts + (T if padding_mask is None else padding_mask.sum(-1))
+        padding = None if padding_mask is None or not self.length else T - padding_mask.sum(-1)
+        if padding is not None and self.sink_slots is not None:
+            self.sink_slots = torch.where(self.sink_slots < 0, -1, self.sink_slots + padding[:, None])
         sink_keys, sink_values = self._extend_sinks(keys, values, ordinals)
 
+        is_new = None
         if self.keys is not None and self.values is not None and self.ordinals is not None:
             keys = torch.cat([self.keys[:, self.sinks :], keys], dim=1)
             values = torch.cat([self.values[:, self.sinks :], values], dim=1)
             ordinals = torch.cat([self.ordinals, ordinals], dim=1)
         recurrent_inputs = self.recurrent_inputs.joined(recurrent_inputs)
+        if padding is not None:
+            cached = keys.shape[1] - T
+            keys, values, ordinals = (padding_moved_ahead(x, cached, padding) for x in (keys, values, ordinals))
+            if self.store_recurrent_inputs:
+                recurrent_inputs = recurrent_inputs.map(lambda x: padding_moved_ahead(x, cached, padding))
+            is_new = torch.arange(cached + T, device=keys.device)[None] >= cached + padding[:, None]
         self.length += T
         context = Context(
             keys,
@@ -106,6 +117,7 @@ class WindowCache:
             ordinals,
             key_mask=ordinals >= 0 if self.padded else None,
             segments=None,
+            is_new=is_new,
             sink_keys=sink_keys if self.sinks else None,
             sink_values=sink_values if self.sinks else None,
             sink_slots=self.sink_slots,
