@@ -173,7 +173,7 @@ def _fit(
     fitter = _LayerFitter(source.name, plan, progress)
     fitter.restore(model, kept.load("forward")[1])
     with doing("calibrating"), model.observed(fitter.fit):
-        batches = stream.start([rows], [_spread_positions(rows, model.config)])
+        batches = stream.start([rows], [{"position_ids": _spread_positions(rows, model.config)}])
         stream.forward(batches, kept, state=lambda: fitter.state(model))
     kept.remove()
     attentions = [attention for _, attention in model.linear_attentions()]

@@ -7,35 +7,39 @@
 (e) So does the family's readout of the hidden states.
 
 Checks (c) to (e) must leave every window. A window too long for that in reasonable time is shortened for them; no
-parameter depends on its length. Large models are streamed from disk, a module at a time. The program prints one JSON
+parameter depends on its length. Large models run layer by layer. The program prints one JSON
 document; the key "failure" in it names a difference.
 """
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.weights import DTYPE_NAMES, TensorInfo, read_weights
-from linearize.device import has_amx, keep_freed_memory
-from linearize.modeling.agreement import TOLERANCES, difference, logits_behind_padding, logits_in_pieces
+from linearize.device import RESIDENT_BYTES, has_amx, keep_freed_memory
+from linearize.errors import CheckpointError
+from linearize.modeling.agreement import (
+    TOLERANCES,
+    difference,
+    logits_behind_padding,
+    logits_in_pieces,
+    streamed_behind_padding,
+    streamed_in_pieces,
+)
+from linearize.modeling.layer_stream import LayerStream
 from linearize.modeling.readout import readout_of
 from linearize.modeling.registration import register_checkpoint
 from linearize.plan import Plan
 
-if TYPE_CHECKING:
-    from linearize.modeling.attention import LinearizedAttention
-
-# bytes of weights above which a model is streamed from disk
-STREAM_ABOVE = 1 << 30
 # bytes of a tensor that are in memory while it is checked
 BLOCK_BYTES = 1 << 24
 # tokens that (c) to (e) take at most, so that a model of 4 GiB takes about a minute
@@ -64,9 +68,8 @@ def verify(folder: Path, base: Path) -> dict[str, Any]:
     # beyond the window, so that sinks and recurrent branch take part, and with a decode that leaves the window again
     length = min(max(window + 24, 48), LONGEST, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory(prefix="linearize-verify-") as offload:
-        softmax_difference = _softmax_difference(folder, base, ids, Path(offload))
-        decode_difference, padded_difference = _student_differences(folder, plan, ids, Path(offload))
+    softmax_difference = _softmax_difference(folder, base, ids)
+    decode_difference, padded_difference = _student_differences(folder, plan, ids)
     return {
         "tokens": length,
         "tensors_finite": tensors,
@@ -112,13 +115,12 @@ def _is_finite(path: Path, info: TensorInfo) -> bool:
 
 
 def _load(
-    folder: Path, offload: Path, *, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
+    folder: Path, *, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
     """Load a checkpoint with every key accounted for.
 
     Args:
-        offload: folder for the weights of a large model, which is streamed and always in the checkpoint's own dtype.
-        dtype: dtype of a smaller model; None: the checkpoint's own if this processor is fast in it, else float32.
+        dtype: None: the checkpoint's own if this processor is fast in it, else float32.
         config: a config in place of the checkpoint's.
 
     Raises:
@@ -126,47 +128,44 @@ def _load(
     """
     config = config or AutoConfig.from_pretrained(folder)
     options: dict[str, Any] = {"dtype": dtype or ("auto" if has_amx() else torch.float32)}
-    if _is_large(folder):
-        options = {"dtype": "auto", "device_map": _streamed(config), "offload_folder": str(offload)}
     model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
-    softmax_only = not any(attention.linear_heads for _, attention in _attentions(model))
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = [str(name) for name in info[kind] if "rotary_emb" not in str(name)]
-        if softmax_only:  # a plan without linear heads has no place for the added parameters
-            names = [name for name in names if ADDED not in name]
-        if names:
-            raise VerificationFailure(f"{kind.replace('_', ' ')} on loading {folder.name}, first {sorted(names)[0]}")
+        _require_none(kind, info[kind], model, folder)
     return model.eval()
 
 
-def _streamed(config: PretrainedConfig) -> dict[str, str]:
-    """Return the device map of a streamed model: modules stay on disk until they are needed.
+def _require_none(kind: str, names: Iterable[Any], model: PreTrainedModel, folder: Path) -> None:
+    """Raise a VerificationFailure for the first of the names, but for tensors that the model has no place for."""
+    names = [str(name) for name in names if "rotary_emb" not in str(name)]
+    attentions = model.linear_attentions() if hasattr(model, "linear_attentions") else ()
+    if not any(attention.linear_heads for _, attention in attentions):
+        names = [name for name in names if ADDED not in name]  # a plan without linear heads
+    if names:
+        raise VerificationFailure(f"{kind.replace('_', ' ')} on loading {folder.name}, first {min(names)}")
 
-    The added parameters are in memory: they are small, and the layers read single ones of them.
-    """
-    with torch.device("meta"):
-        names = AutoModelForCausalLM.from_config(config).state_dict()
-    modules = {name.partition(ADDED)[0] + ".mixer" if ADDED in name else name.rpartition(".")[0] for name in names}
-    return {module: "cpu" if module.endswith(".mixer") else "disk" for module in sorted(modules)}
 
-
-def _attentions(model: PreTrainedModel) -> "Iterable[tuple[str, LinearizedAttention]]":
-    """Return the attention modules of a student; a base model has none."""
-    return model.linear_attentions() if hasattr(model, "linear_attentions") else ()
+def _stream(folder: Path, config: PretrainedConfig | None = None) -> LayerStream:
+    """Open a large checkpoint to run layer by layer, in float32."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config or AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    return LayerStream(model.eval(), folder)
 
 
 def _is_large(folder: Path) -> bool:
     """Return True if a checkpoint's model is to be streamed from disk."""
-    return read_weights(folder).nbytes > STREAM_ABOVE
+    return read_weights(folder).nbytes > RESIDENT_BYTES
 
 
 @torch.no_grad()
-def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Path) -> float:
+def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor) -> float:
     """Compare the student in softmax mode with its base, check (b), and return the difference, which must be 0."""
-    reference = _load(base, offload / "base")(ids, use_cache=False).logits
     config = AutoConfig.from_pretrained(folder)
     config.linearize = config.plan.keep_all_softmax(config.key_value_heads).to_dict()
-    logits = _load(folder, offload / "softmax", config=config)(ids, use_cache=False).logits
+    if _is_large(folder):
+        reference, logits = _streamed_logits(_stream(base), ids), _streamed_logits(_stream(folder, config), ids)
+    else:
+        reference = _load(base)(ids, use_cache=False).logits
+        logits = _load(folder, config=config)(ids, use_cache=False).logits
     if not logits.isfinite().all():
         raise VerificationFailure("the base model's logits are not finite")
     difference = (logits - reference).abs().max().item()
@@ -175,8 +174,16 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor, offload: Pa
     return difference
 
 
+def _streamed_logits(stream: LayerStream, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits [T, vocabulary] of ids [1, T]."""
+    (hidden,) = stream.last_hidden([ids[0]])
+    with stream.readout() as head:
+        _require_none("unexpected_keys", stream.unplaced, stream.model, stream.folder or Path())
+        return head(hidden)
+
+
 @torch.no_grad()
-def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor, offload: Path) -> tuple[float, float]:
+def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor) -> tuple[float, float]:
     """Compute the same logits in other ways: checks (c) to (e).
 
     Returns:
@@ -185,17 +192,21 @@ def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor, offload: P
     """
     config = AutoConfig.from_pretrained(folder)
     config.linearize = plan.to_dict()
-    student = _load(folder, offload / "student", dtype=torch.float32, config=config)
-    full = student(ids, use_cache=False).logits
-    others = {
-        "cached decode": logits_in_pieces(student, ids, [ids.shape[1] - 8, 5, 1, 1, 1]),
-        "a left-padded row": logits_behind_padding(student, ids),
-    }
-    if not _is_large(folder):  # the output embeddings of a streamed model are not in memory
-        hidden = student.base_model(ids, use_cache=False).last_hidden_state
-        others["the readout that losses and scores use"] = readout_of(student)(hidden)
+    pieces = [ids.shape[1] - 8, 5, 1, 1, 1]
+    ways = ("cached decode", "a left-padded row", "the readout that losses and scores use")
+    if _is_large(folder):
+        stream = _stream(folder, config)
+        full = _streamed_logits(stream, ids)
+        hidden = streamed_in_pieces(stream, ids, pieces), streamed_behind_padding(stream, ids)
+        with stream.readout() as head:  # which is (e) itself
+            others = [head(of_way) for of_way in hidden]
+    else:
+        student = _load(folder, dtype=torch.float32, config=config)
+        full = student(ids, use_cache=False).logits
+        others = [logits_in_pieces(student, ids, pieces), logits_behind_padding(student, ids)]
+        others.append(readout_of(student)(student.base_model(ids, use_cache=False).last_hidden_state))
     differences = []
-    for way, logits in others.items():
+    for way, logits in zip(ways, others):
         differences.append(difference(logits, full))
         # written so that NaN fails, too
         if not differences[-1] <= TOLERANCES[full.dtype]:
@@ -209,11 +220,12 @@ def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor, offload: P
 def main() -> None:
     """Verify the folder that the command line names, and print the outcome."""
     logging.set_verbosity_error()
-    keep_freed_memory()
     folder, base = (Path(argument) for argument in sys.argv[1:3])
     try:
+        if not _is_large(folder):
+            keep_freed_memory()
         result = verify(folder, base)
-    except VerificationFailure as failure:
+    except (VerificationFailure, CheckpointError) as failure:
         result = {"failure": str(failure)}
     print(json.dumps(result))
 

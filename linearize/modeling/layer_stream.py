@@ -87,6 +87,7 @@ class LayerStream:
         self.layers: nn.ModuleList = model.base_model.layers
         self.unfinished = None if folder is None else unfinished
         self.next_layer: NextLayer | None = None
+        self.unplaced: set[str] = set()
         if folder is not None:
             return_freed_memory()
             self._find_tensors(folder)
@@ -130,6 +131,8 @@ class LayerStream:
                 self.next_layer.begin(following)
         elif self.folder is not None:
             self._load_layer(index)
+        if lacking := [name for name, parameter in layer.named_parameters() if parameter.is_meta]:
+            raise CheckpointError(f"{self.folder}: holds no tensor for '{lacking[0]}' of layer {index}")
         try:
             yield layer
         finally:
@@ -137,11 +140,15 @@ class LayerStream:
                 _drop_weights(layer, self.unloaded[index])
 
     @torch.no_grad()
-    def start(self, rows: Sequence[Tensor], position_ids: Sequence[Tensor | None] | None = None) -> list[StreamedBatch]:
-        """Embed batches of token ids [B, T]; return them in front of the first layer."""
-        positions = position_ids or [None] * len(rows)
+    def start(self, rows: Sequence[Tensor], options: Sequence[dict[str, Any]] | None = None) -> list[StreamedBatch]:
+        """Embed batches of token ids [B, T]; return them in front of the first layer.
+
+        Args:
+            options: other arguments of the model's forward for each batch: positions, a mask, a cache.
+        """
         with self._embedding(rows) as embedded:
-            return [self.recorded(hidden, at) for hidden, at in zip(embedded, positions, strict=True)]
+            given = options or [{}] * len(rows)
+            return [self.recorded(hidden, **of_batch) for hidden, of_batch in zip(embedded, given, strict=True)]
 
     def kept_pass(self, name: str) -> LayerPass:
         """Return a pass that goes on from where one of that name was interrupted, with the same rows and weights."""
@@ -262,7 +269,7 @@ class LayerStream:
             embedded = [embedding(part.view(ids.shape)) for part, ids in zip(parts, rows, strict=True)]
         yield embedded
 
-    def recorded(self, embedded: Tensor, position_ids: Tensor | None = None) -> StreamedBatch:
+    def recorded(self, embedded: Tensor, **options: Any) -> StreamedBatch:
         """Run the family's forward on embeddings with the layers bypassed, and record how it calls them."""
         first: list[Tensor] = []
         calls: list[LayerCall] = []
@@ -272,7 +279,6 @@ class LayerStream:
             calls.append(LayerCall(arguments, keywords))
             return hidden
 
-        options = {} if position_ids is None else {"position_ids": position_ids.to(self.device)}
         self._bypassed(embedded, options, bypass)
         return StreamedBatch(first[0], calls)
 
@@ -287,7 +293,7 @@ class LayerStream:
         for layer in self.layers:
             layer.forward = stand_in
         try:
-            return self.model.base_model(inputs_embeds=embedded, use_cache=False, **options)
+            return self.model.base_model(inputs_embeds=embedded, **{"use_cache": False, **options})
         finally:
             for layer, forward in zip(self.layers, own, strict=True):
                 del layer.forward
@@ -313,9 +319,13 @@ class LayerStream:
         """Read tensors into the model as transformers does, its conversions included."""
         with self._opened(names) as tensors:
             options = LoadStateDictConfig(
-                device_map={"": device}, dtype=self.model.dtype, weight_mapping=self.conversions
+                device_map={"": device},
+                dtype=self.model.dtype,
+                dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+                weight_mapping=self.conversions,
             )
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, options)
+        self.unplaced |= set(map(str, info.unexpected_keys))
         if odd := sorted(map(str, info.mismatched_keys)) or sorted(info.conversion_errors):
             raise CheckpointError(f"{self.folder}: tensor '{odd[0]}' does not fit the model")
 

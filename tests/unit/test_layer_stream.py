@@ -48,7 +48,7 @@ def test_no_layer_keeps_its_weights(case):
 def test_rows_can_start_anywhere(case):
     model, stream = case
     ids, positions = rows_of(model)[0][None], torch.arange(40)[None] + 17
-    (batch,) = stream.start([ids], [positions])
+    (batch,) = stream.start([ids], [{"position_ids": positions}])
     stream.forward([batch])
     with torch.no_grad():
         expected = model.base_model(ids, position_ids=positions, use_cache=False).last_hidden_state

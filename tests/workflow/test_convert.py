@@ -173,10 +173,10 @@ def test_verification_fails_when_decode_differs(base_folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("mixer", ["gla", "vq"])
-def test_verification_of_a_large_model_streams_it_from_disk(base_folder, tmp_path, monkeypatch, mixer):
+def test_a_large_model_is_verified_layer_by_layer(base_folder, tmp_path, monkeypatch, mixer):
     out, base = tmp_path / "out", base_folder("mqa_tied", shards=2, dtype=torch.bfloat16)
     convert(str(base), settings(mixer=mixer), out=out, verify=False, progress=quiet)
-    monkeypatch.setattr(verify, "STREAM_ABOVE", 0)
+    monkeypatch.setattr(verify, "RESIDENT_BYTES", 0)
     assert verify.verify(out, base)["softmax_everywhere_max_difference"] == 0.0
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,13 @@ def assert_exact(case: Converted) -> None:
     assert case.verification["softmax_everywhere_max_difference"] == 0.0
     assert case.verification["cached_decode_max_difference"] < 1e-5
     assert case.verification["padded_max_difference"] < 1e-5
+
+
+def test_verification_layer_by_layer_finds_the_same(case, monkeypatch):
+    monkeypatch.setattr(verify, "RESIDENT_BYTES", 0)
+    streamed = verify.verify(case.out, case.folder)
+    assert_exact(replace(case, verification=streamed))
+    assert streamed["tokens"] == case.verification["tokens"]
 
 
 def test_every_listed_family_has_a_row():
