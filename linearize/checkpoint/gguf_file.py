@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.weights import INDEX, SINGLE
-from linearize.checkpoint.writing import write_json
+from linearize.checkpoint.writing import write_json, write_tensors
 from linearize.errors import CheckpointError, UnsupportedModelError, one_line
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES
@@ -55,16 +55,16 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
     location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         fields, rotary, stored_numbers = _read(path)
-        config = AutoConfig.from_pretrained(**location)
+        config = AutoConfig.from_pretrained(**location, trust_remote_code=False)
         if config.model_type in FAMILIES:
             complete(config, fields, rotary)
-        tokenizer = AutoTokenizer.from_pretrained(**location)
+        tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
     except Exception as error:  # the readers raise what their parsers raise, of any type
         raise _unreadable(path, error) from None
     if why := reason_to_refuse(config.to_dict()):
         raise UnsupportedModelError(f"{path}: holds a {config.model_type} model, which cannot be converted: {why}")
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     model.tie_weights()
     try:
         joined = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model))
@@ -73,7 +73,7 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
             # keep parts in float32
             numbers, missing = _dequantise_whole(location, config, folder, dtype)
         else:
-            numbers, missing = write_tensors(path, model, folder)
+            numbers, missing = write_dequantised(path, model, folder)
             config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
@@ -103,7 +103,7 @@ def _dequantise_whole(
     # the oldest supported versions of transformers always dequantise, and have no GgufConfig
     if quantization := getattr(transformers, "GgufConfig", None):
         options["quantization_config"] = quantization(dequantize=True)
-    model, info = AutoModelForCausalLM.from_pretrained(**location, config=config, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(**location, config=config, trust_remote_code=False, **options)
     # transformers refuses to save a model that is still marked as quantised
     model.hf_quantizer = None
     model.is_quantized = False
@@ -115,7 +115,7 @@ def _dequantise_whole(
     return sum(parameter.numel() for parameter in model.parameters()), sorted(info["missing_keys"])
 
 
-def write_tensors(path: Path, model: "PreTrainedModel", folder: Path) -> tuple[int, list[str]]:
+def write_dequantised(path: Path, model: "PreTrainedModel", folder: Path) -> tuple[int, list[str]]:
     """Dequantise a file tensor by tensor into shards of safetensors.
 
     Args:
@@ -125,7 +125,6 @@ def write_tensors(path: Path, model: "PreTrainedModel", folder: Path) -> tuple[i
         The count of numbers that were written, and the names of the model's parameters that are not in the file.
     """
     from gguf import GGUFReader
-    from safetensors.torch import save_file
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -154,7 +153,7 @@ def write_tensors(path: Path, model: "PreTrainedModel", folder: Path) -> tuple[i
                 if tensors[name].shape != parameters[name].shape:
                     raise ValueError(f"tensor '{tensor.name}' has the shape {list(tensors[name].shape)}")
                 advance()
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            write_tensors(folder / file, tensors)
             weight_map |= dict.fromkeys(tensors, file)
     if len(files) > 1:
         total = sum(parameters[name].numel() for name in weight_map) * model.dtype.itemsize

@@ -5,13 +5,14 @@ import threading
 import urllib.request
 from pathlib import Path
 
+from linearize.checkpoint.auto import trusts_code
 from linearize.errors import CheckpointError, ConfigError, one_line
 
 # a hub that has not answered by then is treated as unreachable
 HUB_SECONDS = 8
 
 HUB_FILES = [
-    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py", "LICENSE*",
+    "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*",
     "LICENCE*", "USE_POLICY*", "NOTICE*",
 ]  # fmt: skip
 
@@ -43,7 +44,7 @@ def download(model: str, revision: str | None, option: str) -> Path:
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=HUB_FILES,
+                allow_patterns=[*HUB_FILES, "*.py"] if trusts_code() else HUB_FILES,
                 local_files_only=not answers,
                 etag_timeout=HUB_SECONDS,
             )

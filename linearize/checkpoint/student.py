@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.auto import auto_tokenizer
 from linearize.checkpoint.manifest import FinetuneRecord, Manifest
-from linearize.checkpoint.names import MANIFEST
+from linearize.checkpoint.names import MANIFEST, UNTRAINED
 from linearize.checkpoint.open import open_source
 from linearize.checkpoint.source import Source, local_fingerprint, read_config
-from linearize.errors import CheckpointError, ConfigError, one_line
+from linearize.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ ADAPTER = "adapter"
 # a folder with one of these files has a tokenizer
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 # beside finetuned weights: the added parameters before any training
-UNTRAINED_FILE = "untrained.safetensors"
+UNTRAINED_FILE = UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,9 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """Load the tokenizer of a checkpoint folder; None if it has no tokenizer files.
 
     Raises:
+        ConfigError: it has code of its own, which the user does not trust.
         CheckpointError: the files are there, and cannot be loaded.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {one_line(error, 200)}") from None
+    return auto_tokenizer(folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from linearize.checkpoint.auto import trust_code
 from linearize.cli import bench, convert, doctor, finetune, plan
 from linearize.cli import eval as eval_
 from linearize.cli import list as list_
@@ -52,7 +53,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; print what went wrong, in JSON too if it has --json."""
     gc.set_threshold(GC_THRESHOLD)
     try:
-        arguments = _take_message_options(arguments)
+        arguments = _take_common_options(arguments)
         quiet_libraries()
         with reporting():
             return _run_command(arguments)
@@ -66,14 +67,17 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _take_message_options(arguments: list[str]) -> list[str]:
-    """Apply --quiet, --verbose and --log-file, which every command takes, and return the other arguments."""
+def _take_common_options(arguments: list[str]) -> list[str]:
+    """Apply the options that every command takes (help.py), and return the other arguments."""
     rest: list[str] = []
+    trusted = False
     options: dict[str, Any] = {}
     remaining = iter(arguments)
     for argument in remaining:
         name, equals, value = argument.partition("=")
-        if argument in ("--quiet", "--verbose"):
+        if argument == "--trust-remote-code":
+            trusted = True
+        elif argument in ("--quiet", "--verbose"):
             options[argument.removeprefix("--")] = True
         elif name == "--log-file":
             path = value if equals else next(remaining, "")
@@ -83,6 +87,7 @@ def _take_message_options(arguments: list[str]) -> list[str]:
         else:
             rest.append(argument)
     configure(**options)
+    trust_code(trusted)
     return rest
 
 

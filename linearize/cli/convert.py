@@ -9,7 +9,7 @@ import typer
 
 from linearize.cli import conversion_options as options
 from linearize.cli.help import Command, examples
-from linearize.cli.options import ATTENTION, OUTPUT, SOURCE, Json, Overwrite
+from linearize.cli.options import ATTENTION, OUTPUT, Json, Overwrite
 from linearize.cli.output import emit, emit_json, note
 from linearize.cli.plan import print_plan
 
@@ -40,14 +40,6 @@ Calibrate = Annotated[
         "--calibrate/--no-calibrate",
         help="Fit the added parameters to the base, without training (default: if there is text for it).",
         rich_help_panel=ATTENTION,
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Omit the notice that a model brings code of its own, which is never run.",
-        rich_help_panel=SOURCE,
     ),
 ]
 LinkWeights = Annotated[
@@ -104,7 +96,6 @@ def convert(
     layers: options.Layers = None,
     set_: options.Set = None,
     revision: options.Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
     merge_adapter: options.MergeAdapter = False,
     text_model: options.TextModel = False,
     link: LinkWeights = Link.auto,
@@ -124,7 +115,7 @@ def convert(
         settings = _with_calibration(settings, "always" if calibrate else "never")
     source_options: dict[str, Any] = {"revision": revision, "merge_adapter": merge_adapter, "text_model": text_model}
     if dry_run:
-        from linearize.checkpoint.writing import check_target
+        from linearize.checkpoint.output_folder import check_target
 
         if out is not None:
             check_target(out, overwrite=overwrite)
@@ -134,7 +125,7 @@ def convert(
 
     student = convert_model(
         model, settings, out=out, link=link, verify=verify, measure=require_quality, overwrite=overwrite,
-        trust_remote_code=trust_remote_code, progress=note, **source_options,
+        progress=note, **source_options,
     )  # fmt: skip
     if json_:
         emit_json(student.to_dict())

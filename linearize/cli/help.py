@@ -17,11 +17,16 @@ EXIT_CODES = (
 
 
 # options that every command takes (cli/app.py)
-MESSAGE_OPTIONS = [
-    ("--quiet", "Print results and errors alone."),
-    ("--verbose", "Print the libraries' messages and progress bars, too."),
-    ("--log-file PATH", "Append every message to this file, with its date."),
-]
+EVERY_COMMAND = {
+    "Messages": [
+        ("--quiet", "Print results and errors alone."),
+        ("--verbose", "Print the libraries' messages and progress bars, too."),
+        ("--log-file PATH", "Append every message to this file, with its date."),
+    ],
+    "Trust": [
+        ("--trust-remote-code", "Run the code that a tokenizer brings. Code of models is never run."),
+    ],
+}
 
 
 class Command(TyperCommand):
@@ -35,7 +40,8 @@ class Command(TyperCommand):
             if record is not None:
                 default = "Arguments" if parameter.param_type_name == "argument" else "Options"
                 panels.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
-        panels.setdefault("Messages", []).extend(MESSAGE_OPTIONS)
+        for title, options in EVERY_COMMAND.items():
+            panels.setdefault(title, []).extend(options)
         for title in sorted(panels, key=lambda title: title == "Options"):  # Options, which holds --help, goes last
             with formatter.section(title):
                 formatter.write_dl(panels[title])

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from linearize.checkpoint.auto import auto_config
 from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.weights import DTYPE_NAMES, TensorInfo, read_weights
 from linearize.device import RESIDENT_BYTES, has_amx, keep_freed_memory
@@ -61,7 +62,7 @@ def verify(folder: Path, base: Path) -> dict[str, Any]:
     """
     tensors = _check_finite(folder)
     register_checkpoint(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = auto_config(folder)
     plan = _shortened(config.plan)
     linear = [layer for layer in plan.layers if layer.linear_heads(config.key_value_heads)]
     window = max((max(layer.window, layer.softmax_window or 0) for layer in linear), default=0)
@@ -114,9 +115,7 @@ def _is_finite(path: Path, info: TensorInfo) -> bool:
     return True
 
 
-def _load(
-    folder: Path, *, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
-) -> PreTrainedModel:
+def _load(folder: Path, *, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """Load a checkpoint with every key accounted for.
 
     Args:
@@ -126,9 +125,11 @@ def _load(
     Raises:
         VerificationFailure: keys are missing, unexpected or mismatched.
     """
-    config = config or AutoConfig.from_pretrained(folder)
+    config = config or auto_config(folder)
     options: dict[str, Any] = {"dtype": dtype or ("auto" if has_amx() else torch.float32)}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, output_loading_info=True, trust_remote_code=False, **options
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         _require_none(kind, info[kind], model, folder)
     return model.eval()
@@ -147,7 +148,9 @@ def _require_none(kind: str, names: Iterable[Any], model: PreTrainedModel, folde
 def _stream(folder: Path, config: PretrainedConfig | None = None) -> LayerStream:
     """Open a large checkpoint to run layer by layer, in float32."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config or AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config or auto_config(folder), dtype=torch.float32, trust_remote_code=False
+        )
     return LayerStream(model.eval(), folder)
 
 
@@ -159,7 +162,7 @@ def _is_large(folder: Path) -> bool:
 @torch.no_grad()
 def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor) -> float:
     """Compare the student in softmax mode with its base, check (b), and return the difference, which must be 0."""
-    config = AutoConfig.from_pretrained(folder)
+    config = auto_config(folder)
     config.linearize = config.plan.keep_all_softmax(config.key_value_heads).to_dict()
     if _is_large(folder):
         reference, logits = _streamed_logits(_stream(base), ids), _streamed_logits(_stream(folder, config), ids)
@@ -190,7 +193,7 @@ def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor) -> tuple[f
         Largest differences from the full forward, relative to the largest logit: of a prefill, a chunk and single steps
         through the cache, and of the same tokens behind padding.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = auto_config(folder)
     config.linearize = plan.to_dict()
     pieces = [ids.shape[1] - 8, 5, 1, 1, 1]
     ways = ("cached decode", "a left-padded row", "the readout that losses and scores use")

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
+from linearize.checkpoint.auto import auto_config
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import read_tokenizer
 from linearize.data.documents import read_documents
@@ -46,7 +46,7 @@ def text_rows(source: Source, window: int, dataset: str, rows: int) -> Tensor | 
     if tokenizer is None:
         return None
     ids = text_tokens(tokenizer, dataset, rows * LONGEST_ROW)
-    positions = AutoConfig.from_pretrained(source.folder).max_position_embeddings
+    positions = auto_config(source.folder).max_position_embeddings
     length = min(len(ids) // rows, LONGEST_ROW, positions)
     if length < 2 * window:
         return None

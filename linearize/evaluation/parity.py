@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.work_folder import temporary_folder
 from linearize.checkpoint.writing import check_space
 from linearize.errors import ResourceError
 from linearize.evaluation.measurement import Measurement, Option, Stage
@@ -89,10 +88,14 @@ def _length(context: EvaluationContext, model: PreTrainedModel) -> int:
 def _logits_after_saving(model: Any, ids: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory(prefix="linearize-parity-") as folder:
-        check_space(Path(folder), model.get_memory_footprint())
+    with temporary_folder("parity") as folder:
+        check_space(folder, model.get_memory_footprint())
         model.save_pretrained(folder)
-        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(ids.device).eval()
+        reloaded = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=False)
+            .to(ids.device)
+            .eval()
+        )
         return reloaded(ids, use_cache=False).logits
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from linearize import device as devices
+from linearize.checkpoint.auto import auto_tokenizer
 from linearize.checkpoint.fingerprint import sha256
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.source import Source
@@ -150,7 +151,7 @@ def require_same_tokenizer(source: Source, tokenizer: Any) -> None:
     """
     if not any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    base_tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    base_tokenizer = auto_tokenizer(source.folder)
     differing = dict(base_tokenizer.get_vocab().items() ^ tokenizer.get_vocab().items())
     if differing:
         raise ConfigError(

@@ -8,9 +8,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from linearize.checkpoint.auto import auto_config
 from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import (
@@ -94,12 +95,17 @@ def load_tokenizer(folder: Path) -> Any:
 def positions_of(folder: Path) -> int:
     """Return the number of positions of a checkpoint's model."""
     register_checkpoint(folder := Student.read(folder).weights_folder)
-    return AutoConfig.from_pretrained(folder).max_position_embeddings
+    return auto_config(folder).max_position_embeddings
 
 
 def load_base(source: Source, *, dtype: torch.dtype) -> PreTrainedModel:
     """Load the base model as transformers does."""
-    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
+    return _base_model(source.folder, dtype=dtype)
+
+
+def _base_model(folder: Path, **options: Any) -> PreTrainedModel:
+    config = auto_config(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options).eval()
 
 
 def load_unconverted(
@@ -144,7 +150,7 @@ def _load_added(model: PreTrainedModel, added: dict[str, torch.Tensor]) -> None:
 def _unconverted_config(source: Source, plan: Plan) -> tuple[LinearizedClasses, PretrainedConfig]:
     """Return the linearized classes of the base's family, and its config under the plan."""
     classes = linearized_classes(find_family(plan.base_model_type))
-    base = AutoConfig.from_pretrained(source.folder).to_dict()
+    base = auto_config(source.folder).to_dict()
     if base.pop("model_type") != plan.base_model_type:
         raise ConfigError(f"--base: '{source.name}' is not a {plan.base_model_type} model, as the student's base was")
     base.pop("architectures", None)
@@ -159,7 +165,7 @@ def _unconverted_config(source: Source, plan: Plan) -> tuple[LinearizedClasses, 
 def base_without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model that a folder's config.json describes; its parameters have shapes and no values."""
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(auto_config(folder), dtype=dtype, trust_remote_code=False).eval()
 
 
 def open_base(source: Source, *, dtype: torch.dtype, device: str, unfinished: Path | None = None) -> LayerStream:
@@ -174,8 +180,8 @@ def open_base(source: Source, *, dtype: torch.dtype, device: str, unfinished: Pa
     if placement is None:
         model = base_without_weights(source.folder, dtype)
         return LayerStream(model, source.folder, device=device, unfinished=unfinished)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, device_map=placement)
-    return LayerStream(model.eval().requires_grad_(False), device=device)
+    model = _base_model(source.folder, dtype=dtype, device_map=placement)
+    return LayerStream(model.requires_grad_(False), device=device)
 
 
 def open_unconverted(
@@ -244,7 +250,9 @@ def _load_exactly(
     """
     register_checkpoint(folder)
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **kwargs)
+        kwargs.setdefault("config", auto_config(folder))
+        options = {"output_loading_info": True, "trust_remote_code": False, **kwargs}
+        model, info = model_class.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     missing = [name for name in info["missing_keys"] if may_miss is None or may_miss not in name]

@@ -1,0 +1,70 @@
+"""Load configs and tokenizers of checkpoints through transformers, without their code unless the user trusts it.
+
+Without a word from us transformers asks on the terminal whether to run a checkpoint's code, and takes "y" from a pipe.
+Some keys of a config name code, too: they are put back to transformers' own choice.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.checkpoint.json_file import read_object
+from linearize.errors import CheckpointError, ConfigError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# attributes of a config that choose an implementation, which can be a kernel from a hub
+CHOOSE_CODE = ("_attn_implementation", "_experts_implementation")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# set by --trust-remote-code
+_trusts_code = False
+
+
+def trust_code(trusted: bool) -> None:
+    """Let tokenizers run the code that comes with them, from here on, or forbid it."""
+    global _trusts_code
+    _trusts_code = trusted
+
+
+def trusts_code() -> bool:
+    """Return True if tokenizers may run the code that comes with them."""
+    return _trusts_code
+
+
+def auto_config(folder: Path, **location: str) -> "PretrainedConfig":
+    """Read a checkpoint's config as transformers does; its code is never run."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **location)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in CHOOSE_CODE:
+            if getattr(part, name, None) is not None:
+                setattr(part, name, None)
+    return config
+
+
+def auto_tokenizer(folder: Path, **location: str) -> Any:
+    """Load a checkpoint's tokenizer as transformers does; its code runs only if the user trusts it.
+
+    Raises:
+        ConfigError: it has code of its own.
+        CheckpointError: it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    if (code := tokenizer_code(folder)) and not _trusts_code:
+        raise ConfigError(f"{folder}: its tokenizer has code of its own ({code[0]}); --trust-remote-code runs it")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusts_code, **location)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {one_line(error, 200)}") from None
+
+
+def tokenizer_code(folder: Path) -> list[str]:
+    """Return the names of the Python files in a folder that its tokenizer says it consists of."""
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return []
+    auto_map = read_object(folder / TOKENIZER_CONFIG).get("auto_map")
+    entries = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    names = entries if isinstance(entries, list) else [entries]
+    return [f"{name.split('--')[-1].split('.')[0]}.py" for name in names if isinstance(name, str)]
