@@ -4,7 +4,8 @@ Placement is per key/value head: a key/value head and the query heads that read 
 attention or become linear together.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 FORMAT_VERSION = 1
@@ -82,17 +83,18 @@ class Plan:
         """Read a plan as `to_dict` wrote it.
 
         Raises:
-            ValueError: another version of linearize wrote it in another format.
+            ValueError: another version of linearize wrote it in another format, or it is damaged.
         """
-        if data["format_version"] != FORMAT_VERSION:
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), list) or not data["layers"]:
+            raise ValueError("not the plan of a linearized model (an object with layers)")
+        if data.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"this linearized checkpoint has format_version {data['format_version']}, this version of linearize "
-                f"reads {FORMAT_VERSION}"
+                f"this linearized checkpoint has format_version {data.get('format_version')}, this version of "
+                f"linearize reads {FORMAT_VERSION}"
             )
-        layers = tuple(
-            LayerPlan(**{**layer, "softmax_heads": tuple(layer["softmax_heads"])}) for layer in data["layers"]
-        )
-        return cls(base_model_type=data["base_model_type"], layers=layers)
+        if not isinstance(base := data.get("base_model_type"), str):
+            raise ValueError(f"base_model_type: got {base!r}, allowed is a name")
+        return cls(base_model_type=base, layers=tuple(_layer_from_dict(*item) for item in enumerate(data["layers"])))
 
     def longest_window(self) -> int:
         """Return the longest window of the layers that are converted, in tokens; 0 if none is."""
@@ -107,3 +109,44 @@ class Plan:
         all_heads = tuple(range(key_value_heads))
         layers = (replace(layer.with_softmax_heads(all_heads), softmax_window=None) for layer in self.layers)
         return replace(self, layers=tuple(layers))
+
+
+def _layer_from_dict(index: int, data: Any) -> LayerPlan:
+    """Read the plan of one layer.
+
+    Raises:
+        ValueError: a key is unknown or absent, or has a value that no layer can have.
+    """
+    if not isinstance(data, dict) or "softmax_heads" not in data:
+        raise ValueError(f"layer {index}: not the plan of a layer (an object with softmax_heads)")
+    if unknown := data.keys() - {entry.name for entry in fields(LayerPlan)}:
+        raise ValueError(f"layer {index}: unknown key '{min(map(str, unknown))}'")
+    mix_options = MIX_OPTIONS.get(str(data.get("mix", LayerPlan.mix)), {})
+    allowed = {
+        "softmax_heads": lambda x: isinstance(x, list) and all(map(_is_count, x)) and x == sorted(set(x)),
+        "mixer": lambda x: isinstance(x, str),
+        "window": lambda x: _is_count(x) and x > 0,
+        "sinks": _is_count,
+        "mix": lambda x: isinstance(x, str) and x in MIX_OPTIONS,
+        "gate": lambda x: x in ("key", "learned"),
+        "mixer_options": lambda x: isinstance(x, dict) and all(map(_is_setting, x.values())),
+        "mix_options": lambda x: (
+            isinstance(x, dict) and x.keys() <= mix_options.keys() and all(map(_is_setting, x.values()))
+        ),
+        "native": lambda x: isinstance(x, bool),
+        "softmax_window": lambda x: x is None or (_is_count(x) and x > 0),
+    }
+    for name, value in data.items():
+        if not allowed[name](value):
+            raise ValueError(f"layer {index}: {name}: got {str(value)[:60]}, which no layer can have")
+    return LayerPlan(**{**data, "softmax_heads": tuple(data["softmax_heads"])})
+
+
+def _is_count(value: Any) -> bool:
+    """Return True for a whole number that a count or a length can be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_setting(value: Any) -> bool:
+    """Return True for a value that a setting of a mixer or a mix can have."""
+    return isinstance(value, bool | str) or (isinstance(value, int | float) and math.isfinite(value))

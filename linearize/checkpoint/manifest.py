@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PrivateAttr, ValidationError, model_validator
 
+from linearize.checkpoint.json_file import read_json
 from linearize.checkpoint.names import MANIFEST
 from linearize.errors import CheckpointError
+from linearize.mixers.registry import require_known
 from linearize.plan import Plan
 
 MANIFEST_VERSION = 1
@@ -149,10 +151,9 @@ class FinetuneRecord(Section):
 
 def _read_plan(document: Any) -> Plan:
     """Read the plan, with errors as pydantic expects them."""
-    try:
-        return Plan.from_dict(document)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not a plan ({error})") from None
+    plan = Plan.from_dict(document)
+    require_known(plan)
+    return plan
 
 
 class Manifest(Section):
@@ -200,11 +201,7 @@ class Manifest(Section):
         Raises:
             CheckpointError: damaged, of a newer format version, or with a missing or mistyped key.
         """
-        try:
-            document = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: damaged, not valid JSON ({error})") from None
-        return cls.from_document(document, path)
+        return cls.from_document(read_json(path), path)
 
     @classmethod
     def from_document(cls, document: Any, path: Path = Path(MANIFEST)) -> "Manifest":

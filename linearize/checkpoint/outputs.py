@@ -1,11 +1,11 @@
 """Name outputs under ./linearized, the default output folder, and find the newest one there."""
 
-import json
 import re
 from pathlib import Path
 
+from linearize.checkpoint.json_file import read_object
 from linearize.checkpoint.names import MANIFEST
-from linearize.errors import ConfigError
+from linearize.errors import CheckpointError, ConfigError
 
 OUTPUT_ROOT = Path("linearized")
 
@@ -58,6 +58,6 @@ def _newest_checkpoint(kind: str | None, *, missing: str) -> Path:
 def _kind(manifest: Path) -> str | None:
     """Return the kind of a checkpoint; None for a damaged one, which must not hide the others."""
     try:
-        return json.loads(manifest.read_bytes()).get("kind")
-    except (ValueError, AttributeError):
+        return read_object(manifest).get("kind")
+    except CheckpointError:
         return None

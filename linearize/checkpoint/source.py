@@ -1,11 +1,11 @@
 """Describe the source of a conversion: the model that the user named, as a local folder of safetensors."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import sha256
+from linearize.checkpoint.json_file import read_object
 from linearize.checkpoint.weights import sampled_values
 from linearize.errors import CheckpointError
 
@@ -70,13 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json")
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: got a {type(config).__name__}, allowed is an object")
-    return config
+    return read_object(path)
 
 
 def local_fingerprint(model: str) -> str | None:

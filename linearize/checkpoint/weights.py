@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import CheckpointError
+from linearize.checkpoint.json_file import LARGEST, read_json
+from linearize.checkpoint.names import UNTRAINED
+from linearize.errors import CheckpointError, one_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -78,8 +80,14 @@ def read_weights(folder: Path) -> Weights:
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         path = folder / name
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{folder / INDEX}: names '{name}', allowed are files inside the folder itself")
+        if Path(name).name != name or Path(name).suffix != ".safetensors" or "\0" in name:
+            raise CheckpointError(
+                f"{folder / INDEX}: names '{name}', allowed are .safetensors files inside the folder itself"
+            )
+        if name == UNTRAINED:
+            raise CheckpointError(
+                f"{folder / INDEX}: names '{name}', a name that linearize keeps for a file of its own"
+            )
         if not path.is_file():
             raise CheckpointError(f"{folder / INDEX}: names '{name}', which is missing from {folder}")
         header = read_header(path)
@@ -149,7 +157,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         infos = {name: _tensor_info(path.name, 8 + length, entry) for name, entry in header.items()}
         spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged header ({error})") from None
+        raise CheckpointError(f"{path}: damaged header ({one_line(error, 120)})") from None
     end = 0
     for (start, stop), name in spans:
         if start != end or stop - start != infos[name].nbytes:
@@ -167,8 +175,11 @@ def _tensor_info(file: str, data_start: int, entry: dict[str, Any]) -> TensorInf
     if entry["dtype"] not in BITS:
         raise ValueError(f"unknown dtype '{entry['dtype']}'")
     shape = tuple(entry["shape"])
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise ValueError(f"impossible shape {list(shape)}")
+    if not all(type(n) is int and 0 <= n < LARGEST for n in shape):
+        raise ValueError(f"impossible shape {str(list(shape))[:60]}")
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise ValueError(f"impossible data_offsets {str(offsets)[:60]}")
     nbytes = math.prod(shape) * BITS[entry["dtype"]] // 8
     return TensorInfo(file, data_start + entry["data_offsets"][0], entry["dtype"], shape, nbytes)
 
@@ -183,12 +194,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Read the file name of every tensor from an index."""
-    try:
-        weight_map = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-            raise ValueError("weight_map is not a mapping of tensor names to file names")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged index ({error})") from None
+    index = read_json(path, _no_duplicates)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise CheckpointError(f"{path}: damaged index (weight_map is not a mapping of tensor names to file names)")
+    if not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(f"{path}: damaged index (metadata is not an object, which transformers needs)")
     return weight_map
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import sha256
+from linearize.checkpoint.json_file import read_json
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import read_weights, sampled_tensors
 from linearize.conversion.keep_softmax import HeadScores
-from linearize.errors import ConfigError
+from linearize.errors import CheckpointError, ConfigError, one_line
 from linearize.settings.config import ConversionConfig
 from linearize.settings.loading import packaged_folder
 
@@ -71,10 +72,10 @@ def read_scores(path: Path) -> dict[str, Any]:
         ConfigError: it is damaged, or of another version.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
         version = document["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a file of head scores ({error})") from None
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a file of head scores ({one_line(error)})") from None
     if version != FORMAT_VERSION:
         raise ConfigError(f"{path}: has format_version {version}, this version of linearize reads {FORMAT_VERSION}")
     return document

@@ -1,13 +1,13 @@
 """Check an evaluation request before any weights are loaded."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from linearize.checkpoint.output_folder import check_writable
+from linearize.checkpoint.source import read_config
 from linearize.checkpoint.student import Student
-from linearize.checkpoint.writing import check_writable
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import ConfigError
 from linearize.evaluation.registry import MEASUREMENTS
@@ -96,7 +96,7 @@ def check_text(
             the model's positions.
     """
     # a conversion has its base's positions
-    suite, _ = cut_to_positions(suite, json.loads((model / "config.json").read_bytes()))
+    suite, _ = cut_to_positions(suite, read_config(model))
     check_recovery(min_recovery, suite, Student.read(model).manifest.settings.window)
     check_gates(expand_gates(gates), suite.metrics(), open_ended=suite.has_open_metrics)
     older = read_older(compare) if compare else None

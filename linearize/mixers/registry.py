@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from linearize.mixers.entry import MixerEntry, Option
-from linearize.plan import NO_BRANCH
+from linearize.plan import NO_BRANCH, Plan
 
 if TYPE_CHECKING:
     from linearize.mixers.mixer import Mixer, Site
@@ -203,3 +203,25 @@ def mixer_class(name: str) -> "type[Mixer]":
 def build_mixer(name: str, site: "Site", options: dict[str, Any]) -> "Mixer":
     """Build a mixer at a site, with the facts of its entry."""
     return mixer_class(name)(site, **options).with_facts(MIXERS[name], options)
+
+
+def require_known(plan: Plan) -> None:
+    """Refuse a plan with mixers, or settings of them, that this package does not have.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    for index, layer in enumerate(plan.layers):
+        if layer.native:
+            continue
+        if (entry := CHOICES.get(layer.mixer)) is None:
+            raise ValueError(
+                f"layer {index}: mixer: got '{layer.mixer}', which this version of linearize does not have"
+            )
+        if layer.mix not in entry.mixes:
+            raise ValueError(f"layer {index}: mix: got '{layer.mix}', {layer.mixer} has {', '.join(entry.mixes)}")
+        for name, value in layer.mixer_options.items():
+            option = entry.options.get(name)
+            refusal = "are none of that name" if option is None else option.refusal(value)
+            if refusal is not None:
+                raise ValueError(f"layer {index}: mixer_options.{name}: got {value!r}, allowed {refusal}")

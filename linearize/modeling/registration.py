@@ -17,10 +17,10 @@ Families that are not listed in families/registry.py have no module to hook. Cod
 loaded; it needs none of this module.
 """
 
-import json
 import sys
 from pathlib import Path
 
+from linearize.checkpoint.source import read_config
 from linearize.families.registry import FAMILIES, find_family
 from linearize.modeling.import_hook import AfterImport
 from linearize.plan import PREFIX
@@ -60,7 +60,7 @@ def register_models(model_type: str) -> None:
 
 def register_checkpoint(folder: Path) -> None:
     """Register the classes that the checkpoint in `folder` needs, also those of a family that is not listed."""
-    model_type = str(json.loads((folder / "config.json").read_bytes()).get("model_type"))
+    model_type = str(read_config(folder).get("model_type"))
     if model_type.startswith(PREFIX):
         register_models(model_type.removeprefix(PREFIX))
 

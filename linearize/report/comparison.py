@@ -1,13 +1,13 @@
 """Compare results with those of an earlier run: the student must not have become worse by more than the noise."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import ConfigError
+from linearize.checkpoint.json_file import read_json
+from linearize.errors import CheckpointError, ConfigError
 from linearize.report.results import BASE, SCHEMA_VERSION, STUDENT, Gate, Metric, Results, Value
 
 # standard errors of the difference that count as noise; two are about 95% of a normal spread
@@ -60,13 +60,13 @@ def read_older(path: Path) -> OlderResults:
         ConfigError: the file is no results.json, or comes from a newer version.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
         version = int(document["schema_version"])
         metrics = {item["name"]: _older_metric(item, version) for item in document["metrics"]}
         data = dict(document["data"])
-    except OSError:
-        raise ConfigError(f"--compare: no file '{path}'") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except CheckpointError as error:
+        raise ConfigError(f"--compare: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ConfigError(f"--compare: {path} is not a results.json of `linearize eval`") from None
     if version > SCHEMA_VERSION:
         raise ConfigError(
