@@ -1,8 +1,9 @@
 """Save and load training states: safetensors for tensors, JSON for the rest, nothing pickled.
 
-A state is a folder `step-00000100` in the work folder. It is written under another name and renamed, so a killed run
-leaves whole states only. It holds the trainable parameters, the optimizers' tensors, AdaLoRA's memory and the random
-state. The position in the data and in the schedule follows from the step.
+A state is a folder `step-00000100` in the work folder. It is written under another name, flushed and renamed, so a
+killed run leaves whole states only. A state says itself which step it is and how its tensors hash; one that does not
+fit is passed over for the one before it. It holds the trainable parameters, the optimizers' tensors, AdaLoRA's memory
+and the random state. The position in the data and in the schedule follows from the step.
 """
 
 import json
@@ -12,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from linearize.checkpoint.writing import raise_if_full, write_json
-from linearize.errors import ConfigError
+from linearize.checkpoint.fingerprint import sha256
+from linearize.checkpoint.json_file import read_json
+from linearize.checkpoint.output_folder import sync
+from linearize.checkpoint.writing import write_json, write_tensors
+from linearize.errors import CheckpointError, ConfigError, one_line, raise_if_full
 from linearize.training.model import Distiller
 
 # the newest, and the one before it should the newest turn out damaged
 STATES_ON_DISK = 2
+# files of a state
+TENSORS, RECORD = "state.safetensors", "state.json"
 
 
 def save_state(
@@ -41,15 +47,18 @@ def save_state(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(tensors, partial / "state.safetensors")
-        write_json(partial / "state.json", {"step": step, "fingerprint": fingerprint})
+        write_tensors(partial / TENSORS, tensors)
+        record = {"step": step, "fingerprint": fingerprint, "sha256": sha256(partial / TENSORS)}
+        write_json(partial / RECORD, record)
+        sync(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
+        sync(work)
     except OSError as error:
         raise_if_full(error, work)
         raise
-    for old in saved_states(work)[:-STATES_ON_DISK]:
-        shutil.rmtree(old)
+    for old in _folders(work)[:-STATES_ON_DISK]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors_of(distiller: Distiller, optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -77,8 +86,7 @@ def load_state(
         stage_start: the step after which the current stage begins. A state of an earlier stage has other optimizers, so
             their tensors are left alone.
     """
-    tensors = load_file(folder / "state.safetensors")
-    record = json.loads((folder / "state.json").read_bytes())
+    tensors = load_file(folder / TENSORS)
     parameters = dict(distiller.named_parameters())
     optimizer_of = {
         parameter: optimizer
@@ -92,7 +100,7 @@ def load_state(
             kind, _, name = key.partition("/")
             if kind == "parameter":
                 parameters[name].copy_(value)
-            elif kind == "optimizer" and record["step"] > stage_start:
+            elif kind == "optimizer" and step_of(folder) > stage_start:
                 entry, _, name = name.partition("/")
                 parameter = parameters[name]
                 # AdamW keeps its step counts on the CPU
@@ -107,8 +115,32 @@ def load_state(
 
 
 def saved_states(work: Path) -> list[Path]:
-    """Return the folders of the saved states, oldest first."""
+    """Return the folders of the saved states that are whole, oldest first."""
+    return [folder for folder in _folders(work) if _fault(folder) is None]
+
+
+def damaged_states(work: Path) -> dict[str, str]:
+    """Return what is wrong with the states that `saved_states` passes over, by name."""
+    return {folder.name: fault for folder in _folders(work) if (fault := _fault(folder)) is not None}
+
+
+def _folders(work: Path) -> list[Path]:
+    """Return the folders that are named as states are, oldest first."""
     return sorted(path for path in work.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def _fault(folder: Path) -> str | None:
+    """Say what is wrong with a state; None if it is whole."""
+    try:
+        record = read_json(folder / RECORD)
+        stated, digest, fingerprint = record["step"], record["sha256"], record["fingerprint"]
+        if stated != step_of(folder):
+            return f"says that it is of step {stated}"
+        if not isinstance(fingerprint, dict) or digest != sha256(folder / TENSORS):
+            return "its tensors are not those that were saved"
+    except (OSError, CheckpointError, KeyError, TypeError) as error:
+        return f"cannot be read ({one_line(error)})"
+    return None
 
 
 def step_of(state: Path) -> int:
@@ -122,8 +154,7 @@ def check_same_run(state: Path, fingerprint: dict[str, Any]) -> None:
     Raises:
         ConfigError: the fingerprint of the state differs from `fingerprint`.
     """
-    record = json.loads((state / "state.json").read_bytes())
-    saved, current = _flatten(record["fingerprint"]), _flatten(fingerprint)
+    saved, current = _flatten(read_json(state / RECORD)["fingerprint"]), _flatten(fingerprint)
     differing = [
         f"{key}: was {saved.get(key, 'absent')}, is {current.get(key, 'absent')}"
         for key in sorted(saved.keys() | current.keys())
