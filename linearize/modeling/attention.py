@@ -21,18 +21,17 @@ that queries and keys arrive at `attend` as the projections left them; many mixe
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.families.family import Family
 from linearize.mixers.mixer import Site
+from linearize.modeling.attention_call import AttentionCall, Observation, Projections, SoftmaxModule
 from linearize.modeling.cache import adopt_layer
 from linearize.modeling.context import context_of
 from linearize.modeling.linear_heads import build_linear_heads
@@ -45,78 +44,6 @@ from linearize.plan import LayerPlan
 IMPLEMENTATION = "linearize"
 # the name of the cache's argument in transformers up to 5.23, from 5.24 on, and in GPT-NeoX
 CACHE_ARGUMENTS = ("past_key_values", "cache", "layer_past")
-
-
-@dataclass
-class AttentionCall:
-    """The inputs of `attend` besides q, k and v, passed through the family's forward as one extra keyword.
-
-    Attributes:
-        cache: the model's cache, None without one.
-        position_embeddings: cos and sin of the rotary positions, [B or 1, T, rotated width].
-        padding_mask: [B, S] bool, False for padding; None without padding.
-        segments: [B, T] document numbers of packed rows; None for one document a row.
-        hidden_states: [B, T, D], the input of the layer's projections.
-    """
-
-    cache: Cache | None
-    position_embeddings: tuple[Tensor, Tensor]
-    padding_mask: Tensor | None
-    segments: Tensor | None
-    hidden_states: Tensor
-
-
-class Projections(NamedTuple):
-    """Queries [B, H, T, K], keys and values [B, J, T, K] of a layer; of some heads: [B, T, heads, K]."""
-
-    q: Tensor
-    q_rotary: Tensor
-    k: Tensor
-    k_rotary: Tensor
-    v: Tensor
-
-
-@dataclass
-class SoftmaxModule:
-    """The module that an attention function sees when a layer's softmax heads have learned sinks.
-
-    An eager implementation reads the sinks from its module, where those of all heads lie; this one has those of the
-    softmax heads.
-    """
-
-    sinks: Tensor
-    num_key_value_groups: int
-    training: bool
-    layer_idx: int
-    config: PreTrainedConfig
-    is_causal: bool = True
-
-
-@dataclass
-class Observation:
-    """One layer's linear heads beside the softmax attention that they replace, as an observer is shown them.
-
-    Attributes:
-        layer: index of the layer.
-        heads: the layer's linear heads.
-        q, q_rotary, k, k_rotary, v: their queries [B, T, H, K], keys and values [B, T, J, K].
-        hidden_states: [B, T, D], the input of the layer's projections.
-        target: the base model's attention output of the same heads, [B, T, H, K].
-        scores: the base model's score function for these heads.
-        run: computes the linear heads' own output, [B, T, H, K].
-    """
-
-    layer: int
-    heads: WindowHeads
-    q: Tensor
-    q_rotary: Tensor
-    k: Tensor
-    k_rotary: Tensor
-    v: Tensor
-    hidden_states: Tensor
-    target: Tensor
-    scores: Scores
-    run: Callable[[], Tensor]
 
 
 def _attend(
@@ -375,9 +302,7 @@ class LinearizedAttention(nn.Module):
         q, q_rotary, k, k_rotary, v = projections
         inputs = heads.recurrent_inputs(k, hidden_states)
         if cache is None:
-            context = context_of(
-                k_rotary, v, inputs, sinks=heads.sinks, padding_mask=padding_mask, segments=segments
-            )
+            context = context_of(k_rotary, v, inputs, sinks=heads.sinks, padding_mask=padding_mask, segments=segments)
             return heads(q, q_rotary, context, scores=scores, state=None)[0]
         cached_context = heads.decode_context(
             cache.extend(k_rotary, v, heads.encode_inputs(inputs), padding_mask), inputs

@@ -10,6 +10,7 @@ import ast
 import importlib.resources
 from pathlib import Path
 
+from linearize.checkpoint.writing import write_text
 from linearize.device import versions
 from linearize.families.registry import find_family
 from linearize.mixers.registry import CHOICES, MIXERS
@@ -51,7 +52,7 @@ def auto_map(model_type: str) -> dict[str, str]:
 def write_portable(folder: Path, plan: Plan) -> dict[str, str]:
     """Write the portable file of a plan's family and mixers; return the auto_map that names its classes."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PORTABLE_FILE).write_text(portable_source(plan), encoding="utf-8")
+    write_text(folder / PORTABLE_FILE, portable_source(plan))
     return auto_map(plan.base_model_type)
 
 

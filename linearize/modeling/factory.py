@@ -29,7 +29,8 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from linearize.families.family import FULL, SLIDING, Family
 from linearize.families.registry import FAMILIES, find_family
 from linearize.mixers.mixer import Site
-from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention, Observation
+from linearize.modeling.attention import CACHE_ARGUMENTS, IMPLEMENTATION, LinearizedAttention
+from linearize.modeling.attention_call import Observation
 from linearize.modeling.configuration import config_class
 from linearize.modeling.linear_heads import LinearHeads
 from linearize.plan import Plan

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from linearize.checkpoint.writing import write_tensors
+
 # bytes of layer inputs that stay in memory for the way back
 RECORDED_BYTES = 256 << 20
 # seconds of work that an interruption may cost, about
@@ -70,7 +72,7 @@ class LayerPass:
             return hidden
         path = self.input_file(layer, row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": hidden.contiguous().cpu()}, path)
+        write_tensors(path, {"hidden": hidden.contiguous().cpu()})
         return path
 
     def read_back(self, recorded: Tensor | Path) -> Tensor:

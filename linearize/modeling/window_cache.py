@@ -93,9 +93,7 @@ class WindowCache:
             self.padded = True
         self.token_counts = counts + (T if padding_mask is None else padding_mask.sum(-1))
         padding = None if padding_mask is None or not self.length else T - padding_mask.sum(-1)
-        if padding is not None and self.sink_slots is not None:
-            self.sink_slots = torch.where(self.sink_slots < 0, -1, self.sink_slots + padding[:, None])
-        sink_keys, sink_values = self._extend_sinks(keys, values, ordinals)
+        sink_keys, sink_values = self._extend_sinks(keys, values, ordinals, padding)
 
         is_new = None
         if self.keys is not None and self.values is not None and self.ordinals is not None:
@@ -182,12 +180,17 @@ class WindowCache:
         self.ordinals, self.token_counts = self.ordinals + self.steps, self.token_counts + self.steps
         self.steps = 0
 
-    def _extend_sinks(self, keys: Tensor, values: Tensor, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+    def _extend_sinks(
+        self, keys: Tensor, values: Tensor, ordinals: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the keys and values of the sinks, [B, sinks, J, K], including those among T new tokens.
 
         Args:
             keys, values: [B, T, J, K]. ordinals: [B, T], both of the new tokens.
+            padding: [B], padding that is moved ahead of what is cached; None for none.
         """
+        if padding is not None and self.sink_slots is not None:
+            self.sink_slots = torch.where(self.sink_slots < 0, -1, self.sink_slots + padding[:, None])
         if self.keys is None or self.values is None:
             sink_keys = keys.new_zeros(keys.shape[0], self.sinks, *keys.shape[2:])
             sink_values = values.new_zeros(values.shape[0], self.sinks, *values.shape[2:])

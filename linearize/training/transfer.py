@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.data.packing import Batch
-from linearize.modeling.attention import Observation
+from linearize.modeling.attention_call import Observation
 
 # least square size of an attention output that an error is relative to
 EPSILON = 1e-6
