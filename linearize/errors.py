@@ -1,7 +1,13 @@
 """The project's exceptions, each with the exit code that it ends a command with."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
+
+# a full disk or quota, as the system says it and as libraries in Rust print it
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE_TEXT = tuple(f"os error {number}" for number in NO_SPACE)
 
 
 class LinearizeError(Exception):
@@ -40,6 +46,19 @@ class Interrupted(LinearizeError):
     """A command that the user stopped; finished work stays on disk. Exit code 130."""
 
     exit_code = 130
+
+
+def is_full(error: BaseException) -> bool:
+    """Return True if an error says that a disk is full."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in NO_SPACE
+    return any(text in str(error) for text in NO_SPACE_TEXT)
+
+
+def raise_if_full(error: BaseException, where: Path) -> None:
+    """Raise a ResourceError if `error` says that the disk of `where` is full; otherwise return."""
+    if is_full(error):
+        raise ResourceError(f"no space left on the disk of {where}") from None
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

@@ -16,6 +16,14 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def results_of_this_session_alone(tmp_path_factory):
+    """Keep the results that other runs of the tests, and of the tool, have cached out of this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_addoption(parser):
     parser.addoption("--record-pins", action="store_true", help="record the pinned numbers of test_pins.py anew")
 

@@ -1,20 +1,21 @@
 """Open the model that the user names as a local folder of safetensors: a folder, hub id, GGUF file or PEFT adapter."""
 
 import contextlib
-import json
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize.checkpoint.assets import copy_assets
+from linearize.checkpoint.auto import auto_config
 from linearize.checkpoint.base import base_config
 from linearize.checkpoint.gguf_file import dequantise
 from linearize.checkpoint.hub import download
+from linearize.checkpoint.json_file import read_json
 from linearize.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source
 from linearize.checkpoint.text_model import write_text_model
 from linearize.checkpoint.weights import read_header
+from linearize.checkpoint.work_folder import temporary_folder
 from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError, one_line
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def open_source(
     merge_adapter: bool = False,
     text_model: bool = False,
     option: str = "MODEL",
+    near: Path | None = None,
 ) -> Iterator[Source]:
     """Open a model as a local folder. Temporary folders live as long as the context.
 
@@ -44,6 +46,7 @@ def open_source(
         merge_adapter: merge a PEFT adapter into its base model, in a temporary folder.
         text_model: take the text model out of a checkpoint for images or sound, into a temporary folder.
         option: the argument or option that names the model, for errors.
+        near: a folder on whose disk temporary folders are to be, so that their files can be linked from there.
 
     Raises:
         ConfigError: no such file, folder or hub model.
@@ -53,17 +56,16 @@ def open_source(
     path = Path(model).expanduser()
     if text_model:
         with (
-            open_source(model, revision=revision, dtype=dtype, merge_adapter=merge_adapter, option=option) as whole,
-            _temporary_folder("text") as folder,
+            open_source(
+                model, revision=revision, dtype=dtype, merge_adapter=merge_adapter, option=option, near=near
+            ) as whole,
+            temporary_folder("text", near) as folder,
         ):
             write_text_model(whole.folder, whole.read_config(), folder)
             yield Source(whole.reference, "text_model", folder, whole.name, whole.revision)
     elif (path / ADAPTER_CONFIG).is_file():
-        adapter = path.resolve()
-        base_name = _adapter_base(adapter, merge_adapter)
-        with open_source(base_name, revision=revision, dtype=dtype) as base, _temporary_folder("merged") as folder:
-            _merge(base, adapter, folder)
-            yield Source(str(adapter), "adapter", folder, adapter.name, merged_into=base.fingerprint())
+        with _merged_adapter(path.resolve(), merge_adapter, revision=revision, dtype=dtype, near=near) as source:
+            yield source
     elif path.is_dir() or (path.name == "config.json" and path.is_file()):
         path = path if path.is_dir() else path.parent
         if revision is not None:
@@ -73,7 +75,7 @@ def open_source(
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"{option}: no file '{model}'")
-        with _temporary_folder("gguf") as folder:
+        with temporary_folder("gguf", near) as folder:
             dequantise(path.resolve(), folder, dtype)
             yield Source(str(path.resolve()), "gguf", folder, path.stem)
     elif path.exists():
@@ -87,10 +89,15 @@ def open_source(
 
 
 @contextlib.contextmanager
-def _temporary_folder(purpose: str) -> Iterator[Path]:
-    """Yield a folder that is removed afterwards; its name tells its purpose to whoever sees it on the disk."""
-    with tempfile.TemporaryDirectory(prefix=f"linearize-{purpose}-") as folder:
-        yield Path(folder)
+def _merged_adapter(
+    adapter: Path, merge: bool, *, revision: str | None, dtype: str, near: Path | None
+) -> Iterator[Source]:
+    """Merge a PEFT adapter into its base model, in a temporary folder, if the user allows to `merge`."""
+    base_name = _adapter_base(adapter, merge)
+    opened = open_source(base_name, revision=revision, dtype=dtype, near=near)
+    with opened as base, temporary_folder("merged", near) as folder:
+        _merge(base, adapter, folder)
+        yield Source(str(adapter), "adapter", folder, adapter.name, merged_into=base.fingerprint())
 
 
 def _folder_name(folder: Path) -> str:
@@ -114,10 +121,10 @@ def _adapter_base(adapter: Path, merge: bool) -> str:
         UnsupportedModelError: the adapter may not or cannot be merged.
     """
     try:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+        config = read_json(adapter / ADAPTER_CONFIG)
         base, kind = config["base_model_name_or_path"], config.get("peft_type")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{adapter / ADAPTER_CONFIG}: damaged ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{adapter / ADAPTER_CONFIG}: damaged ({one_line(error)})") from None
     if not isinstance(base, str):
         raise ConfigError(
             f"{adapter / ADAPTER_CONFIG}: names no base model (base_model_name_or_path: {base}); write it in"
@@ -149,7 +156,8 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
     base_config(base)
     # a file may store a layer below an adapter, which is the base's own
     stored = {name.replace(".base_layer.", ".") for name in read_header(adapter / ADAPTER_WEIGHTS)}
-    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto")
+    config = auto_config(base.folder)
+    model = AutoModelForCausalLM.from_pretrained(base.folder, config=config, dtype="auto", trust_remote_code=False)
     embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
     of_base = {f"base_model.model.{name}" for name in model.state_dict()}
     try:

@@ -1,7 +1,6 @@
-"""Write output folders that appear complete or not at all, and place weight files in them."""
+"""Place weight files in a folder, and write files that appear complete or not at all."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -13,146 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from linearize.checkpoint.names import MANIFEST
-from linearize.errors import ConfigError, ResourceError
+from linearize.errors import ConfigError, ResourceError, raise_if_full
 
 # ioctl that makes a reflink: two files that share their bytes until one is written (Linux, linux/fs.h)
 FICLONE = 0x40049409
 # bytes of one copying step; few, large steps, since each waits for the interpreter, which is importing meanwhile
 COPY_BYTES = 2**27
-
-
-@contextlib.contextmanager
-def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder beside `out` to write into.
-
-    It is renamed to `out` when the block ends, and removed if the block fails. The unfinished folder is hidden and
-    named after `out`, so that the next run clears what a killed run left.
-
-    Raises:
-        ConfigError: `out` may not be written, or another process is writing it.
-        ResourceError: the disk is full.
-    """
-    check_target(out, overwrite=overwrite)
-    out = out.resolve()  # replace the folder that a link points to, not the link
-    partial = out.parent / f".{out.name}.partial"
-    make_folder(partial)
-    with alone_in(partial, out):
-        try:
-            for leftover in partial.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            yield partial
-            _sync(partial)
-            if out.exists():  # a folder cannot be renamed to one that holds files, so move the old one aside
-                replaced = out.parent / f".{out.name}.replaced"
-                shutil.rmtree(replaced, ignore_errors=True)
-                out.rename(replaced)
-                partial.rename(out)
-                shutil.rmtree(replaced)
-            else:
-                partial.rename(out)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise_if_full(error, out.parent)
-            raise
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path, out: Path) -> Iterator[None]:
-    """Lock `folder` against other processes of this package until the block ends or the process dies.
-
-    Args:
-        out: the output that `folder` becomes, for the error.
-
-    Raises:
-        ConfigError: another process has locked it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(f"--out: another process is writing {out}; wait for it, or choose another") from None
-    except OSError:  # this file system has no locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def check_free(folder: Path, out: Path) -> None:
-    """Raise the error of `alone_in` if another process has locked `folder`."""
-    if folder.is_dir():
-        with alone_in(folder, out):
-            pass
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents.
-
-    Raises:
-        ConfigError: no permission to write there. ResourceError: the disk is full.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except PermissionError:
-        raise ConfigError(f"--out: no permission to write in {folder.parent}") from None
-    except OSError as error:
-        raise_if_full(error, folder.parent)
-        raise ConfigError(f"--out: cannot write in {folder.parent}: {error.strerror}") from None
-
-
-def check_target(out: Path, *, overwrite: bool) -> None:
-    """Check that an output folder can be written at `out`.
-
-    What exists there must be an empty folder, or an output of this package that may be overwritten.
-
-    Raises:
-        ConfigError: `out` cannot be written, or holds something else.
-    """
-    check_writable(out)
-    if not out.exists():
-        return
-    if out.resolve() == Path.cwd():
-        raise ConfigError(f"--out: {out} is the current folder, which cannot be replaced; name another")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"--out: {out} exists; choose another, or pass --overwrite to replace it")
-    if not (out / MANIFEST).is_file():
-        raise ConfigError(f"--out: {out} was not written by linearize (no linearize.json), so it is not overwritten")
-
-
-def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> None:
-    """Check that an output can be written at `out`.
-
-    The nearest parent that exists must be a folder with permission to write. If `out` exists itself, it must be a
-    folder or a file, as `folder` says.
-
-    Args:
-        option: the command-line option that names `out`, for errors.
-        folder: True if the output is a folder, False if it is a file.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if out.exists() and out.is_dir() != folder:
-        raise ConfigError(f"{option}: {out} exists and is {'not ' if folder else ''}a folder")
-    above = out.absolute().parent
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir():
-        raise ConfigError(f"{option}: cannot write in {above}: Not a directory")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option}: no permission to write in {above}")
-
-
-def raise_if_full(error: OSError, where: Path) -> None:
-    """Raise a ResourceError if `error` says that the disk of `where` is full; otherwise return."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise ResourceError(f"no space left on the disk of {where}") from None
 
 
 def check_space(where: Path, needed: int) -> None:
@@ -218,7 +83,8 @@ def place(source: Path, target: Path, link: str, stop: threading.Event) -> str:
                 raise ConfigError(
                     f"--link hard: {target.parent} cannot hold a hard link to {source} ({error.strerror})"
                 ) from None
-    with open(source, "rb", buffering=0) as source_file, open(target, "wb", buffering=0) as target_file:
+    # "x": never into a file that is there, which may be a link to somebody's weights
+    with open(source, "rb", buffering=0) as source_file, open(target, "xb", buffering=0) as target_file:
         try:
             fcntl.ioctl(target_file.fileno(), FICLONE, source_file.fileno())
             return "reflink"
@@ -238,6 +104,34 @@ def _copy(source: int, target: int, stop: threading.Event) -> None:
             block = block[os.write(target, block) :]
 
 
+def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors as `write_text` writes text, flushed to the disk.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise_if_full(error, path.parent)
+        raise
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content as `write_text` writes text: never into a file that is there."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -251,12 +145,3 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -33,7 +33,7 @@ from linearize.checkpoint.source import Source
 from linearize.data.recall_rows import SPAN, recall_task
 from linearize.device import compute_dtype, pick_device
 from linearize.errors import CheckpointError
-from linearize.modeling.attention import Observation
+from linearize.modeling.attention_call import Observation
 from linearize.modeling.context import context_of
 from linearize.modeling.fit_mix import fit_mix
 from linearize.modeling.layer_stream import LayerStream
@@ -151,7 +151,10 @@ def calibrate(
         unfinished = unfinished_folder("calibrations", key)
         return _fit(source, plan, ids, text, progress, part, unfinished).to_stored()
 
-    return cached_on_disk("calibrations", key, compute, parse=Calibration.from_stored)
+    def announce() -> None:
+        progress("calibrated by an earlier conversion of this base with the same settings")
+
+    return cached_on_disk("calibrations", key, compute, announce, Calibration.from_stored)
 
 
 @without_kernels()

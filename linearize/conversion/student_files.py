@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from linearize.checkpoint.assets import copy_assets
+from linearize.checkpoint.auto import tokenizer_code, trusts_code
 from linearize.checkpoint.base import expected_tensors
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.manifest import MANIFEST_VERSION, Manifest
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.weights import INDEX, SINGLE
-from linearize.checkpoint.writing import write_json, write_text
+from linearize.checkpoint.writing import write_json, write_tensors, write_text
 from linearize.conversion.calibrate import Calibration
 from linearize.conversion.inspection import Inspection
 from linearize.device import versions
@@ -50,7 +50,8 @@ def write_student_files(
         CoverageError: the student's heads or tensors are not those of the plan.
     """
     coverage = _check_coverage(inspection)
-    copy_assets(inspection.source.folder, folder)
+    source = inspection.source.folder
+    copy_assets(source, folder, *(tokenizer_code(source) if trusts_code() else ()))
     write_json(folder / "config.json", _student_config(inspection))
     write_portable(folder, inspection.plan)  # the modelling code, for machines without this package
     placed = wait_for_weights()
@@ -140,7 +141,9 @@ def _write_added_and_index(folder: Path, inspection: Inspection, calibration: Ca
     weight_map = {name: renamed[info.file] for name, info in weights.tensors.items()}
     files = list(renamed.values())
     if inspection.added:
-        added_file = "model-00002-of-00002.safetensors" if len(files) == 1 else "model-mixer.safetensors"
+        added_file = "model-00002-of-00002.safetensors" if renamed.get(SINGLE) else "model-mixer.safetensors"
+        while added_file in files:  # of a base that has a shard of that name
+            added_file = f"added-{added_file}"
         _write_added(folder / added_file, inspection, calibration)
         weight_map |= dict.fromkeys(inspection.added, added_file)
         files.append(added_file)
@@ -160,4 +163,4 @@ def _write_added(path: Path, inspection: Inspection, calibration: Calibration | 
     if calibration is not None:
         assert calibration.tensors.keys() == tensors.keys()
         tensors = calibration.tensors
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(path, tensors)

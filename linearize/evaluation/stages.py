@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from linearize.checkpoint.fingerprint import fingerprint_of
+from linearize.checkpoint.work_folder import claim, is_ours, temporary_folder
 from linearize.checkpoint.writing import write_text
-from linearize.errors import ConfigError, Interrupted
+from linearize.errors import Interrupted
 from linearize.evaluation.measurement import Stage
 from linearize.evaluation.registry import MEASUREMENTS
 from linearize.evaluation.suite import Suite
@@ -28,8 +28,8 @@ def work_folder(unfinished: Path | None) -> Iterator[Path]:
     if unfinished is not None:
         yield unfinished
     else:
-        with tempfile.TemporaryDirectory(prefix="linearize-eval-") as folder:
-            yield Path(folder)
+        with temporary_folder("eval") as folder:
+            yield folder
 
 
 def stages_of(suite: Suite, inputs: dict[str, Any]) -> Iterator[Stage]:
@@ -71,13 +71,10 @@ def _run_or_load(
     if unfinished is None:
         return stage.run(context)
     path = unfinished / f"{fingerprint_of({**identity, 'stage': stage.name})}.json"
-    if path.is_file():
+    if path.is_file() and is_ours(unfinished):
         context.progress(f"{stage.name}: loaded from an interrupted run")
         return TypeAdapter(StageResult).validate_python(json.loads(path.read_bytes()))
     result = stage.run(context)
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(result)))  # errors can be NaN, which pydantic would write as null
-    except PermissionError:
-        raise ConfigError(f"--out: no permission to write in {unfinished.parent}") from None
+    claim(unfinished)
+    write_text(path, json.dumps(asdict(result)))  # errors can be NaN, which pydantic would write as null
     return result

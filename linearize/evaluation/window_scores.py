@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from linearize.checkpoint.work_folder import claim
 from linearize.checkpoint.writing import check_space
 from linearize.modeling.readout import Readout
 from linearize.report.results import BASE
@@ -75,7 +76,7 @@ class BaseOutputs:
 
     def _create_files(self, hidden: Tensor, readout: Readout) -> tuple[Tensor, Readout]:
         folder = self.paths["hidden"].parent
-        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
         check_space(folder, self.windows * hidden.nbytes + readout.weight.nbytes)
         states = _file_tensor(self.paths["hidden"], (self.windows, *hidden.shape), hidden.dtype)
         weight = _file_tensor(self.paths["head"], tuple(readout.weight.shape), readout.weight.dtype)

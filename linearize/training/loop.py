@@ -14,7 +14,6 @@ the rows are spread.
 import itertools
 import json
 import math
-import shutil
 import signal
 import threading
 import time
@@ -30,6 +29,7 @@ import torch
 from accelerate import Accelerator
 
 from linearize.checkpoint.names import METRICS
+from linearize.checkpoint.work_folder import remove
 from linearize.data.packing import Batch, join, read_ahead
 from linearize.errors import ConfigError, Interrupted, LinearizeError
 from linearize.settings.recipe import Recipe
@@ -94,7 +94,7 @@ def train_stages(run: TrainingRun, schedule: list[ScheduledStage], rows_by_stage
             tokens += train_stage(run, scheduled, rows) * scheduled.stage.tokens_per_step
     finally:
         if run.accelerator.is_main_process and not saved_states(run.work):  # nothing to go on from
-            shutil.rmtree(run.work, ignore_errors=True)
+            remove(run.work)
     return tokens
 
 

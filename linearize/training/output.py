@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from linearize.checkpoint.assets import copy_assets
 from linearize.checkpoint.fingerprint import sha256
 from linearize.checkpoint.names import ADDED
 from linearize.checkpoint.student import ADAPTER, UNTRAINED_FILE, Student
 from linearize.checkpoint.weights import FLOATING, INDEX, read_weights
+from linearize.checkpoint.writing import write_tensors
 from linearize.modeling.export import PORTABLE_FILE
 from linearize.modeling.loading import load_student, merge_adapters, untrained_parameters
 from linearize.settings.recipe import CHANGES_BASE, Recipe
@@ -77,10 +77,10 @@ def write_merged(
                 original = shard.get_tensor(name)
                 # a tied head that the checkpoint leaves out is not in the shard either
                 tensors[name] = weights[name].to("cpu", original.dtype).contiguous() if name in weights else original
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            write_tensors(folder / file, tensors)
     copy_assets(parent.folder, folder, "config.json", PORTABLE_FILE, INDEX)
     if (untrained := untrained_parameters(parent)) is not None:
-        save_file(untrained, folder / UNTRAINED_FILE)
+        write_tensors(folder / UNTRAINED_FILE, untrained)
     return {name: sha256(folder / name) for name in ("config.json", INDEX) if (folder / name).is_file()}
 
 

@@ -15,21 +15,24 @@ GGUF file are dequantised tensor by tensor.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.auto import trust_code
 from linearize.checkpoint.base import base_config
 from linearize.checkpoint.manifest import Manifest
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.open import open_source
-from linearize.checkpoint.outputs import default_output
+from linearize.checkpoint.output_folder import atomic_folder, check_target
+from linearize.checkpoint.outputs import OUTPUT_ROOT, default_output
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import Student
 from linearize.checkpoint.weights import Weights, read_weights
-from linearize.checkpoint.writing import atomic_folder, check_space, check_target, place_in_background, write_json
+from linearize.checkpoint.writing import check_space, place_in_background, write_json
 from linearize.conversion.inspection import Inspection, inspect_source
 from linearize.errors import CheckpointError, ConfigError, CoverageError
 from linearize.families.registry import find_family
@@ -71,7 +74,7 @@ def convert(
         measure: measure what the conversion loses, even if its heads are chosen by hand. With `keep_softmax: auto` it
             is measured in any case.
         overwrite: replace a checkpoint at `out`.
-        trust_remote_code: accept a model with code of its own without a message. The code is never run.
+        trust_remote_code: run the code that a tokenizer brings. Code of models is never run.
         merge_adapter: `model` is a PEFT adapter; merge it into its base model first.
         text_model: convert the text model inside a model for images or sound.
         progress: receives one line of text at a time.
@@ -90,19 +93,26 @@ def convert(
         'converted'
     """
     settings = config if isinstance(config, ConversionConfig) else load_config(None if config is None else str(config))
-    target = None if out is None else Path(out)
+    if trust_remote_code:
+        trust_code(True)
+    target, reads = None if out is None else Path(out), _local_inputs(str(model), settings, config)
     if target is not None:
-        check_target(target, overwrite=overwrite)
+        check_target(target, overwrite=overwrite, reads=reads)
     with open_source(
-        str(model), revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter, text_model=text_model
+        str(model),
+        revision=revision,
+        dtype=settings.dtype,
+        merge_adapter=merge_adapter,
+        text_model=text_model,
+        near=(target or OUTPUT_ROOT).parent,
     ) as source:
-        weights = _check_source(source, settings, trust_remote_code, progress)
+        weights = _check_source(source, settings, progress)
         target = target or default_output(source.name, "converted")
-        check_target(target, overwrite=overwrite)
+        check_target(target, overwrite=overwrite, reads=reads)
         if link == "copy":
             check_space(target.parent, weights.nbytes)
         with (
-            atomic_folder(target, overwrite=overwrite) as folder,
+            atomic_folder(target, overwrite=overwrite, reads=reads) as folder,
             # in the background, while torch and transformers are imported
             place_in_background(
                 {weights.folder / name: folder / name for name in weights.files}, link
@@ -120,12 +130,19 @@ def convert(
     return Student(target.resolve(), manifest)
 
 
-def _check_source(source: Source, settings: ConversionConfig, trust_remote_code: bool, progress: Progress) -> Weights:
+def _local_inputs(model: str, settings: ConversionConfig, config: Any) -> list[Path]:
+    """Return the files and folders on this machine that a conversion reads, as far as they are named."""
+    named = [model, settings.scoring.text, settings.calibration.text, *([] if config is None else [config])]
+    paths = [Path(name).expanduser() for name in named if isinstance(name, str | Path)]
+    return [path for path in paths if path.exists()]
+
+
+def _check_source(source: Source, settings: ConversionConfig, progress: Progress) -> Weights:
     """Refuse a model that cannot be converted, and return the base's tensors (step 1)."""
     if source.kind == "gguf":
         progress(f"{source.name}: GGUF weights dequantised to {settings.dtype}; this is the base from here on")
-    if source.read_config().get("auto_map") and not trust_remote_code:
-        progress(f"{source.name} brings modelling code of its own, which is not run (--trust-remote-code)")
+    if source.read_config().get("auto_map"):
+        progress(f"{source.name} brings modelling code of its own, which is not run")
     base_config(source)
     return read_weights(source.folder)
 
@@ -212,8 +229,12 @@ def run_verification(folder: Path, base: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the verification failed, or could not run.
     """
-    command = [sys.executable, "-m", "linearize.conversion.verify", str(folder), str(base)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # neither the current folder nor what PYTHONPATH names relative to it may bring modules of its own (-P, cwd)
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
+    paths = [str(Path(__file__).parents[2]), *given]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-P", "-m", "linearize.conversion.verify", str(folder.resolve()), str(base.resolve())]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)
     try:
         outcome = json.loads(run.stdout)
     except ValueError:

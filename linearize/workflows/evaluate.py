@@ -10,7 +10,6 @@
 """
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +19,11 @@ from typing import Any
 
 import torch
 
+from linearize.checkpoint.output_folder import check_writable
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import Student
-from linearize.checkpoint.writing import check_writable, write_json, write_text
+from linearize.checkpoint.work_folder import make_folder, remove
+from linearize.checkpoint.writing import write_json, write_text
 from linearize.data.documents import data_fingerprint
 from linearize.device import compute_dtype, pick_device, versions
 from linearize.errors import ConfigError
@@ -251,12 +252,12 @@ def write_results(results: Results, out: Path) -> None:
     Raises:
         ConfigError: the folder cannot be written.
     """
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "results.json", results.to_dict())
         write_text(out / "report.md", render_markdown(results))
         write_text(out / "report.html", render_html(results))
         write_plots(results, out / "plots")
     except PermissionError:
         raise ConfigError(f"--out: no permission to write in {out}") from None
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    remove(out / UNFINISHED)

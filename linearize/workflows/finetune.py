@@ -11,7 +11,6 @@ Step 1 runs before the imports that take seconds. Every process goes through the
 """
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,19 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.checkpoint.manifest import Manifest
 from linearize.checkpoint.names import MANIFEST, METRICS
+from linearize.checkpoint.output_folder import atomic_folder, check_target, without_new_parents
 from linearize.checkpoint.outputs import default_output
 from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.student import Student
-from linearize.checkpoint.writing import (
-    alone_in,
-    atomic_folder,
-    check_free,
-    check_space,
-    check_target,
-    make_folder,
-    write_json,
-    write_text,
-)
+from linearize.checkpoint.work_folder import alone_in, check_free, claim, remove
+from linearize.checkpoint.writing import check_space, copy_file, write_json, write_text
 from linearize.data.documents import data_fingerprint
 from linearize.device import versions
 from linearize.errors import ConfigError
@@ -100,7 +92,8 @@ def finetune(
     target = Path(out) if out else default_output(_name_of(student), Path(name).stem)
     job = _Job(student, settings, name, teacher, target, merge, overwrite)
     _check(job)
-    return _run(job, restart, progress, report or _ignore)
+    with without_new_parents(target.absolute().parent):
+        return _run(job, restart, progress, report or _ignore)
 
 
 @dataclass(frozen=True)
@@ -119,6 +112,12 @@ class _Job:
     def work(self) -> Path:
         """Folder of the unfinished run: metrics.jsonl and saved states."""
         return self.out.parent / f"{self.out.name}.training"
+
+    def reads(self) -> list[Path]:
+        """Return the local files and folders that the run reads, as far as they are named."""
+        manifest = self.student.manifest
+        named = [self.recipe_name, self.teacher, manifest.base.reference, *self.recipe.data]
+        return [self.student.folder, *(path for name in named if name and (path := Path(name).expanduser()).exists())]
 
 
 def _name_of(student: Student) -> str:
@@ -147,7 +146,7 @@ def _check(job: _Job) -> None:
     job.recipe.check_leaves_window(settings.mix, settings.window, settings.sinks)
     if job.out.resolve() == student.folder.resolve():
         raise ConfigError(f"--out: got {job.out}, the checkpoint that is to be trained; name another folder")
-    check_target(job.out, overwrite=job.overwrite)
+    check_target(job.out, overwrite=job.overwrite, reads=job.reads())
     if job.merge:
         check_space(job.out.parent, student.manifest.weights.bytes)
 
@@ -180,7 +179,7 @@ def _run(job: _Job, restart: bool, progress: Callable[[str], None], report: "Cal
         f"{str(dtype).removeprefix('torch.')} on {accelerator.device}"
     )
     if is_main:
-        make_folder(job.work)
+        claim(job.work)
     accelerator.wait_for_everyone()
     run = TrainingRun(recipe, distiller, accelerator, job.work, fingerprint, report)
     started = time.monotonic()
@@ -211,10 +210,13 @@ def _resume_or_restart(work: Path, fingerprint: dict[str, Any], restart: bool, p
     Raises:
         ConfigError: the unfinished run was started with other settings.
     """
-    from linearize.training.state import check_same_run, saved_states, step_of
+    from linearize.training.state import check_same_run, damaged_states, saved_states, step_of
 
     if restart:
-        shutil.rmtree(work, ignore_errors=True)
+        claim(work)
+        remove(work)
+    for name, fault in damaged_states(work).items():
+        progress(f"{work.name}: state {name} is passed over: {fault}")
     if states := saved_states(work):
         check_same_run(states[-1], fingerprint)
         progress(f"resuming {work.name} after step {step_of(states[-1])}")
@@ -260,13 +262,13 @@ def _write(
         "versions": versions(),
     }
     adapted = run.distiller.student
-    with atomic_folder(job.out, overwrite=job.overwrite) as folder:
-        shutil.copyfile(metrics, folder / METRICS)
+    with atomic_folder(job.out, overwrite=job.overwrite, reads=job.reads()) as folder:
+        copy_file(metrics, folder / METRICS)
         write_adapter(folder, adapted)
         if job.merge:
             hashes = write_merged(folder, parent, adapted, job.recipe, dtype)
             write_text(folder / "README.md", conversion_card(Manifest.from_document(document), parent.folder))
             document["sha256"] = hashes
         write_json(folder / MANIFEST, document)
-    shutil.rmtree(job.work)
+    remove(job.work)
     return document

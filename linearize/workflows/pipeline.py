@@ -17,7 +17,6 @@ resume inside a step.
 """
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,11 +25,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from linearize.checkpoint.fingerprint import fingerprint_of
+from linearize.checkpoint.json_file import read_json, read_object
 from linearize.checkpoint.names import MANIFEST
 from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.writing import write_json
 from linearize.data.documents import data_fingerprint, open_dataset
-from linearize.errors import ConfigError
+from linearize.errors import CheckpointError, ConfigError
 from linearize.evaluation.measurement import Option
 from linearize.evaluation.suite import OPTIONS, Suite, choose_suite
 from linearize.report.results import Results
@@ -250,8 +250,8 @@ class _FinishedSteps:
         """Read the file; one that is absent or damaged means that no step is finished."""
         self.path, self.progress = path, progress
         self.fingerprints: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):
-            self.fingerprints = json.loads(path.read_bytes())
+        with contextlib.suppress(CheckpointError):
+            self.fingerprints = {step: str(digest) for step, digest in read_object(path).items()}
 
     def has(self, step: str, inputs: dict[str, Any], out: Path) -> bool:
         """Return True, and say so, if the step's result at `out` was made from these inputs."""
@@ -267,7 +267,7 @@ class _FinishedSteps:
 
     def _fingerprint(self, inputs: dict[str, Any], out: Path) -> str:
         """Hash the inputs of a step with the linearize.json of its result."""
-        return fingerprint_of({"inputs": inputs, "made": json.loads((out / MANIFEST).read_bytes())})
+        return fingerprint_of({"inputs": inputs, "made": read_json(out / MANIFEST)})
 
 
 def _convert(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from linearize.checkpoint.source import Source, local_fingerprint
 from linearize.checkpoint.student import Student
 from linearize.checkpoint.weights import read_weights
-from linearize.checkpoint.writing import alone_in
+from linearize.checkpoint.work_folder import alone_in, claim
 from linearize.conversion import verify
 from linearize.errors import CheckpointError, ConfigError
 from linearize.modeling.loading import load_student
@@ -283,7 +283,7 @@ def test_an_interrupted_conversion_leaves_nothing(base_folder, tmp_path, monkeyp
 def test_two_processes_do_not_write_one_output(base_folder, cli, tmp_path):
     base, out = base_folder(), tmp_path / "out"
     partial = tmp_path / ".out.partial"
-    partial.mkdir()
+    claim(partial)
     (partial / "half").touch()
     with alone_in(partial, out):
         code, _, err = cli("convert", base, "-o", out, "--window", "8")
@@ -342,6 +342,7 @@ def test_a_copy_stops_when_the_checks_fail(tmp_path, monkeypatch):
         threading.Timer(0.2, go_on.set).start()
         raise ZeroDivisionError
     assert target.stat().st_size < 4096
+    target.unlink()
     monkeypatch.setattr(os, "sendfile", real)
     with writing.place_in_background({source: target}, "copy") as placed:
         assert placed() == "copy"
@@ -354,7 +355,7 @@ def test_nothing_stays_of_a_copy_whose_checks_fail(base_folder, tmp_path, cli):
     (base / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
     code, _, err = cli("convert", base, "-o", tmp_path / "made" / "out", "--link", "copy")
     assert code == 1 and "config.json asks for" in err
-    assert not list((tmp_path / "made").iterdir())
+    assert not (tmp_path / "made").exists()
 
 
 MIXED = {

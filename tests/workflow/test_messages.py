@@ -76,7 +76,8 @@ def test_quiet_prints_results_and_errors_alone(base_folder, cli, tmp_path):
     assert code == 2 and err.startswith("error: ")
 
 
-def test_a_log_file_gets_every_message_with_its_date(base_folder, cli, tmp_path):
+def test_a_log_file_gets_every_message_with_its_date(base_folder, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     log = tmp_path / "log.txt"
     flags = ("--window", "12", "--keep-softmax", "none", "--no-verify", "--quiet", "--log-file", log)
     assert cli("convert", base_folder(), "-o", tmp_path / "out", *flags)[0] == 0

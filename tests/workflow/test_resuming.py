@@ -10,7 +10,7 @@ import pytest
 from helpers import convert_to_train, lora_recipe, quiet, train, train_command, weights_of
 from safetensors.torch import load_file, save_file
 
-from linearize.checkpoint.writing import alone_in
+from linearize.checkpoint.work_folder import alone_in, claim
 from linearize.errors import ConfigError, ResourceError
 
 
@@ -85,7 +85,7 @@ def test_resuming_with_other_settings_names_the_field(converted, tmp_path, monke
 def test_a_run_without_a_state_starts_afresh(converted, tmp_path):
     """The log of a run that died before its first state is not taken for this run's."""
     work = tmp_path / "out.training"
-    work.mkdir()
+    claim(work)
     (work / "metrics.jsonl").write_text('{"step": 1, "loss": 77.0, "lr": Infinity}\n')
     result = train(converted, tmp_path / "out")
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -94,7 +94,7 @@ def test_a_run_without_a_state_starts_afresh(converted, tmp_path):
 
 def test_two_processes_do_not_train_one_output(converted, tmp_path, cli):
     work = tmp_path / "out.training"
-    work.mkdir()
+    claim(work)
     with alone_in(work, tmp_path / "out"):
         code, _, err = cli(
             "finetune", converted, "-o", tmp_path / "out", "--restart", "--recipe", "ci", "--seq-len", 64
@@ -106,7 +106,7 @@ def test_who_is_refused_clears_nothing_away(converted, tmp_path, cli, monkeypatc
     """A second process that looked before the first had begun."""
     work = tmp_path / "out.training"
     monkeypatch.setattr("linearize.workflows.finetune.check_free", quiet)
-    work.mkdir()
+    claim(work)
     (work / "metrics.jsonl").write_text("the first one's\n")
     with alone_in(work, tmp_path / "out"):
         code, _, err = cli("finetune", converted, "-o", tmp_path / "out", "--recipe", "ci", "--seq-len", 64)

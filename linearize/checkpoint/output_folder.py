@@ -1,0 +1,188 @@
+"""Write output folders that appear complete or not at all, and refuse places where something would get lost."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from linearize.checkpoint.assets import is_asset
+from linearize.checkpoint.names import MANIFEST, OWN_ENTRIES
+from linearize.checkpoint.work_folder import MARK, alone_in, claim, empty, is_ours, remove
+from linearize.errors import ConfigError, raise_if_full
+
+# renameat2 of Linux' libc: relative to the current folder, two paths change places
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield a folder beside `out` to write into.
+
+    It takes the place of `out` when the block ends, and is removed if the block fails. The unfinished folder is hidden
+    and named after `out`, so that the next run clears what a killed run left. At any moment `out` is the old output or
+    the new one, or the old one waits beside it and the next run puts it back.
+
+    Args:
+        reads: paths that are read in the meantime; see `check_target`.
+
+    Raises:
+        ConfigError: `out` may not be written, or another process is writing it.
+        ResourceError: the disk is full.
+    """
+    check_target(out, overwrite=overwrite, reads=reads)
+    out = out.resolve()  # replace the folder that a link points to, not the link
+    partial = out.parent / f".{out.name}.partial"
+    with without_new_parents(out.parent):
+        claim(partial)
+        with alone_in(partial, out):
+            try:
+                empty(partial)
+                yield partial
+                sync(partial)
+                _put_in_place(partial, out)
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    remove(partial)
+                if isinstance(error, OSError):
+                    raise_if_full(error, out.parent)
+                raise
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Let a finished folder take the place of `out`."""
+    if not out.exists():
+        partial.rename(out)
+    else:
+        (out / MARK).touch()  # the old output may be removed once the new one is there
+        if _exchange(partial, out):
+            remove(partial)
+        else:
+            replaced = _replaced(out)
+            out.rename(replaced)
+            partial.rename(out)
+            remove(replaced)
+    (out / MARK).unlink()
+    sync(out.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def _replaced(out: Path) -> Path:
+    """Return the place of an old output between two renames."""
+    return out.parent / f".{out.name}.replaced"
+
+
+def restore(out: Path) -> None:
+    """Put back an old output that a killed run had moved aside, or clear it if the new one is there."""
+    out = out.resolve()
+    replaced = _replaced(out)
+    if not replaced.is_dir() or replaced.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        if out.exists():
+            remove(replaced)
+        elif is_ours(replaced):
+            replaced.rename(out)
+            (out / MARK).unlink()
+
+
+@contextlib.contextmanager
+def without_new_parents(parent: Path) -> Iterator[None]:
+    """Remove the folders on the way to `parent` that were made inside the block, if it fails."""
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # something else lies in it by now
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+def check_target(out: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> None:
+    """Check that an output folder can be written at `out`.
+
+    What exists there must be an empty folder, or an output of this package and nothing else that may be overwritten.
+
+    Args:
+        reads: files and folders that the command reads; none may lie in `out`.
+
+    Raises:
+        ConfigError: `out` cannot be written, or holds something else.
+    """
+    check_writable(out)
+    restore(out)
+    if not out.exists():
+        return
+    target = out.resolve()
+    if target == Path.cwd():
+        raise ConfigError(f"--out: {out} is the current folder, which cannot be replaced; name another")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"--out: {out} exists; choose another, or pass --overwrite to replace it")
+    if not (out / MANIFEST).is_file():
+        raise ConfigError(f"--out: {out} was not written by linearize (no linearize.json), so it is not overwritten")
+    for path in (*reads, Path.cwd()):
+        if target in (resolved := path.resolve(), *resolved.parents):
+            raise ConfigError(f"--out: {out} holds {path}, which is being read; name another folder")
+    if foreign := foreign_entry(out):
+        raise ConfigError(
+            f"--out: {out} holds '{foreign}', which is not part of a checkpoint and would get lost; move it away, or "
+            "name another folder"
+        )
+
+
+def foreign_entry(out: Path) -> str | None:
+    """Return the name of an entry of an output folder that this package does not write; None if there is none."""
+    for entry in sorted(out.iterdir()):
+        is_weights = entry.suffix == ".safetensors" and entry.is_file()
+        if not (is_weights or entry.name in (*OWN_ENTRIES, MARK) or is_asset(entry)):
+            return entry.name
+    return None
+
+
+def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> None:
+    """Check that an output can be written at `out`.
+
+    The nearest parent that exists must be a folder with permission to write. If `out` exists itself, it must be a
+    folder or a file, as `folder` says.
+
+    Args:
+        option: the command-line option that names `out`, for errors.
+        folder: True if the output is a folder, False if it is a file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        exists, above = out.exists(), out.absolute().parent
+        while not above.exists():
+            above = above.parent
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+        raise ConfigError(f"{option}: no file can have that name ({error})") from None
+    if exists and out.is_dir() != folder:
+        raise ConfigError(f"{option}: {out} exists and is {'not ' if folder else ''}a folder")
+    if out.is_symlink() and not exists:
+        raise ConfigError(f"{option}: {out} is a link to nothing; remove it, or name another")
+    if not above.is_dir():
+        raise ConfigError(f"{option}: cannot write in {above}: Not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}: no permission to write in {above}")
+
+
+def sync(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
