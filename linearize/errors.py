@@ -2,9 +2,12 @@
 
 import difflib
 import errno
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+# Unicode categories of characters that are no text: controls, invisible formats (right-to-left marks), halves of pairs
+STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # a full disk or quota, as the system says it and as libraries in Rust print it
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NO_SPACE_TEXT = tuple(f"os error {number}" for number in NO_SPACE)
@@ -63,7 +66,29 @@ def raise_if_full(error: BaseException, where: Path) -> None:
 
 def one_line(error: Exception, limit: int = 300) -> str:
     """Return the text of `error` without line breaks, cut after `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    return " ".join(str(error)[: 10 * limit].split())[:limit]
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Return a text without characters that would steer a terminal or hide what it says, as escapes: \\u001b.
+
+    Args:
+        keep: control characters that stay, such as line breaks.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character
+        if character in keep or unicodedata.category(character) not in STEERING
+        else f"\\u{ord(character):04x}"
+        for character in text
+    )
+
+
+def message_line(text: str, limit: int = 2000) -> str:
+    """Return a message as one printable line of bounded length; its own line breaks become semicolons."""
+    line = printable("; ".join(part.strip() for part in str(text)[: 4 * limit].splitlines() if part.strip()))
+    return line if len(line) <= limit else f"{line[:limit]}… ({len(str(text)):,} characters)"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ Without a word from us transformers asks on the terminal whether to run a checkp
 Some keys of a config name code, too: they are put back to transformers' own choice.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 # attributes of a config that choose an implementation, which can be a kernel from a hub
 CHOOSE_CODE = ("_attn_implementation", "_experts_implementation")
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+# times that the steps of a tokenizer may make a text longer; one of bytes takes 4
+LARGEST_GROWTH = 1000.0
 # set by --trust-remote-code
 _trusts_code = False
 
@@ -54,10 +57,41 @@ def auto_tokenizer(folder: Path, **location: str) -> Any:
 
     if (code := tokenizer_code(folder)) and not _trusts_code:
         raise ConfigError(f"{folder}: its tokenizer has code of its own ({code[0]}); --trust-remote-code runs it")
+    _check_growth(folder / TOKENIZER)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusts_code, **location)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {one_line(error, 200)}") from None
+
+
+def _check_growth(path: Path) -> None:
+    """Refuse a fast tokenizer whose steps blow a text up: one after another they can multiply its length without end.
+
+    Raises:
+        CheckpointError: together they make a text more than LARGEST_GROWTH times as long.
+    """
+    if not path.is_file():
+        return
+    tokenizer, growth = read_object(path), 1.0
+    for step in ("normalizer", "pre_tokenizer", "decoder"):
+        for part in _parts(tokenizer.get(step)):
+            pattern = part.get("pattern")
+            replaced = pattern.get("String", "") if isinstance(pattern, dict) else ""
+            content = next((part[key] for key in ("content", "prepend", "replacement") if key in part), "")
+            if isinstance(content, str) and isinstance(replaced, str):
+                growth *= max(1.0, len(content) / max(1, len(replaced)))
+    if growth > LARGEST_GROWTH:
+        raise CheckpointError(f"{path}: its steps can make a text {growth:,.0f} times as long")
+
+
+def _parts(step: Any) -> Iterator[dict[str, Any]]:
+    """Yield a step of a tokenizer and the steps that it consists of."""
+    stack = [step]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, dict):
+            yield part
+            stack += [item for value in part.values() if isinstance(value, list) for item in value]
 
 
 def tokenizer_code(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ drops tensors that it has no name for. The right settings are in the file's meta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.gguf_header import check_gguf_header
 from linearize.checkpoint.weights import INDEX, SINGLE
 from linearize.checkpoint.writing import write_json, write_tensors
 from linearize.errors import CheckpointError, UnsupportedModelError, one_line
@@ -49,9 +50,7 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file, or damaged")
+    check_gguf_header(path)
     location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         fields, rotary, stored_numbers = _read(path)

@@ -26,10 +26,10 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     """
     try:
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
+            raise CheckpointError(f"{path}: {'is no plain file' if path.exists() else 'no such file'}")
         if (size := path.stat().st_size) > JSON_LIMIT:
             raise CheckpointError(f"{path}: {size:,} bytes of JSON, at most {JSON_LIMIT:,} are read")
-        return json.loads(path.read_bytes(), object_pairs_hook=pairs, parse_int=_integer)
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=pairs, parse_int=_integer)
     except RecursionError:
         raise CheckpointError(f"{path}: not valid JSON (nested too deeply)") from None
     except ValueError as error:

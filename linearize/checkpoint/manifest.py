@@ -18,6 +18,9 @@ from linearize.mixers.registry import require_known
 from linearize.plan import Plan
 
 MANIFEST_VERSION = 1
+# counts that a model can have
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class Section(BaseModel):
@@ -46,10 +49,10 @@ class CalibrationSettingsRecord(Section):
 class SettingsRecord(Section):
     """The settings of a conversion that later commands read; the document holds all of them."""
 
-    window: int
-    sinks: int
+    window: Count
+    sinks: Count
     mix: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16"]
     softmax_window: int | None = None
     # absent before calibration existed
     calibration: CalibrationSettingsRecord | None = None
@@ -58,12 +61,12 @@ class SettingsRecord(Section):
 class Coverage(Section):
     """Counts of layers and key/value heads: in the model, planned to become linear, and converted."""
 
-    layers: int
-    layers_planned: int
-    heads: int
-    heads_planned: int
-    layers_converted: int
-    heads_converted: int
+    layers: PositiveCount
+    layers_planned: Count
+    heads: PositiveCount
+    heads_planned: Count
+    layers_converted: Count
+    heads_converted: Count
 
     @property
     def heads_per_layer(self) -> int:
@@ -78,8 +81,8 @@ class CalibrationRecord(Section):
     """
 
     text: str
-    rows: int
-    tokens: int
+    rows: Count
+    tokens: Count
     attention_error: dict[str, tuple[float, float]]
     part: float | None = None
     divergence: tuple[float, float] | None = None
@@ -130,16 +133,40 @@ class VerificationRecord(Section):
     padded_max_difference: float | None = None
 
 
+class TrainedLoss(Section):
+    """The loss of a recipe or of one of its stages."""
+
+    kind: str = "kl"
+
+
+class TrainedStage(Section):
+    """A stage of the recipe that a checkpoint was trained by."""
+
+    loss: TrainedLoss = TrainedLoss()
+
+
+class TrainedRecipe(Section):
+    """The keys of a recipe that cards state."""
+
+    loss: TrainedLoss = TrainedLoss()
+    stages: tuple[TrainedStage, ...] | None = None
+    data: tuple[str, ...] = ()
+
+    def loss_kinds(self) -> list[str]:
+        """Return the kind of loss of every stage."""
+        return [stage.loss.kind for stage in self.stages or (self,)]
+
+
 class FinetuneRecord(Section):
     """The outcome of training. `parent` is the folder of the checkpoint that was trained."""
 
     recipe_name: str
-    recipe: dict[str, Any]
+    recipe: TrainedRecipe
     parent: str
     parent_fingerprint: str | None = None
     teacher: str = "base model"
-    tokens: int
-    steps: int
+    tokens: Count
+    steps: Count
     stages: tuple[dict[str, Any], ...] = ()
     first_loss: float
     last_loss: float
@@ -174,12 +201,12 @@ class Manifest(Section):
     plan_fingerprint: str
     coverage: Coverage
     ignored_tensors: tuple[str, ...] = ()
-    parameters_added: int
+    parameters_added: Count
     calibration: CalibrationRecord | None = None
     quality: QualityRecord | None = None
     state_bytes: int | None = None
-    vocabulary: int
-    cache_bytes: dict[str, dict[str, int]]
+    vocabulary: Count
+    cache_bytes: dict[Annotated[str, Field(pattern="^[0-9]{1,12}$")], dict[Literal["base", "student"], PositiveCount]]
     weights: WeightsRecord
     sha256: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, Any]
@@ -192,6 +219,10 @@ class Manifest(Section):
         """Require the record of the training that made a finetuned checkpoint or an adapter."""
         if self.kind != "converted" and self.finetune is None:
             raise ValueError(f"'finetune' is missing, though 'kind' is {self.kind}")
+        if lacking := [length for length, sizes in self.cache_bytes.items() if len(sizes) < 2]:
+            raise ValueError(f"'cache_bytes.{lacking[0]}' lacks the base's or the student's")
+        if self.coverage.layers != len(self.plan.layers):
+            raise ValueError(f"'plan' has {len(self.plan.layers)} layers, 'coverage' {self.coverage.layers}")
         return self
 
     @classmethod
@@ -221,6 +252,8 @@ class Manifest(Section):
                 f"{path}: 'format_version' is {version}, this version of linearize reads up to {MANIFEST_VERSION}; "
                 "update linearize"
             )
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError(f"{path}: damaged, 'format_version' is {str(version)[:40]}")
         try:
             # validate JSON text, since strict validation of Python objects would refuse a list where a tuple belongs
             manifest = cls.model_validate_json(json.dumps(document))

@@ -1,15 +1,22 @@
 """Describe the source of a conversion: the model that the user named, as a local folder of safetensors."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.fingerprint import sha256
-from linearize.checkpoint.json_file import read_object
+from linearize.checkpoint.json_file import LARGEST, read_object
 from linearize.checkpoint.weights import sampled_values
 from linearize.errors import CheckpointError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# the largest counts of a config; those of any model that exists are far below
+MOST = {
+    "num_hidden_layers": 4096, "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "head_dim": 2**14,
+    "hidden_size": 2**20, "intermediate_size": 2**22, "moe_intermediate_size": 2**22, "vocab_size": 2**24,
+    "num_experts": 2**14, "num_local_experts": 2**14, "n_routed_experts": 2**14, "num_labels": 2**16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,42 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json")
-    return read_object(path)
+    config = read_object(path)
+    _check_counts(path, config)
+    return config
+
+
+def _check_counts(path: Path, config: dict[str, Any]) -> None:
+    """Refuse counts that no model has, before anything is built from them."""
+    for part in (config, config.get("text_config")):
+        for name, most in MOST.items() if isinstance(part, dict) else ():
+            value = part.get(name)
+            if value is not None and (not _is_number(value) or not 0 <= value <= most):
+                raise CheckpointError(
+                    f"{path}: {name}: got {str(value)[:40]}, allowed are whole numbers up to {most:,}"
+                )
+    for name, value in _leaves(config):
+        if _is_number(value) and abs(value) > LARGEST:
+            raise CheckpointError(f"{path}: {name}: got {str(value)[:40]}, which is out of range")
+    vocabulary = config.get("vocab_size")
+    for name in ("bos_token_id", "pad_token_id"):  # rows begin with the one, embeddings leave out the other
+        value = config.get(name)
+        if _is_number(value) and _is_number(vocabulary) and value >= vocabulary:
+            raise CheckpointError(f"{path}: {name}: got {value}, the model has {vocabulary} tokens")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested objects and lists, each with its dotted key."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 def local_fingerprint(model: str) -> str | None:

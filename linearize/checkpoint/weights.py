@@ -152,7 +152,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
         infos = {name: _tensor_info(path.name, 8 + length, entry) for name, entry in header.items()}
         spans = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from linearize.errors import ConfigError
+from linearize.errors import ConfigError, message_line, printable
 
 # set before the libraries are imported, which costs seconds that a refusal should not take
 QUIET = {
@@ -108,14 +108,16 @@ def close_bar() -> None:
 
 
 def emit(text: str) -> None:
-    """Print a result. If the reader has closed the pipe (`| head`), go on, so that the exit code stays right."""
+    """Print a result. If it cannot be (`| head`, a full disk), go on, so that the exit code stays right."""
     close_bar()
     clear_progress()
     _state.last_written = time.monotonic()
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
+        print(printable(text, keep="\n\t"), flush=True)
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # the work is done all the same
+            print_error(f"the results could not be printed: standard output: {error.strerror}")
 
 
 def emit_json(value: Any) -> None:
@@ -125,6 +127,7 @@ def emit_json(value: Any) -> None:
 
 def note(message: str) -> None:
     """Print a message for people, on standard error; with the date where that is no terminal."""
+    message = message_line(message)
     _log(message)
     if _state.quiet:
         return
@@ -139,6 +142,7 @@ def note(message: str) -> None:
 
 def print_error(message: str) -> None:
     """Print an error on standard error."""
+    message = message_line(message)
     _log(message)
     close_bar()
     clear_progress()
@@ -147,6 +151,7 @@ def print_error(message: str) -> None:
 
 def progress_line(message: str, *, final: bool = False) -> None:
     """Print progress: on a terminal a line that the next one replaces, elsewhere a line of its own."""
+    message = message_line(message)
     _log(message)
     if _state.quiet:
         return

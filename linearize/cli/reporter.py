@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from linearize.cli import output
+from linearize.errors import message_line
 from linearize.progress import Snapshot, snapshot
 
 # seconds of silence before a command shows that it is at work: on a terminal, and in a log
@@ -88,10 +89,14 @@ class _Bar:
 
     def show(self, now: Snapshot) -> None:
         """Draw what is under way."""
+        from rich.markup import escape
+
         if self.task is None or now.started != self.started:
             if self.task is not None:
                 self.progress.remove_task(self.task)
-            self.task = self.progress.add_task(now.name or "working", total=now.total or None, count="", left="")
+            self.task = self.progress.add_task(
+                escape(message_line(now.name or "working", 60)), total=now.total or None, count="", left=""
+            )
             self.started = now.started
         left = "" if now.seconds_left is None else f"{_clock(now.seconds_left)} left, "
         count = f"{now.done} of {now.total}" if now.total else ""

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
 from linearize.checkpoint.hub import hub_answers, why_no_hub
+from linearize.data.limits import limited
 from linearize.data.samples import SAMPLES
+from linearize.data.text_files import json_rows, text_documents
 from linearize.errors import CheckpointError, ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 SHUFFLE_BUFFER = 2000
 # rows that one call of the tokenizer spreads over the cores
 TOKENISED_TOGETHER = 64
-# characters of a text file that are one document and in memory at once
-LONGEST_TEXT = 4 * 1024**2
+# bounds of one rendering of a chat template, which is a program; characters of its result
+TEMPLATE_SECONDS, TEMPLATE_BYTES, LONGEST_CHAT = 10.0, 1 << 30, 16 * 1024**2
 # characters of an error of a library that a message shows
 LONGEST_REASON = 200
 # the prompt of a model without a chat template
@@ -106,26 +108,17 @@ def _suffix(path: Path) -> str:
 
 
 def _open_file(name: str, path: Path) -> "IterableDataset":
-    """Open a file as one stream. A text file is one document, unless it is too long to be in memory at once."""
+    """Open a file as one stream of rows."""
     suffix = _suffix(path)
     if suffix not in FORMATS:
         raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
     size = path.stat().st_size
     if size == 0:
         raise ConfigError(f"--data: {name} is empty")
-    if FORMATS[suffix] != "text":
-        return _stream(FORMATS[suffix], [path])
-    if path.suffix in COMPRESSIONS or size <= LONGEST_TEXT:
-        return _stream("text", [path], sample_by="document")
-    datasets = _import_datasets()
-    return datasets.IterableDataset.from_generator(_pieces, gen_kwargs={"path": str(path)})
-
-
-def _pieces(path: str) -> Iterator[dict[str, str]]:
-    """Split a long text file into documents of LONGEST_TEXT characters, each up to the end of its last line."""
-    with open(path, encoding="utf-8", newline="") as file:
-        while piece := file.read(LONGEST_TEXT):
-            yield {"text": piece + file.readline()}
+    if FORMATS[suffix] == "parquet":
+        return _stream("parquet", [path])
+    rows = text_documents if FORMATS[suffix] == "text" else json_rows
+    return _import_datasets().IterableDataset.from_generator(rows, gen_kwargs={"path": str(path)})
 
 
 def _open_folder(name: str, folder: Path) -> "IterableDataset":
@@ -162,6 +155,7 @@ def _import_datasets() -> ModuleType:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a local file concerns no hub
     return datasets
 
 
@@ -274,11 +268,15 @@ def chat_text(
         ChatError: the template refuses them.
     """
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        with limited(TEMPLATE_SECONDS, TEMPLATE_BYTES):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
     except Exception as error:  # a template refuses in its own words, with exceptions of jinja
         roles = ", ".join(str(turn.get("role")) for turn in messages)
-        reason = one_line(error, LONGEST_REASON)
-        raise ChatError(f"the chat template refuses turns of {roles}: {reason}") from None
+        reason = one_line(error, LONGEST_REASON) or type(error).__name__
+        raise ChatError(f"the chat template refuses turns of {roles[:LONGEST_REASON]}: {reason}") from None
+    if not isinstance(text, str) or len(text) > LONGEST_CHAT:
+        raise ChatError(f"the chat template makes no text of at most {LONGEST_CHAT:,} characters of them")
+    return text
 
 
 def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Render the model card (README.md) of a written checkpoint from its manifest, and add an evaluation to it."""
 
 import re
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import yaml
 from linearize.checkpoint.manifest import BaseRecord, Manifest
 from linearize.checkpoint.writing import write_text
 from linearize.plan import NO_BRANCH, LayerPlan
-from linearize.report.markdown import summary_table, table
+from linearize.report.markdown import plain, summary_table, table
 from linearize.report.results import STUDENT, Results
 from linearize.report.tables import QUALITY_COLUMNS, cache_rows, quality_rows
 
 # what encloses the section of an evaluation, so that the next evaluation can replace it
 BEGIN, END = "<!-- linearize eval -->", "<!-- end of linearize eval -->"
+FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?\r?\n|)---[ \t]*\r?\n", re.DOTALL)
+# characters that are read of a base's card, and those that the name of a licence has at most
+CARD_CHARACTERS, LONGEST_LICENCE = 1 << 16, 100
 
 
 def conversion_card(manifest: Manifest, base_folder: Path) -> str:
@@ -24,15 +28,13 @@ def conversion_card(manifest: Manifest, base_folder: Path) -> str:
     changed = [layer for layer in manifest.plan.layers if len(layer.softmax_heads) < coverage.heads_per_layer]
     added, softmax_window = manifest.parameters_added, manifest.settings.softmax_window
     other_heads = f" The other heads see {softmax_window:,} keys and the sinks." if softmax_window else ""
+    front = yaml.safe_dump(_metadata(base, base_folder), sort_keys=False, allow_unicode=True)
     return f"""---
-{_metadata(base, base_folder)}library_name: transformers
-pipeline_tag: text-generation
-tags: [linearize, linear-attention]
----
+{front}---
 
-# {name}, linearized
+# {plain(name)}, linearized
 
-[{name}]({_link(base)}) with softmax attention replaced in {coverage.heads_converted} of {coverage.heads} key/value
+{_link(base)} with softmax attention replaced in {coverage.heads_converted} of {coverage.heads} key/value
 heads by {_replacement(changed)}.{other_heads} Base weights are {weights}; {added:,} parameters were added.
 {_calibration_note(manifest)}{_recovery_note(manifest)}
 {_cache_table(manifest.cache_bytes)}
@@ -69,8 +71,8 @@ def _calibration_note(manifest: Manifest) -> str:
     window_error, error = (sum(pair[i] for pair in errors) / len(errors) for i in (0, 1))
     return (
         f"\nThe added parameters were fitted to the base's attention on rows of {calibration.tokens:,} tokens, from "
-        f"{calibration.text} and random ones copied; on two rows held out the relative square error beyond the window "
-        f"is {error:.3f} (window + sinks: {window_error:.3f}).\n"
+        f"{plain(calibration.text)} and random ones copied; on two rows held out the relative square error beyond "
+        f"the window is {error:.3f} (window + sinks: {window_error:.3f}).\n"
     )
 
 
@@ -78,10 +80,10 @@ def _recovery_note(manifest: Manifest) -> str:
     """Say how the checkpoint was finetuned; empty if it was not."""
     if (training := manifest.finetune) is None:
         return ""
-    stages = training.recipe["stages"] or [training.recipe]
+    data, losses = ", ".join(training.recipe.data), ", then ".join(training.recipe.loss_kinds())
     return (
-        f"\nRecovered with recipe `{training.recipe_name}` on {training.tokens:,} tokens of "
-        f"{', '.join(training.recipe['data'])} (loss {', then '.join(stage['loss']['kind'] for stage in stages)}).\n"
+        f"\nRecovered with recipe {plain(training.recipe_name)} on {training.tokens:,} tokens of {plain(data)} "
+        f"(loss {losses}).\n"
     )
 
 
@@ -90,7 +92,7 @@ def _quality_note(manifest: Manifest) -> str:
     if (quality := manifest.quality) is None:
         return ""
     _, rows = quality_rows(quality)
-    verdict = "This model holds that." if quality.holds else f"This model does not: {'; '.join(quality.lost)}."
+    verdict = "This model holds that." if quality.holds else f"This model does not: {plain('; '.join(quality.lost))}."
     return (
         f"\nHeads keep softmax so that {quality.target:.0%} of the base's look-ups beyond the window are held, and KL "
         f"from the base on text is at most {quality.divergence_limit:g}, on {quality.tokens:,} tokens that no head was "
@@ -103,25 +105,34 @@ def _cache_table(sizes: dict[str, dict[str, int]]) -> str:
     return table(["context", "base cache, MiB", "this model's cache, MiB", "ratio"], rows)
 
 
-def add_evaluation(card: Path, results: Results) -> None:
+def add_evaluation(card: Path, results: Results) -> str | None:
     """Write an evaluation into a card: a section of its own, and the student's metrics as `model-index` metadata.
 
     The section of an earlier evaluation is replaced. The rest of the card stays as it is.
+
+    Returns:
+        Why the card was left alone; None if it was not.
     """
-    text = card.read_text(encoding="utf-8")
-    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    metadata = yaml.safe_load(match[1]) if match else {}
+    try:
+        text = card.read_text(encoding="utf-8")
+        match = FRONT_MATTER.match(text)
+        metadata = yaml.safe_load(match[1]) if match else {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return f"{card} is left alone: it is not UTF-8, or its front matter is not YAML"
+    if not isinstance(metadata, dict) or not text.strip():
+        return f"{card} is left alone: it is empty, or its front matter is not a mapping"
     body = text[match.end() :] if match else text
     metadata["model-index"] = model_index(results)
-    section = f"{BEGIN}\n## Evaluation\n\nVerdict: {results.verdict}.\n\n{summary_table(results)}\n{END}\n"
+    section = f"{BEGIN}\n## Evaluation\n\nVerdict: {plain(results.verdict)}.\n\n{summary_table(results)}\n{END}\n"
     before, begin, rest = body.partition(BEGIN)
+    earlier, end, after = rest.partition(END)
     if begin:
-        _, _, after = rest.partition(END + "\n")
-        body = before + section + after
+        body = before + section + (after.removeprefix("\r").removeprefix("\n") if end else earlier)
     else:
         body = body.rstrip() + "\n\n" + section
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     write_text(card, f"---\n{front}---\n{body}")
+    return None
 
 
 def model_index(results: Results) -> list[dict[str, Any]]:
@@ -145,16 +156,34 @@ def model_index(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _metadata(base: BaseRecord, base_folder: Path) -> str:
-    """Return the front matter's lines on base and licence."""
-    lines = [f"base_model: {base.reference if base.kind == 'hub' else base.name}\n"]
-    card = base_folder / "README.md"
-    if card.is_file():
-        match = re.search(r"^license:\s*(\S+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        if match:
-            lines.insert(0, f"license: {match[1]}\n")
-    return "".join(lines)
+def _metadata(base: BaseRecord, base_folder: Path) -> dict[str, Any]:
+    """Return the front matter."""
+    metadata: dict[str, Any] = {"base_model": base.reference if base.kind == "hub" else base.name}
+    if (licence := _licence(base_folder / "README.md")) is not None:
+        metadata = {"license": licence, **metadata}
+    more = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["linearize", "linear-attention"],
+    }
+    return metadata | more
+
+
+def _licence(card: Path) -> str | None:
+    """Return the licence that a card states in its front matter; None if it states none that can be read."""
+    if not card.is_file():
+        return None
+    with open(card, encoding="utf-8", errors="replace") as file:
+        match = FRONT_MATTER.match(file.read(CARD_CHARACTERS))
+    try:
+        metadata = yaml.safe_load(match[1]) if match else None
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return None
+    licence = metadata.get("license") if isinstance(metadata, dict) else None
+    return licence if isinstance(licence, str) and licence.isprintable() and len(licence) < LONGEST_LICENCE else None
 
 
 def _link(base: BaseRecord) -> str:
-    return f"https://huggingface.co/{base.reference}" if base.kind == "hub" else base.name
+    """Return the base's name, as a link if it is on the hub."""
+    name = plain(base.name)
+    return f"[{name}](https://huggingface.co/{urllib.parse.quote(base.reference)})" if base.kind == "hub" else name

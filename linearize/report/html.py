@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from linearize.errors import printable
 from linearize.report.markdown import how_measured
 from linearize.report.pictures import plots_of
 from linearize.report.plots import svg
@@ -103,4 +104,4 @@ def _cell(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return html.escape(printable(str(value), keep="\n\t"))

@@ -1,9 +1,11 @@
 """Render report.md and the summary table: pure functions of the results, one section a function."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from linearize.errors import printable
 from linearize.report.results import MODELS, Check, Gate, Results
 from linearize.report.tables import (
     NONE,
@@ -29,12 +31,18 @@ LEGEND = (
 )
 
 
+def plain(text: Any) -> str:
+    """Return a text of unknown origin such that Markdown and HTML show it as it is, in one line."""
+    line = " ".join(printable(str(text), keep="\n\t").split())
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def render_markdown(results: Results) -> str:
     """Return the report."""
     tables = results.tables
     sections = [
-        f"# {results.model} beside {results.base}",
-        f"**Verdict: {results.verdict}.**",
+        f"# {plain(results.model)} beside {plain(results.base)}",
+        f"**Verdict: {plain(results.verdict)}.**",
         summary_table(results),
         LEGEND,
         *([_parity(results.checks)] if results.checks else []),
@@ -46,7 +54,7 @@ def render_markdown(results: Results) -> str:
         *([_section("Efficiency", efficiency_rows(tables["efficiency"]))] if "efficiency" in tables else []),
         _section("Cache of one sequence", cache_rows(results.cache_bytes)),
         *([_samples(tables["samples"])] if "samples" in tables else []),
-        "\n".join(["## How it was measured", "", *(f"- {line}" for line in how_measured(results))]),
+        "\n".join(["## How it was measured", "", *(f"- {plain(line)}" for line in how_measured(results))]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -60,7 +68,7 @@ def append_summary(path: Path, results: Results) -> None:
     """Append verdict and table to a file, such as a CI system's step summary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(f"\n**{results.model}: {results.verdict}**\n\n{summary_table(results)}\n")
+        file.write(f"\n**{plain(results.model)}: {plain(results.verdict)}**\n\n{summary_table(results)}\n")
 
 
 def how_measured(results: Results) -> list[str]:
@@ -79,7 +87,8 @@ def how_measured(results: Results) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table; a cell's own bars and tags are text."""
+    rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -137,6 +146,6 @@ def _samples(rows: list[dict[str, Any]]) -> str:
     """Return the first answers of all models side by side, each on one line."""
     parts = ["## Samples"]
     for row in rows[:SAMPLES]:
-        answers = [f"- {MODELS[model]}: {' '.join(row[model].split())}" for model in models_of([row])]
-        parts += [f"**{row['prompt']}**", "\n".join(answers)]
+        answers = [f"- {MODELS[model]}: {plain(row[model])}" for model in models_of([row])]
+        parts += [f"**{plain(row['prompt'])}**", "\n".join(answers)]
     return "\n\n".join(parts)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic_core import ErrorDetails
 
 from linearize.errors import nearest
@@ -14,9 +14,17 @@ LONGEST_SHOWN = 80
 
 
 class Strict(BaseModel):
-    """A frozen group of settings that refuses unknown keys, infinities and NaN."""
+    """A frozen group of settings that refuses unknown keys, infinities, NaN and numbers of more than 63 bits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, int) and abs(item) >= 2**63:
+                raise ValueError("should be a number of at most 63 bits")
+        return value
 
 
 def unknown_key(dotted: str, key: str, allowed: Iterable[str]) -> str:

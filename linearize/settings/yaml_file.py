@@ -23,6 +23,8 @@ _NUMBER_PATTERNS = {
         )$
         | ^\.(?:nan|NaN|NAN)$""",
 }
+# bytes of a file; a config or a recipe has a few thousand
+YAML_LIMIT = 1 << 20
 # characters that a number can begin with
 _NUMBER_STARTS = list("-+.0123456789")
 
@@ -32,10 +34,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; refuse a key that stands twice. `<<` merges mappings and may."""
-        keys = [key.value for key, _ in node.value]
+        seen = set()
         for key, _ in node.value:
-            if key.value != "<<" and keys.count(key.value) > 1:
-                raise yaml.YAMLError(f"key '{key.value}' stands twice{key.start_mark}")
+            name = str(key.value)
+            if name != "<<" and name in seen:
+                raise yaml.YAMLError(f"key '{name}' stands twice{key.start_mark}")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -67,8 +71,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is not valid YAML, holds no mapping, or repeats a key.
     """
     try:
+        if (size := path.stat().st_size) > YAML_LIMIT:
+            raise ConfigError(f"{path}: {size:,} bytes of YAML, at most {YAML_LIMIT:,} are read")
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     if data is None:
         return {}

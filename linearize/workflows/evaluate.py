@@ -110,7 +110,7 @@ def evaluate(
     suite, results = _measure(student, suite, request, _Execution(base, precision, hold, out, progress))
     results = replace(results, seconds=time.monotonic() - started)
     results = _judge(results, request, lengths_beyond_window(suite, window))
-    _publish(results, student.folder, out, summary_file)
+    _publish(results, student.folder, out, summary_file, progress)
     return results
 
 
@@ -235,13 +235,17 @@ def _judge(results: Results, request: Request, lengths: list[int]) -> Results:
     return replace(results, gates=gates, notes=notes)
 
 
-def _publish(results: Results, model: Path, out: Path | None, summary_file: Path | None) -> None:
+def _publish(
+    results: Results, model: Path, out: Path | None, summary_file: Path | None, progress: Callable[[str], None]
+) -> None:
     """Write the report. One in the model's own folder goes into the model's card as well."""
     if out is not None:
         write_results(results, out)
         card = model / "README.md"  # an adapter alone has none
         if out.resolve() == (model / "eval").resolve() and card.is_file():
-            add_evaluation(card, results)
+            problem = add_evaluation(card, results)
+            if problem is not None:
+                progress(problem)
     if summary_file is not None:
         append_summary(summary_file, results)
 

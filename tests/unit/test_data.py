@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from linearize.data import text_files
 from linearize.data.documents import data_fingerprint, read_documents
 from linearize.data.packing import IGNORED, Batch, packed_rows, read_ahead, with_copies
 from linearize.errors import ConfigError
@@ -73,7 +74,6 @@ def test_the_end_that_a_tokenizer_puts_behind_a_prompt_is_taken_off(tmp_path, to
 
 
 def test_a_long_text_is_read_in_pieces_and_names_are_taken_as_they_are(tmp_path, tokenizer_folder, monkeypatch):
-    from linearize.data import documents as data
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     path = tmp_path / "a[1]*.txt"
@@ -81,7 +81,7 @@ def test_a_long_text_is_read_in_pieces_and_names_are_taken_as_they_are(tmp_path,
     path.write_text("".join(lines))
     options = {"text_field": "text", "completion_only": False, "seed": None}
     ((whole, _),) = read_documents(str(path), tokenizer, **options)
-    monkeypatch.setattr(data, "LONGEST_TEXT", 200)
+    monkeypatch.setattr(text_files, "LONGEST_TEXT", 200)
     pieces = [
         tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in read_documents(str(path), tokenizer, **options)
     ]

@@ -161,7 +161,7 @@ SHARDED = {
     "index names a file outside": (index_outside, ["../elsewhere.safetensors", "inside the folder"]),
     "mislabelled shards": (swap_shards, ["index places"]),
     "a tensor in two shards": (tensor_in_two_shards, ["model-0000"]),
-    "index not JSON": (lambda f: (f / INDEX).write_text("{"), [INDEX, "damaged index"]),
+    "index not JSON": (lambda f: (f / INDEX).write_text("{"), [INDEX, "not valid JSON"]),
     "index without map": (lambda f: (f / INDEX).write_text("{}"), [INDEX, "weight_map"]),
     "index missing": (lambda f: (f / INDEX).unlink(), ["neither"]),
 }

@@ -118,7 +118,7 @@ def test_an_interrupted_evaluation_goes_on(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(recall, "measure_recall", stopped)
     with pytest.raises(Interrupted, match="are saved"):
         evaluate(converted, suite, out=out, progress=quiet)
-    assert not (out / "results.json").exists() and len(list((out / evaluation.UNFINISHED).iterdir())) == 4
+    assert not (out / "results.json").exists() and len(list((out / evaluation.UNFINISHED).glob("*.json"))) == 4
     monkeypatch.setattr(recall, "measure_recall", lambda lab, **s: calls.append(s["distance"]) or real(lab, **s))
     messages: list[str] = []
     results = evaluate(converted, suite, out=out, progress=messages.append)
