@@ -84,20 +84,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _check_counts(path: Path, config: dict[str, Any]) -> None:
     """Refuse counts that no model has, before anything is built from them."""
-    for part in (config, config.get("text_config")):
-        for name, most in MOST.items() if isinstance(part, dict) else ():
+    for part in (part for part in (config, config.get("text_config")) if isinstance(part, dict)):
+        for name, most in MOST.items():
             value = part.get(name)
-            if value is not None and (not _is_number(value) or not 0 <= value <= most):
-                raise CheckpointError(
-                    f"{path}: {name}: got {str(value)[:40]}, allowed are whole numbers up to {most:,}"
-                )
+            if value is not None and not (_is_number(value) and 0 <= value <= most):
+                got = str(value)[:40]
+                raise CheckpointError(f"{path}: {name}: got {got}, allowed are whole numbers up to {most:,}")
     for name, value in _leaves(config):
         if _is_number(value) and abs(value) > LARGEST:
             raise CheckpointError(f"{path}: {name}: got {str(value)[:40]}, which is out of range")
     vocabulary = config.get("vocab_size")
     for name in ("bos_token_id", "pad_token_id"):  # rows begin with the one, embeddings leave out the other
         value = config.get(name)
-        if _is_number(value) and _is_number(vocabulary) and value >= vocabulary:
+        if isinstance(value, int) and isinstance(vocabulary, int) and value >= vocabulary:
             raise CheckpointError(f"{path}: {name}: got {value}, the model has {vocabulary} tokens")
 
 

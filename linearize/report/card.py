@@ -100,7 +100,7 @@ def _quality_note(manifest: Manifest) -> str:
     )
 
 
-def _cache_table(sizes: dict[str, dict[str, int]]) -> str:
+def _cache_table(sizes: dict[str, Any]) -> str:
     _, rows = cache_rows(sizes)
     return table(["context", "base cache, MiB", "this model's cache, MiB", "ratio"], rows)
 

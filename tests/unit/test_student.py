@@ -100,7 +100,7 @@ def test_the_folder_leads_the_printed_document(document, tmp_path):
         (lambda d: d.update(kind="other"), r"'kind': .*'converted', 'finetuned' or 'adapter'"),
         (lambda d: d.update(kind="adapter"), r"'finetune' is missing"),
         (lambda d: d["plan"].update(format_version=9), r"'plan': .*format_version 9"),
-        (lambda d: d["plan"]["layers"][0].update(later=1), r"'plan': not a plan"),
+        (lambda d: d["plan"]["layers"][0].update(later=1), r"'plan': layer 0: unknown key"),
         (lambda d: (d.pop("coverage"), d.pop("weights")), r"'coverage' is missing \(and 1 more\)"),
     ],
 )
