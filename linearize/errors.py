@@ -64,6 +64,15 @@ def raise_if_full(error: BaseException, where: Path) -> None:
         raise ResourceError(f"no space left on the disk of {where}") from None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error says that memory is used up: Python's own, or torch's on a GPU or a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 def one_line(error: Exception, limit: int = 300) -> str:
     """Return the text of `error` without line breaks, cut after `limit` characters."""
     return " ".join(str(error)[: 10 * limit].split())[:limit]

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from linearize.checkpoint.source import Source
@@ -9,6 +11,10 @@ from linearize.checkpoint.weights import BITS, DTYPE_NAMES, FLOATING, TensorInfo
 from linearize.errors import CheckpointError, CoverageError, UnsupportedModelError, nearest, one_line
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES, find_family
+
+LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# bytes of two tensors that are compared at a time
+BLOCK_BYTES = 1 << 24
 
 
 def base_config(source: Source) -> dict[str, Any]:
@@ -95,12 +101,18 @@ def check_tensors(source: Source, config: dict[str, Any], family_name: str, weig
     if missing:
         raise CoverageError(f"{source.name}: {len(missing)} tensors are missing, first '{missing[0]}'")
     unlisted = [name for name in tensors if name not in expected]
-    ignored = tuple(name for name in unlisted if any(re.search(p, name) for p in family.ignorable_tensors))
+    ignored = tuple(
+        name
+        for name in unlisted
+        if source.ignore_unexpected
+        or any(re.search(pattern, name) for pattern in family.ignorable_tensors)
+        or _predicts_next_tokens(name, config)
+    )
     unexpected = [name for name in unlisted if name not in ignored]
     if unexpected:
         raise CoverageError(
             f"{source.name}: {len(unexpected)} unexpected tensors, first '{unexpected[0]}'"
-            f"{nearest(unexpected[0], expected)}"
+            f"{_near(unexpected[0], expected)}; --ignore-unexpected keeps them, unused"
         )
     for name, shape in expected.items():
         if (info := tensors.get(name)) is None:
@@ -115,6 +127,51 @@ def check_tensors(source: Source, config: dict[str, Any], family_name: str, weig
                 f"{source.name}: tensor '{name}' is {info.dtype}; convert the original floating-point checkpoint"
             )
     return ignored
+
+
+def _predicts_next_tokens(name: str, config: dict[str, Any]) -> bool:
+    """Return True for a tensor of a layer that predicts tokens after the next, which transformers leaves aside.
+
+    Such layers stand behind those that the config counts, or under names of their own (mtp).
+    """
+    extra = config.get("num_nextn_predict_layers") or config.get("mtp_num_hidden_layers") or 0
+    match = LAYER_NUMBER.search(name)
+    first = config["num_hidden_layers"]
+    behind = match is not None and isinstance(extra, int) and first <= int(match[1]) < first + extra
+    return behind or name.startswith(("mtp.", "model.mtp."))
+
+
+def _near(name: str, expected: Iterable[str]) -> str:
+    """Suggest an expected name that looks like `name`, unless they differ in numbers alone."""
+    suggestion = nearest(name, expected)
+    without_numbers = re.sub(r"\d+", "", name)
+    return "" if without_numbers in re.sub(r"\d+", "", suggestion) else suggestion
+
+
+def untied_head(source: Source, config: dict[str, Any], weights: Weights) -> str | None:
+    """Return the name of the output embeddings, if the config ties them and the checkpoint has others; else None."""
+    if not config.get("tie_word_embeddings"):
+        return None
+    _, tied = expected_tensors(config, config["model_type"])
+    for target, origin in tied.items():
+        one, other = weights.tensors.get(target), weights.tensors.get(origin)
+        if one is not None and other is not None and not _same_bytes(weights.folder, one, other):
+            return target
+    return None
+
+
+def _same_bytes(folder: Path, one: TensorInfo, other: TensorInfo) -> bool:
+    """Compare two tensors byte by byte, block by block."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(folder / one.file, "rb") as first, open(folder / other.file, "rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for start in range(0, one.nbytes, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, one.nbytes - start)
+            if first.read(length) != second.read(length):
+                return False
+    return True
 
 
 def weights_of_config(source: Source, config: dict[str, Any]) -> Weights:
@@ -136,11 +193,11 @@ def weights_of_config(source: Source, config: dict[str, Any]) -> Weights:
     return Weights(source.folder, tensors, ())
 
 
-def expected_tensors(config: dict[str, Any], family_name: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+def expected_tensors(config: dict[str, Any], family_name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Build the base model without weights and list its tensors, under the names that checkpoints use.
 
     Returns:
-        Shapes by name, and the names that a checkpoint may leave out because they are tied.
+        Shapes by name, and the names that a checkpoint may leave out, each with the name that it is tied to.
 
     Raises:
         CheckpointError: transformers cannot build a model from this config.
@@ -151,7 +208,7 @@ def expected_tensors(config: dict[str, Any], family_name: str) -> tuple[dict[str
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     except Exception as error:  # of any type: the values come from the user's file
         raise CheckpointError(
             f"config.json: transformers cannot build {family_name} from it: {type(error).__name__}: "
@@ -160,7 +217,10 @@ def expected_tensors(config: dict[str, Any], family_name: str) -> tuple[dict[str
     weights = model.state_dict()
     tied = model.all_tied_weights_keys if config.get("tie_word_embeddings") else {}
     # names on disk differ: mixtures store every expert by itself, GPT-NeoX's head is embed_out
-    on_disk, tied_on_disk = (
-        revert_weight_conversion(model, part) for part in (weights, {name: weights[name] for name in tied})
-    )
-    return {name: tuple(value.shape) for name, value in on_disk.items()}, set(tied_on_disk)
+    on_disk = revert_weight_conversion(model, weights)
+
+    def name_on_disk(name: str) -> str:
+        return next(iter(revert_weight_conversion(model, {name: weights[name]})))
+
+    tied_on_disk = {name_on_disk(target): name_on_disk(origin) for target, origin in tied.items()}
+    return {name: tuple(value.shape) for name, value in on_disk.items()}, tied_on_disk

@@ -1,6 +1,7 @@
 """Download checkpoints from the model hub, after checking that it answers."""
 
 import os
+import re
 import threading
 import urllib.request
 from pathlib import Path
@@ -62,8 +63,22 @@ def download(model: str, revision: str | None, option: str) -> Path:
             f"{option}: no file or folder '{model}' here, {why_no_hub()}, and the model is not in the local cache; "
             "name a local folder or .gguf file, or try again online"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"{option}: downloading '{model}' failed: {one_line(error)}") from None
+
+
+def is_hub_id(name: str) -> bool:
+    """Return True if a name can be that of a model on the hub: name or owner/name, by the hub's own rules."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) or name.startswith((".", "/", "~")):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _offline() -> bool:

@@ -4,6 +4,7 @@
 MANIFEST = "linearize.json"
 # one line for each step of training
 METRICS = "metrics.jsonl"
+GENERATION_CONFIG = "generation_config.json"
 # the added parameters before any training, beside a finetuned checkpoint
 UNTRAINED = "untrained.safetensors"
 # part of the name of every tensor that a conversion adds

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from linearize.checkpoint.assets import copy_assets
 from linearize.checkpoint.auto import auto_config
 from linearize.checkpoint.base import base_config
 from linearize.checkpoint.gguf_file import dequantise
-from linearize.checkpoint.hub import download
+from linearize.checkpoint.hub import download, is_hub_id
 from linearize.checkpoint.json_file import read_json
 from linearize.checkpoint.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source
 from linearize.checkpoint.text_model import write_text_model
@@ -21,6 +22,7 @@ from linearize.errors import CheckpointError, ConfigError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 # types of PEFT adapter that put tokens or keys before the text, which no weight can hold
 UNMERGEABLE = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT")
@@ -34,6 +36,7 @@ def open_source(
     dtype: str = "bfloat16",
     merge_adapter: bool = False,
     text_model: bool = False,
+    ignore_unexpected: bool = False,
     option: str = "MODEL",
     near: Path | None = None,
 ) -> Iterator[Source]:
@@ -45,6 +48,7 @@ def open_source(
         dtype: dtype that the weights of a GGUF file are dequantised to.
         merge_adapter: merge a PEFT adapter into its base model, in a temporary folder.
         text_model: take the text model out of a checkpoint for images or sound, into a temporary folder.
+        ignore_unexpected: as in `Source`.
         option: the argument or option that names the model, for errors.
         near: a folder on whose disk temporary folders are to be, so that their files can be linked from there.
 
@@ -53,6 +57,31 @@ def open_source(
         CheckpointError: the hub does not answer, or the files are damaged.
         UnsupportedModelError: a GGUF architecture or a type of adapter that cannot be converted.
     """
+    opened = _opened(
+        model,
+        revision=revision,
+        dtype=dtype,
+        merge_adapter=merge_adapter,
+        text_model=text_model,
+        option=option,
+        near=near,
+    )
+    with opened as source:
+        yield replace(source, ignore_unexpected=ignore_unexpected)
+
+
+@contextlib.contextmanager
+def _opened(
+    model: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    merge_adapter: bool,
+    text_model: bool,
+    option: str,
+    near: Path | None,
+) -> Iterator[Source]:
+    """Open a model; arguments as in `open_source`."""
     path = Path(model).expanduser()
     if text_model:
         with (
@@ -80,7 +109,7 @@ def open_source(
             yield Source(str(path.resolve()), "gguf", folder, path.stem)
     elif path.exists():
         raise ConfigError(f"{option}: got the file '{model}', allowed are a hub id, a folder or a .gguf file")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
+    elif not is_hub_id(model):
         raise ConfigError(f"{option}: no file or folder '{model}', and it is not a hub id (owner/name) either")
     else:
         folder = download(model, revision, option)
@@ -129,6 +158,10 @@ def _adapter_base(adapter: Path, merge: bool) -> str:
         raise ConfigError(
             f"{adapter / ADAPTER_CONFIG}: names no base model (base_model_name_or_path: {base}); write it in"
         )
+    if config.get("megatron_config"):  # with it PEFT imports a module that the config names
+        raise UnsupportedModelError(f"{adapter}: names code of its own (megatron_config), which is never loaded")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{adapter / ADAPTER_CONFIG}: peft_type: got {str(kind)[:40]}, allowed is a name")
     if kind in UNMERGEABLE:
         raise UnsupportedModelError(f"{adapter}: is a PEFT adapter of type {kind}, which no weights can be merged with")
     if not merge:
@@ -155,22 +188,25 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
 
     base_config(base)
     # a file may store a layer below an adapter, which is the base's own
-    stored = {name.replace(".base_layer.", ".") for name in read_header(adapter / ADAPTER_WEIGHTS)}
+    stored = {
+        name.replace(".base_layer.", "."): info.shape for name, info in read_header(adapter / ADAPTER_WEIGHTS).items()
+    }
     config = auto_config(base.folder)
     model = AutoModelForCausalLM.from_pretrained(base.folder, config=config, dtype="auto", trust_remote_code=False)
     embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
     of_base = {f"base_model.model.{name}" for name in model.state_dict()}
     try:
+        _resize_to(model, adapter, stored)
         adapted = PeftModel.from_pretrained(model, adapter)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    except (ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # of any type: the values come from the adapter's config
         raise CheckpointError(f"{adapter}: cannot be merged: {one_line(error)}") from None
     if model.config.tie_word_embeddings and _changes_one_of(adapted, embeddings):
         raise UnsupportedModelError(
             f"{adapter}: changes the input or the output embeddings alone, which its base ties together; untie them "
             "first"
         )
-    lacking, misplaced = expected - stored, stored - expected - of_base
+    lacking, misplaced = expected - stored.keys(), stored.keys() - expected - of_base
     for problem, names in (("lacks", lacking), ("has, but the base has no place for", misplaced)):
         if names:
             raise CheckpointError(
@@ -183,6 +219,25 @@ def _merge(base: Source, adapter: Path, folder: Path) -> None:
     merged.save_pretrained(folder, max_shard_size="4GB")
     for origin in (base.folder, adapter):  # the adapter's own tokenizer or template is the newer one
         copy_assets(origin, folder)
+
+
+def _resize_to(model: "PreTrainedModel", adapter: Path, stored: dict[str, tuple[int, ...]]) -> None:
+    """Give a base as many tokens as an adapter that was trained after a resize, as PEFT's users do before they load it.
+
+    Args:
+        stored: the adapter's tensors and their shapes.
+    """
+    embeddings = {model.get_input_embeddings(), model.get_output_embeddings()}
+    names = [name for name, module in model.named_modules() if module in embeddings]
+    endings = tuple(f"{name}.{kind}weight" for name in names for kind in ("", "modules_to_save."))
+    sizes = {shape[0] for tensor, shape in stored.items() if len(shape) == 2 and tensor.endswith(endings)}
+    present = model.get_input_embeddings().weight.shape[0]
+    if len(sizes) > 1:
+        raise ValueError(f"its embeddings have {' and '.join(map(str, sorted(sizes)))} tokens")
+    if sizes and (size := sizes.pop()) != present:
+        if size > 2 * present:
+            raise ValueError(f"it has {size:,} tokens, its base {present:,}")
+        model.resize_token_embeddings(size, mean_resizing=False)
 
 
 def _changes_one_of(adapted: "PeftModel", embeddings: "set[torch.nn.Module]") -> bool:

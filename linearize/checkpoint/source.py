@@ -30,6 +30,7 @@ class Source:
         folder: local folder with config.json and safetensors.
         name: short name for messages and model cards.
         revision: commit of a hub model, if known.
+        ignore_unexpected: tensors that the model has no place for are kept, unused.
         merged_into: fingerprint of the base model that an adapter was merged into; empty for other kinds.
     """
 
@@ -39,6 +40,7 @@ class Source:
     name: str
     revision: str | None = None
     merged_into: str = ""
+    ignore_unexpected: bool = False
 
     def read_config(self) -> dict[str, Any]:
         """Read the model's config.json; see the function `read_config`."""

@@ -152,4 +152,13 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase | None":
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return auto_tokenizer(folder)
+    tokenizer = auto_tokenizer(folder)
+    tokenizer.embedded_tokens = _embedded_tokens(folder)
+    return tokenizer
+
+
+def _embedded_tokens(folder: Path) -> int | None:
+    """Return the number of tokens that a checkpoint's model has embeddings for; None if its config does not say."""
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    part = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    return part.get("vocab_size") if isinstance(part, dict) else None

@@ -18,12 +18,19 @@ from linearize.cli import eval as eval_
 from linearize.cli import list as list_
 from linearize.cli import run as run_
 from linearize.cli import scores as scores_
-from linearize.cli.output import configure, emit_json, print_error, quiet_libraries
+from linearize.cli.output import configure, emit_json, print_error, quiet_libraries, show_traceback
 from linearize.cli.reporter import reporting
-from linearize.errors import ConfigError, Interrupted, LinearizeError, ResourceError
+from linearize.errors import (
+    ConfigError,
+    Interrupted,
+    LinearizeError,
+    ResourceError,
+    is_full,
+    is_out_of_memory,
+    one_line,
+)
 
 FAILURE = LinearizeError.exit_code
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 # objects between collections: importing torch and transformers makes a million that all stay
 GC_THRESHOLD = 100_000
 
@@ -43,6 +50,8 @@ def main() -> None:
     """Run the command line of this process and exit with the code of the outcome."""
     if os.environ.get("WORLD_SIZE", "1") == "1":  # a process that waits for others never runs the handler
         signal.signal(signal.SIGTERM, _interrupt)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of nohup
+            signal.signal(signal.SIGHUP, _interrupt)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks ± or arrows must not cost a report
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -53,7 +62,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; print what went wrong, in JSON too if it has --json."""
     gc.set_threshold(GC_THRESHOLD)
     try:
-        arguments = _take_common_options(arguments)
+        arguments = _take_common_options([_with_home(argument) for argument in arguments])
         quiet_libraries()
         with reporting():
             return _run_command(arguments)
@@ -65,6 +74,14 @@ def run(arguments: list[str]) -> int:
     if "--json" in arguments:
         emit_json({"error": message, "exit_code": code})
     return code
+
+
+def _with_home(argument: str) -> str:
+    """Expand ~ at the start of an argument or of an option's value, also where quotes kept the shell from it."""
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and equals:
+        return f"{option}={_with_home(value)}"
+    return os.path.expanduser(argument) if argument == "~" or argument.startswith("~/") else argument
 
 
 def _take_common_options(arguments: list[str]) -> list[str]:
@@ -102,25 +119,25 @@ def _run_command(arguments: list[str]) -> int:
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    """Return the message and the exit code for a failure; print the traceback of one that nobody foresaw."""
+    """Return the message and the exit code for a failure."""
     if isinstance(error, typer.TyperException):
         return " ".join(error.format_message().split()), ConfigError.exit_code
     if isinstance(error, typer.Abort):
         return str(error) or "interrupted", Interrupted.exit_code
     if isinstance(error, LinearizeError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError):
-        return "out of memory", ResourceError.exit_code
+    if is_out_of_memory(error):
+        return f"out of memory: {one_line(error)}".removesuffix(": "), ResourceError.exit_code
+    if is_full(error):  # of any library
+        return f"no space left on the disk: {one_line(error)}", ResourceError.exit_code
     if isinstance(error, OSError):
-        return str(error), ResourceError.exit_code if error.errno in NO_SPACE else FAILURE
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, on GPU and CPU
-        return f"out of memory: {str(error).splitlines()[0]}", ResourceError.exit_code
-    traceback.print_exception(error)
-    return f"unforeseen {type(error).__name__}: {error}", FAILURE
+        return str(error), ResourceError.exit_code if error.errno == errno.ENOMEM else FAILURE
+    show_traceback("".join(traceback.format_exception(error)))
+    return f"unforeseen {type(error).__name__}: {error} (--verbose shows where; please report it)", FAILURE
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Treat SIGTERM, which CI systems, schedulers and containers send, like Ctrl-C: clear up and say so."""
+    """Treat SIGTERM, which CI systems, schedulers and containers send, and SIGHUP like Ctrl-C: clear up and say so."""
     raise KeyboardInterrupt
 
 

@@ -112,6 +112,14 @@ MergeAdapter = Annotated[
         rich_help_panel=SOURCE,
     ),
 ]
+IgnoreUnexpected = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-unexpected",
+        help="Keep tensors that the model has no place for, unused, instead of refusing them.",
+        rich_help_panel=SOURCE,
+    ),
+]
 TextModel = Annotated[
     bool,
     typer.Option("--text-model", help="Convert the text model inside a model for images.", rich_help_panel=SOURCE),

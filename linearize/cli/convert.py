@@ -98,6 +98,7 @@ def convert(
     revision: options.Revision = None,
     merge_adapter: options.MergeAdapter = False,
     text_model: options.TextModel = False,
+    ignore_unexpected: options.IgnoreUnexpected = False,
     link: LinkWeights = Link.auto,
     verify: Verify = True,
     require_quality: RequireQuality = False,
@@ -113,7 +114,12 @@ def convert(
     )  # fmt: skip
     if calibrate is not None:  # without the flag, the config decides
         settings = _with_calibration(settings, "always" if calibrate else "never")
-    source_options: dict[str, Any] = {"revision": revision, "merge_adapter": merge_adapter, "text_model": text_model}
+    source_options: dict[str, Any] = {
+        "revision": revision,
+        "merge_adapter": merge_adapter,
+        "text_model": text_model,
+        "ignore_unexpected": ignore_unexpected,
+    }
     if dry_run:
         from linearize.checkpoint.output_folder import check_target
 

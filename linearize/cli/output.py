@@ -149,6 +149,14 @@ def print_error(message: str) -> None:
     _print_error(message)
 
 
+def show_traceback(text: str) -> None:
+    """Write the traceback of an unforeseen failure to the log file, and on standard error if that is wanted."""
+    _log(text)
+    if _state.verbose:
+        close_bar()
+        _print_error(printable(text, keep="\n\t"))
+
+
 def progress_line(message: str, *, final: bool = False) -> None:
     """Print progress: on a terminal a line that the next one replaces, elsewhere a line of its own."""
     message = message_line(message)

@@ -46,6 +46,7 @@ def plan(
     revision: options.Revision = None,
     merge_adapter: options.MergeAdapter = False,
     text_model: options.TextModel = False,
+    ignore_unexpected: options.IgnoreUnexpected = False,
     json_: Json = False,
 ) -> None:
     """Print the plan of a conversion, from config.json and safetensors headers.
@@ -57,7 +58,15 @@ def plan(
         softmax_window=softmax_window, layers=layers, quality=quality, cache_budget=cache_budget,
         budget=budget,
     )  # fmt: skip
-    print_plan(model, settings, json_, revision=revision, merge_adapter=merge_adapter, text_model=text_model)
+    print_plan(
+        model,
+        settings,
+        json_,
+        revision=revision,
+        merge_adapter=merge_adapter,
+        text_model=text_model,
+        ignore_unexpected=ignore_unexpected,
+    )
 
 
 def print_plan(model: str, settings: "ConversionConfig", json_: bool, **source_options: Any) -> None:

@@ -40,6 +40,7 @@ def scores(
     revision: options.Revision = None,
     merge_adapter: options.MergeAdapter = False,
     text_model: options.TextModel = False,
+    ignore_unexpected: options.IgnoreUnexpected = False,
     json_: Json = False,
 ) -> None:
     """Score the heads of a model, find how many have to keep softmax, and write a file that `convert` can use.
@@ -53,7 +54,14 @@ def scores(
     from linearize.workflows.scores import write_scores
 
     path, document = write_scores(
-        model, settings, out, progress=note, revision=revision, merge_adapter=merge_adapter, text_model=text_model
+        model,
+        settings,
+        out,
+        progress=note,
+        revision=revision,
+        merge_adapter=merge_adapter,
+        text_model=text_model,
+        ignore_unexpected=ignore_unexpected,
     )
     if json_:
         emit_json(document)

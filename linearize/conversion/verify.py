@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from linearize.checkpoint.auto import auto_config
 from linearize.checkpoint.names import ADDED
+from linearize.checkpoint.student import Student
 from linearize.checkpoint.weights import DTYPE_NAMES, TensorInfo, read_weights
 from linearize.device import RESIDENT_BYTES, has_amx, keep_freed_memory
 from linearize.errors import CheckpointError
@@ -115,10 +116,13 @@ def _is_finite(path: Path, info: TensorInfo) -> bool:
     return True
 
 
-def _load(folder: Path, *, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None) -> PreTrainedModel:
-    """Load a checkpoint with every key accounted for.
+def _load(
+    folder: Path, student: Path, *, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """Load a student or its base with every key accounted for.
 
     Args:
+        student: folder of the student, whose record names the tensors that are kept unused.
         dtype: None: the checkpoint's own if this processor is fast in it, else float32.
         config: a config in place of the checkpoint's.
 
@@ -131,18 +135,19 @@ def _load(folder: Path, *, dtype: torch.dtype | None = None, config: PretrainedC
         folder, config=config, output_loading_info=True, trust_remote_code=False, **options
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        _require_none(kind, info[kind], model, folder)
+        _require_none(kind, info[kind], model, student)
     return model.eval()
 
 
-def _require_none(kind: str, names: Iterable[Any], model: PreTrainedModel, folder: Path) -> None:
-    """Raise a VerificationFailure for the first of the names, but for tensors that the model has no place for."""
-    names = [str(name) for name in names if "rotary_emb" not in str(name)]
+def _require_none(kind: str, names: Iterable[Any], model: PreTrainedModel, student: Path) -> None:
+    """Raise a VerificationFailure for the first of the names, but for tensors that are kept unused."""
+    unused = Student.read(student).manifest.ignored_tensors
+    names = [str(name) for name in names if "rotary_emb" not in str(name) and str(name) not in unused]
     attentions = model.linear_attentions() if hasattr(model, "linear_attentions") else ()
     if not any(attention.linear_heads for _, attention in attentions):
         names = [name for name in names if ADDED not in name]  # a plan without linear heads
     if names:
-        raise VerificationFailure(f"{kind.replace('_', ' ')} on loading {folder.name}, first {min(names)}")
+        raise VerificationFailure(f"{kind.replace('_', ' ')} on loading, first {min(names)}")
 
 
 def _stream(folder: Path, config: PretrainedConfig | None = None) -> LayerStream:
@@ -165,10 +170,11 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor) -> float:
     config = auto_config(folder)
     config.linearize = config.plan.keep_all_softmax(config.key_value_heads).to_dict()
     if _is_large(folder):
-        reference, logits = _streamed_logits(_stream(base), ids), _streamed_logits(_stream(folder, config), ids)
+        reference = _streamed_logits(_stream(base), ids, folder)
+        logits = _streamed_logits(_stream(folder, config), ids, folder)
     else:
-        reference = _load(base)(ids, use_cache=False).logits
-        logits = _load(folder, config=config)(ids, use_cache=False).logits
+        reference = _load(base, folder)(ids, use_cache=False).logits
+        logits = _load(folder, folder, config=config)(ids, use_cache=False).logits
     if not logits.isfinite().all():
         raise VerificationFailure("the base model's logits are not finite")
     difference = (logits - reference).abs().max().item()
@@ -177,11 +183,11 @@ def _softmax_difference(folder: Path, base: Path, ids: torch.Tensor) -> float:
     return difference
 
 
-def _streamed_logits(stream: LayerStream, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits [T, vocabulary] of ids [1, T]."""
+def _streamed_logits(stream: LayerStream, ids: torch.Tensor, student: Path) -> torch.Tensor:
+    """Return the logits [T, vocabulary] of ids [1, T]; `student` as in `_load`."""
     (hidden,) = stream.last_hidden([ids[0]])
     with stream.readout() as head:
-        _require_none("unexpected_keys", stream.unplaced, stream.model, stream.folder or Path())
+        _require_none("unexpected_keys", stream.unplaced, stream.model, student)
         return head(hidden)
 
 
@@ -199,12 +205,12 @@ def _student_differences(folder: Path, plan: Plan, ids: torch.Tensor) -> tuple[f
     ways = ("cached decode", "a left-padded row", "the readout that losses and scores use")
     if _is_large(folder):
         stream = _stream(folder, config)
-        full = _streamed_logits(stream, ids)
+        full = _streamed_logits(stream, ids, folder)
         hidden = streamed_in_pieces(stream, ids, pieces), streamed_behind_padding(stream, ids)
         with stream.readout() as head:  # which is (e) itself
             others = [head(of_way) for of_way in hidden]
     else:
-        student = _load(folder, dtype=torch.float32, config=config)
+        student = _load(folder, folder, dtype=torch.float32, config=config)
         full = student(ids, use_cache=False).logits
         others = [logits_in_pieces(student, ids, pieces), logits_behind_padding(student, ids)]
         others.append(readout_of(student)(student.base_model(ids, use_cache=False).last_hidden_state))

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from linearize.checkpoint.fingerprint import fingerprint_of, sha256
-from linearize.checkpoint.hub import hub_answers, why_no_hub
+from linearize.checkpoint.hub import hub_answers, is_hub_id, why_no_hub
 from linearize.data.limits import limited
 from linearize.data.samples import SAMPLES
 from linearize.data.text_files import json_rows, text_documents
@@ -137,7 +137,7 @@ def _stream(file_format: str, files: list[Path], **options: Any) -> "IterableDat
 
 def _open_from_hub(name: str) -> "IterableDataset":
     """Open a dataset of the hub, once the hub has answered: the library itself would wait long for it."""
-    if _suffix(Path(name)) in FORMATS or name.count("/") != 1:
+    if _suffix(Path(name)) in FORMATS or name.count("/") != 1 or not is_hub_id(name):
         raise ConfigError(
             f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"
         )
@@ -180,7 +180,15 @@ def read_documents(
         numbered = enumerate(stream)
         while rows := list(itertools.islice(numbered, TOKENISED_TOGETHER)):
             for prompt_length, ids in _tokenise(rows, dataset, tokenizer, text_field):
+                _require_embedded(ids, tokenizer)
                 yield _document(ids, prompt_length if completion_only else 0, tokenizer.eos_token_id)
+
+
+def _require_embedded(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse tokens that the model has no embedding for; `read_tokenizer` notes their number on the tokenizer."""
+    embedded = getattr(tokenizer, "embedded_tokens", None)
+    if embedded is not None and ids and max(ids) >= embedded:
+        raise CheckpointError(f"the tokenizer makes token {max(ids)}, the model has {embedded}; is it another model's?")
 
 
 def _document(ids: list[int], uncounted: int, end_token: int | None) -> Document:

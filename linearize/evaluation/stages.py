@@ -69,12 +69,18 @@ def _run_or_load(
     context: "EvaluationContext", stage: Stage, identity: dict[str, Any], unfinished: Path | None
 ) -> StageResult:
     if unfinished is None:
-        return stage.run(context)
+        return _parsed(json.dumps(asdict(stage.run(context))))
     path = unfinished / f"{fingerprint_of({**identity, 'stage': stage.name})}.json"
     if path.is_file() and is_ours(unfinished):
         context.progress(f"{stage.name}: loaded from an interrupted run")
-        return TypeAdapter(StageResult).validate_python(json.loads(path.read_bytes()))
-    result = stage.run(context)
+        with contextlib.suppress(OSError, ValueError):  # a damaged one is measured again
+            return _parsed(path.read_text(encoding="utf-8"))
+    text = json.dumps(asdict(stage.run(context)))  # errors can be NaN, which pydantic would write as null
     claim(unfinished)
-    write_text(path, json.dumps(asdict(result)))  # errors can be NaN, which pydantic would write as null
-    return result
+    write_text(path, text)
+    return _parsed(text)
+
+
+def _parsed(text: str) -> StageResult:
+    """Read a saved result. Every result goes this way, so that an interrupted run ends in the same bytes."""
+    return TypeAdapter(StageResult).validate_python(json.loads(text))

@@ -109,8 +109,12 @@ class LayerStream:
             [name for name, parameter in layer.named_parameters() if parameter.is_meta] for layer in self.layers
         ]
         self.embedding = self._name_on_disk(self.model.get_input_embeddings())
-        tied = self.model.config.get_text_config().tie_word_embeddings
-        self.head = self.embedding if tied else self._name_on_disk(self.model.get_output_embeddings())
+        self.head = self._name_on_disk(self.model.get_output_embeddings())
+        if self.model.config.get_text_config().tie_word_embeddings:
+            # where the files have both, which may differ, transformers takes each
+            stored = [name for name in self._tied_names() if name in self.file_of]
+            self.head = next(iter(stored), self.embedding)
+            self.embedding = self.embedding if self.embedding in self.file_of else self.head
         self._load([name for name in other_tensors if name not in (self.embedding, self.head)], self.device)
 
     def _load_layer(self, index: int) -> None:
@@ -304,6 +308,12 @@ class LayerStream:
         """Return the name that a checkpoint gives the weight of an embedding."""
         name = next(name for name, parameter in self.model.named_parameters() if parameter is module.weight)
         return next(iter(revert_weight_conversion(self.model, {name: module.weight})))
+
+    def _tied_names(self) -> list[str]:
+        """Return the names that a checkpoint gives to weights that are tied to the embedding."""
+        weights = self.model.state_dict()
+        tied = {name: weights[name] for name in self.model.all_tied_weights_keys if name in weights}
+        return list(revert_weight_conversion(self.model, tied))
 
     @contextlib.contextmanager
     def _opened(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:

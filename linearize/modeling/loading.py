@@ -1,6 +1,8 @@
 """Load written checkpoints: the student, its base, and the base's weights under the student's plan."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedCon
 from transformers.utils import logging
 
 from linearize.checkpoint.auto import auto_config
-from linearize.checkpoint.names import ADDED
+from linearize.checkpoint.names import ADDED, MANIFEST
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import (
     ADAPTER,
@@ -23,7 +25,15 @@ from linearize.checkpoint.student import (
 )
 from linearize.checkpoint.weights import read_weights
 from linearize.device import placement_of
-from linearize.errors import CheckpointError, ConfigError, CoverageError, one_line
+from linearize.errors import (
+    CheckpointError,
+    ConfigError,
+    CoverageError,
+    LinearizeError,
+    is_full,
+    is_out_of_memory,
+    one_line,
+)
 from linearize.families.registry import find_family
 from linearize.modeling.factory import LinearizedClasses, linearized_classes
 from linearize.modeling.layer_stream import LayerStream
@@ -98,14 +108,28 @@ def positions_of(folder: Path) -> int:
     return auto_config(folder).max_position_embeddings
 
 
+@contextlib.contextmanager
+def loading_errors(folder: Path) -> Iterator[None]:
+    """Name the folder in every error of loading a model: the values of its files decide what transformers raises."""
+    try:
+        yield
+    except LinearizeError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or is_full(error):
+            raise
+        raise CheckpointError(f"{folder}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
+
+
 def load_base(source: Source, *, dtype: torch.dtype) -> PreTrainedModel:
     """Load the base model as transformers does."""
     return _base_model(source.folder, dtype=dtype)
 
 
 def _base_model(folder: Path, **options: Any) -> PreTrainedModel:
-    config = auto_config(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options).eval()
+    with loading_errors(folder):
+        config = auto_config(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **options).eval()
 
 
 def load_unconverted(
@@ -132,7 +156,13 @@ def load_unconverted(
     logging.set_verbosity_error()  # its warning of newly initialized parameters would mislead: they are added
     placed = {} if device_map is None else {"device_map": device_map}
     model = _load_exactly(
-        source.folder, dtype=dtype, model_class=classes.causal_lm, config=config, may_miss=ADDED, **placed
+        source.folder,
+        dtype=dtype,
+        model_class=classes.causal_lm,
+        config=config,
+        may_miss=ADDED,
+        may_exceed=True,
+        **placed,
     )
     if added is not None:
         _load_added(model, added)
@@ -240,23 +270,36 @@ def added_of(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _ignored_tensors(folder: Path) -> tuple[str, ...]:
+    """Return the tensors that a checkpoint's conversion kept unused."""
+    return Student.read(folder).manifest.ignored_tensors if (folder / MANIFEST).is_file() else ()
+
+
 def _load_exactly(
-    folder: Path, *, dtype: torch.dtype, model_class: Any = AutoModelForCausalLM, may_miss: str | None = None, **kwargs
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    model_class: Any = AutoModelForCausalLM,
+    may_miss: str | None = None,
+    may_exceed: bool = False,
+    **kwargs,
 ) -> PreTrainedModel:
     """Load a model and check that every tensor of its class and of the folder met its match.
 
     Args:
         may_miss: part of the names of tensors that may be missing.
+        may_exceed: tensors without a place in the model are no error: the conversion has looked at them.
     """
     register_checkpoint(folder)
-    try:
+    with loading_errors(folder):
         kwargs.setdefault("config", auto_config(folder))
         options = {"output_loading_info": True, "trust_remote_code": False, **kwargs}
         model, info = model_class.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     missing = [name for name in info["missing_keys"] if may_miss is None or may_miss not in name]
-    unexpected = [name for name in info["unexpected_keys"] if "rotary_emb" not in name]
+    ignored = _ignored_tensors(folder)
+    unexpected = [
+        name for name in info["unexpected_keys"] if not (may_exceed or "rotary_emb" in name or name in ignored)
+    ]
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", info["mismatched_keys"])):
         if names:
             raise CoverageError(f"{folder}: {len(names)} {kind} tensors, first '{sorted(map(str, names))[0]}'")

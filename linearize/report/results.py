@@ -100,7 +100,7 @@ class StageResult:
     """The result of one stage of an evaluation. The fields are those of `Results`."""
 
     metrics: tuple[Metric, ...] = ()
-    positions: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    positions: dict[str, list[dict[str, int | float]]] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()

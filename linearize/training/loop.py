@@ -295,7 +295,7 @@ def _rows_at_once(batch_size: int, run: TrainingRun) -> int:
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event, to be honoured after the step. The second acts at once."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into an event, to be honoured after the step. The second acts at once."""
     stop = threading.Event()
 
     def request(number: int, frame: FrameType | None) -> None:
@@ -303,7 +303,10 @@ def _stop_requests() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # of nohup
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, request) for number in numbers}
     try:
         yield stop
     finally:

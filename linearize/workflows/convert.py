@@ -22,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.checkpoint.auto import trust_code
-from linearize.checkpoint.base import base_config
+from linearize.checkpoint.auto import TOKENIZER_CONFIG, trust_code
+from linearize.checkpoint.base import base_config, untied_head
+from linearize.checkpoint.json_file import read_object
 from linearize.checkpoint.manifest import Manifest
-from linearize.checkpoint.names import MANIFEST
+from linearize.checkpoint.names import GENERATION_CONFIG, MANIFEST
 from linearize.checkpoint.open import open_source
 from linearize.checkpoint.output_folder import atomic_folder, check_target
 from linearize.checkpoint.outputs import OUTPUT_ROOT, default_output
@@ -60,6 +61,7 @@ def convert(
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
     text_model: bool = False,
+    ignore_unexpected: bool = False,
     progress: Progress = print,
 ) -> Student:
     """Convert a pretrained model into a linear-time one, and write it as a checkpoint that transformers loads.
@@ -77,6 +79,7 @@ def convert(
         trust_remote_code: run the code that a tokenizer brings. Code of models is never run.
         merge_adapter: `model` is a PEFT adapter; merge it into its base model first.
         text_model: convert the text model inside a model for images or sound.
+        ignore_unexpected: keep tensors that the model has no place for, unused, instead of refusing them.
         progress: receives one line of text at a time.
 
     Returns:
@@ -104,6 +107,7 @@ def convert(
         dtype=settings.dtype,
         merge_adapter=merge_adapter,
         text_model=text_model,
+        ignore_unexpected=ignore_unexpected,
         near=(target or OUTPUT_ROOT).parent,
     ) as source:
         weights = _check_source(source, settings, progress)
@@ -144,6 +148,9 @@ def _check_source(source: Source, settings: ConversionConfig, progress: Progress
     if source.read_config().get("auto_map"):
         progress(f"{source.name} brings modelling code of its own, which is not run")
     base_config(source)
+    for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
+        if (source.folder / name).is_file():
+            read_object(source.folder / name)
     return read_weights(source.folder)
 
 
@@ -152,6 +159,10 @@ def _check_plan(inspection: Inspection, progress: Progress) -> None:
     name, coverage, plan = inspection.source.name, inspection.coverage(), inspection.plan
     if experimental := find_family(plan.base_model_type).experimental:
         progress(f"{name}: {plan.base_model_type} is experimental: {experimental}")
+    if (head := untied_head(inspection.source, inspection.config, inspection.weights)) is not None:
+        progress(f"{name}: '{head}' differs from the embedding that config.json ties it to; it is kept as it is")
+    if inspection.ignored:
+        progress(f"{name}: {len(inspection.ignored)} tensors are kept unused, first '{inspection.ignored[0]}'")
     if coverage["heads_planned"] == 0 and inspection.settings.keep_softmax != "all":
         advice = ""
         if all(layer.native for layer in plan.layers):

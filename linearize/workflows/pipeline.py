@@ -17,12 +17,13 @@ resume inside a step.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
 
 from linearize.checkpoint.fingerprint import fingerprint_of
 from linearize.checkpoint.json_file import read_json, read_object
@@ -109,8 +110,8 @@ class EvalStep(_MeasurementKeys):
 class Pipeline(Strict):
     """A pipeline file. Without `finetune` the conversion itself is evaluated."""
 
-    model: str
-    out: str
+    model: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+    out: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
     convert: ConvertStep = ConvertStep()
     finetune: FinetuneStep | None = None
     eval: EvalStep | None = None
@@ -312,6 +313,9 @@ def _finetune(
     }
     if finished_steps.has("finetune", inputs, out):
         return
+    if _was_finetuned(out, pipeline.converted_folder, recipe, inputs["data"]):  # a run that died before it said so
+        finished_steps.add("finetune", inputs, out)
+        return
     from linearize.workflows.finetune import finetune
 
     finetune(
@@ -319,6 +323,18 @@ def _finetune(
         restart=restart, progress=progress, report=report,
     )  # fmt: skip
     finished_steps.add("finetune", inputs, out)
+
+
+def _was_finetuned(out: Path, converted: Path, recipe: Recipe, data: str) -> bool:
+    """Return True if the checkpoint at `out` is what this recipe makes of the conversion."""
+    if not (out / MANIFEST).is_file():
+        return False
+    training = read_object(out / MANIFEST).get("finetune")
+    made_by = {
+        "recipe": recipe.model_dump(mode="json"), "data_fingerprint": data,
+        "parent_fingerprint": local_fingerprint(str(converted)),
+    }  # fmt: skip
+    return isinstance(training, dict) and all(training.get(name) == value for name, value in made_by.items())
 
 
 def _evaluate(pipeline: Pipeline, step: EvalStep, student: Path, progress: Callable[[str], None]) -> Results:
