@@ -112,7 +112,7 @@ def check_tensors(source: Source, config: dict[str, Any], family_name: str, weig
     if unexpected:
         raise CoverageError(
             f"{source.name}: {len(unexpected)} unexpected tensors, first '{unexpected[0]}'"
-            f"{_near(unexpected[0], expected)}; --ignore-unexpected keeps them, unused"
+            f"{_near(unexpected[0], expected, config['num_hidden_layers'])}; --ignore-unexpected keeps them, unused"
         )
     for name, shape in expected.items():
         if (info := tensors.get(name)) is None:
@@ -141,11 +141,12 @@ def _predicts_next_tokens(name: str, config: dict[str, Any]) -> bool:
     return behind or name.startswith(("mtp.", "model.mtp."))
 
 
-def _near(name: str, expected: Iterable[str]) -> str:
-    """Suggest an expected name that looks like `name`, unless they differ in numbers alone."""
-    suggestion = nearest(name, expected)
-    without_numbers = re.sub(r"\d+", "", name)
-    return "" if without_numbers in re.sub(r"\d+", "", suggestion) else suggestion
+def _near(name: str, expected: Iterable[str], layers: int) -> str:
+    """Suggest an expected name that looks like `name`, unless that is of a layer that the config does not count."""
+    match = LAYER_NUMBER.search(name)
+    if match is not None and int(match[1]) >= layers:
+        return f" of a layer beyond the {layers} of config.json"
+    return nearest(name, expected)
 
 
 def untied_head(source: Source, config: dict[str, Any], weights: Weights) -> str | None:

@@ -295,7 +295,7 @@ def _rows_at_once(batch_size: int, run: TrainingRun) -> int:
 
 @contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into an event, to be honoured after the step. The second acts at once."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into an event, honoured after the step. The second acts at once."""
     stop = threading.Event()
 
     def request(number: int, frame: FrameType | None) -> None:

@@ -313,7 +313,7 @@ def _finetune(
     }
     if finished_steps.has("finetune", inputs, out):
         return
-    if _was_finetuned(out, pipeline.converted_folder, recipe, inputs["data"]):  # a run that died before it said so
+    if _was_finetuned(out, pipeline.converted_folder, recipe):  # a run that died before it said so
         finished_steps.add("finetune", inputs, out)
         return
     from linearize.workflows.finetune import finetune
@@ -325,13 +325,13 @@ def _finetune(
     finished_steps.add("finetune", inputs, out)
 
 
-def _was_finetuned(out: Path, converted: Path, recipe: Recipe, data: str) -> bool:
+def _was_finetuned(out: Path, converted: Path, recipe: Recipe) -> bool:
     """Return True if the checkpoint at `out` is what this recipe makes of the conversion."""
     if not (out / MANIFEST).is_file():
         return False
     training = read_object(out / MANIFEST).get("finetune")
     made_by = {
-        "recipe": recipe.model_dump(mode="json"), "data_fingerprint": data,
+        "recipe": recipe.model_dump(mode="json"), "data_fingerprint": data_fingerprint(recipe.data),
         "parent_fingerprint": local_fingerprint(str(converted)),
     }  # fmt: skip
     return isinstance(training, dict) and all(training.get(name) == value for name, value in made_by.items())

@@ -1,0 +1,11 @@
+#!/bin/bash
+# Try 2,500 damaged inputs and 500 kills on the command line; some 90 minutes on two cores.
+# Usage: scripts/campaign.sh [PYTHON] [--mutations N] [--crashes N] [--seed N] [--only NAME]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv-test/bin/python
+if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
+    python=$1
+    shift
+fi
+HF_HUB_OFFLINE=1 exec "$python" tests/robustness/campaign.py "$@"
