@@ -244,10 +244,17 @@ def evaluate(
     )
     from linearize.checkpoint.outputs import newest_output
     from linearize.checkpoint.student import Student
+    from linearize.data.documents import check_dataset
     from linearize.device import keep_freed_memory
+    from linearize.report.comparison import read_older
 
     folder = model_or_newest(model, newest_output, "output")
-    student = Student.read(folder)  # refuses a wrong folder before the imports below, which take seconds
+    # refuse what is wrong before the imports below, which take seconds
+    student = Student.read(folder)
+    for name in measurements.data:
+        check_dataset(name)
+    if compare is not None:
+        read_older(compare)
     keep_freed_memory()
     from linearize.report.results import GATE_FAILED
     from linearize.workflows.evaluate import evaluate as run

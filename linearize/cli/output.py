@@ -1,6 +1,7 @@
 """Print results to standard output, and everything else to standard error."""
 
 import json
+import logging
 import os
 import sys
 import threading
@@ -18,7 +19,10 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",
+    "DATASETS_VERBOSITY": "error",
 }
+# loggers whose advice looks like a fault of ours
+NOISY = ("bitsandbytes", "datasets", "kernels", "huggingface_hub")
 
 
 @dataclass
@@ -203,5 +207,7 @@ def quiet_libraries() -> None:
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*was not found in your environment.*")

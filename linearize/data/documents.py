@@ -73,6 +73,27 @@ def _parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
+def check_dataset(name: str) -> None:
+    """Refuse a name that stands for no dataset, without opening it and without the libraries that take seconds.
+
+    Raises:
+        ConfigError: no such file and no hub id, an unknown file type, an empty file, or a folder without rows.
+    """
+    path = _local_path(name)
+    if path.is_file():
+        if _suffix(path) not in FORMATS:
+            raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
+        if path.stat().st_size == 0:
+            raise ConfigError(f"--data: {name} is empty")
+    elif path.is_dir():
+        if not _parquet_files(path):
+            raise ConfigError(f"--data: the folder {name} holds no .parquet files")
+    elif _suffix(Path(name)) in FORMATS or name.count("/") != 1 or not is_hub_id(name):
+        raise ConfigError(
+            f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"
+        )
+
+
 def open_dataset(name: str) -> "IterableDataset":
     """Open a dataset as a stream of rows.
 
@@ -80,12 +101,13 @@ def open_dataset(name: str) -> "IterableDataset":
         ConfigError: no such file or hub dataset, an unknown file type, or a damaged file.
         CheckpointError: the hub does not answer.
     """
+    check_dataset(name)
     with _read_errors(name):
         path = _local_path(name)
         if path.is_file():
-            return _open_file(name, path)
+            return _open_file(path)
         if path.is_dir():
-            return _open_folder(name, path)
+            return _open_folder(path)
         return _open_from_hub(name)
 
 
@@ -107,26 +129,18 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _open_file(name: str, path: Path) -> "IterableDataset":
+def _open_file(path: Path) -> "IterableDataset":
     """Open a file as one stream of rows."""
     suffix = _suffix(path)
-    if suffix not in FORMATS:
-        raise ConfigError(f"--data: got '{name}', allowed file types are {', '.join(FORMATS)} (also compressed)")
-    size = path.stat().st_size
-    if size == 0:
-        raise ConfigError(f"--data: {name} is empty")
     if FORMATS[suffix] == "parquet":
         return _stream("parquet", [path])
     rows = text_documents if FORMATS[suffix] == "text" else json_rows
     return _import_datasets().IterableDataset.from_generator(rows, gen_kwargs={"path": str(path)})
 
 
-def _open_folder(name: str, folder: Path) -> "IterableDataset":
+def _open_folder(folder: Path) -> "IterableDataset":
     """Open the .parquet files of a folder, in the order of their names, as one stream."""
-    files = _parquet_files(folder)
-    if not files:
-        raise ConfigError(f"--data: the folder {name} holds no .parquet files")
-    return _stream("parquet", files)
+    return _stream("parquet", _parquet_files(folder))
 
 
 def _stream(file_format: str, files: list[Path], **options: Any) -> "IterableDataset":
@@ -137,10 +151,6 @@ def _stream(file_format: str, files: list[Path], **options: Any) -> "IterableDat
 
 def _open_from_hub(name: str) -> "IterableDataset":
     """Open a dataset of the hub, once the hub has answered: the library itself would wait long for it."""
-    if _suffix(Path(name)) in FORMATS or name.count("/") != 1 or not is_hub_id(name):
-        raise ConfigError(
-            f"--data: no file '{name}'; allowed are {', '.join(SAMPLES)}, a file, or a hub id (owner/name)"
-        )
     if not hub_answers():
         raise CheckpointError(f"--data: no file '{name}' here, and {why_no_hub()}; give a file, or sample")
     try:

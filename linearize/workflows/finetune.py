@@ -25,7 +25,7 @@ from linearize.checkpoint.source import local_fingerprint
 from linearize.checkpoint.student import Student
 from linearize.checkpoint.work_folder import alone_in, check_free, claim, remove
 from linearize.checkpoint.writing import check_space, copy_file, write_json, write_text
-from linearize.data.documents import data_fingerprint
+from linearize.data.documents import check_dataset, data_fingerprint
 from linearize.device import versions
 from linearize.errors import ConfigError
 from linearize.report.card import conversion_card
@@ -146,6 +146,8 @@ def _check(job: _Job) -> None:
     job.recipe.check_leaves_window(settings.mix, settings.window, settings.sinks)
     if job.out.resolve() == student.folder.resolve():
         raise ConfigError(f"--out: got {job.out}, the checkpoint that is to be trained; name another folder")
+    for name in job.recipe.data:
+        check_dataset(name)
     check_target(job.out, overwrite=job.overwrite, reads=job.reads())
     if job.merge:
         check_space(job.out.parent, student.manifest.weights.bytes)

@@ -1,4 +1,4 @@
-"""What a model's files say reaches terminals, cards and pages as plain text; typos and odd inputs end in one line."""
+"""Words of a model's files reach terminals, cards and pages as plain text; typos and odd inputs end in one line."""
 
 import json
 import os
