@@ -8,8 +8,8 @@ from pathlib import Path
 
 # Unicode categories of characters that are no text: controls, invisible formats (right-to-left marks), halves of pairs
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
-# a full disk or quota, as the system says it and as libraries in Rust print it
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# a full disk or quota, or the largest file allowed, as the system says it and as libraries in Rust print it
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SPACE_TEXT = tuple(f"os error {number}" for number in NO_SPACE)
 
 

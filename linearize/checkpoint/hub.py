@@ -99,8 +99,8 @@ def hub_answers() -> bool:
 
     def ask() -> None:
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "linearize"})
         try:
+            request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "linearize"})
             urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # an error page is an answer, too

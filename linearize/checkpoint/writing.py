@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import ConfigError, ResourceError, raise_if_full
+from linearize.errors import ConfigError, ResourceError, one_line, raise_if_full
 
 # ioctl that makes a reflink: two files that share their bytes until one is written (Linux, linux/fs.h)
 FICLONE = 0x40049409
@@ -104,32 +104,47 @@ def _copy(source: int, target: int, stop: threading.Event) -> None:
             block = block[os.write(target, block) :]
 
 
-def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors as `write_text` writes text, flushed to the disk.
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield another path to write to; the file there, flushed to the disk, then takes the place of `path`.
 
     Raises:
         ResourceError: the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise_if_full(error, path.parent)
         raise
 
 
+def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors by way of a temporary file; see `_replacing`.
+
+    Raises:
+        ResourceError: the disk is full, or the system does not let the file be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with _replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+        except SafetensorError as error:
+            raise_if_full(error, path.parent)
+            raise ResourceError(f"{path}: cannot be written: {one_line(error)}") from None
+
+
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's content as `write_text` writes text: never into a file that is there."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    """Copy a file's content by way of a temporary file, and never into a file that is there."""
+    with _replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -139,9 +154,5 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file by way of a temporary one, so that readers see the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,6 +1,6 @@
-"""Run the command line on thousands of damaged inputs, and kill it at hundreds of points.
+"""Run the command line on thousands of damaged inputs, kill it at hundreds of points, and in odd environments.
 
-    python tests/robustness/campaign.py [--mutations 2500] [--crashes 500] [--seed 0] [--only NAME]
+    python tests/robustness/campaign.py [--mutations 2500] [--crashes 500] [--environments 200] [--seed 0] [--only NAME]
 
 Every case runs in a process of its own. A damaged input has to end in an exit code of ours, with one printable line on
 standard error, nothing changed and nothing left behind. After a kill the same command has to end well, and leave the
@@ -29,12 +29,13 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from environments import ENVIRONMENTS
 from mutations import mutate
 
 # seconds and bytes of address space that a case may take
 CASE_SECONDS, CASE_BYTES = 120, 12 << 30
 CODES = {0, 1, 2, 3, 4, 5}
-KILLED = 137
+KILLED, STOPPED = 137, 130
 # functions of `os` that change what is on the disk: the process dies before one of their calls
 CHANGING = ("rename", "replace", "unlink", "rmdir", "mkdir", "link", "fsync")
 CONVERT = ("--window", "12", "--sinks", "2", "--keep-softmax", "none", "--no-verify")
@@ -243,6 +244,29 @@ def run_crashes(crashes: list[Crash], count: int, seed: int, report: Report, onl
                 report.fail(case, f"then left {left}, output {sorted(os.listdir(out))}")
 
 
+def run_environments(crashes: list[Crash], count: int, seed: int, report: Report, only: str | None = None) -> None:
+    """Run each command in odd environments; it may fail, in words, and leaves nothing."""
+    pairs = [(crash, name) for crash in crashes for name in ENVIRONMENTS]
+    random.Random(seed).shuffle(pairs)
+    for crash, name in pairs[:count]:
+        case = f"{crash.name} where {name}"
+        if only is not None and only not in case:
+            continue
+        report.cases += 1
+        with tempfile.TemporaryDirectory(prefix="campaign-") as work:
+            folder = Path(work) / "in"
+            shutil.copytree(crash.folder, folder, symlinks=True)
+            before = set(folder.rglob("*"))
+            outcome = run_apart(crash.command, folder, ENVIRONMENTS[name])
+            left = [path.name for path in set(folder.rglob("*")) - before if path.name.endswith((".partial", ".tmp"))]
+            if outcome.code not in CODES | {STOPPED}:
+                report.fail(case, f"exit code {outcome.code}: {outcome.err[-300:]!r}")
+            elif "Traceback" in outcome.err or "unforeseen" in outcome.err:
+                report.fail(case, f"unforeseen: {outcome.err[-300:]!r}")
+            elif left:
+                report.fail(case, f"left {left}")
+
+
 def build(work: Path) -> None:
     """Write the inputs: a base, its shards, a GGUF file, an adapter, a student, settings, data and older results."""
     from helpers import reshard, tiny_base, write_base
@@ -362,7 +386,7 @@ def make_gguf(path: Path, tokenizer_folder: Path) -> None:
     write_gguf(family_base("llama", vocab_size=len(tokenizer)), tokenizer, path, "llama")
 
 
-def campaign(mutations: int, crashes: int, seed: int, only: str | None = None) -> Report:
+def campaign(mutations: int, crashes: int, environments: int, seed: int, only: str | None = None) -> Report:
     """Run a campaign, and return its report."""
     for module in ("torch", "transformers", "peft", "datasets", "accelerate", "linearize.cli.app"):
         importlib.import_module(module)  # once, for all processes that are forked
@@ -377,6 +401,7 @@ def campaign(mutations: int, crashes: int, seed: int, only: str | None = None) -
                 raise RuntimeError(f"the campaign's inputs cannot be built: {built.err[-2000:]}")
             run_mutations(targets_of(work), mutations, seed, report, only)
             run_crashes(crashes_of(work), crashes, seed, report, only)
+            run_environments(crashes_of(work), environments, seed, report, only)
         finally:
             os.environ.pop("XDG_CACHE_HOME")
             if cache is not None:
@@ -389,11 +414,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=2500)
     parser.add_argument("--crashes", type=int, default=500)
+    parser.add_argument("--environments", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="run the cases whose names contain this text")
     arguments = parser.parse_args()
     started = time.monotonic()
-    report = campaign(arguments.mutations, arguments.crashes, arguments.seed, arguments.only)
+    report = campaign(arguments.mutations, arguments.crashes, arguments.environments, arguments.seed, arguments.only)
     print(f"{len(report.failures)} of {report.cases} cases failed, {time.monotonic() - started:.0f} s")
     sys.exit(bool(report.failures))
 
