@@ -51,7 +51,7 @@ def json_rows(path: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file of JSON objects, one a line, or of one array of objects.
 
     Raises:
-        ConfigError: something else stands there, or is longer than is kept in memory.
+        ValueError: something else stands there, or is longer than is kept in memory.
     """
     with _open_text(Path(path)) as file:
         first = file.readline(LONGEST_ROW)
@@ -65,7 +65,7 @@ def json_rows(path: str) -> Iterator[dict[str, Any]]:
         number = 0
         while first:
             if len(first) >= LONGEST_ROW and not first.endswith("\n"):
-                raise ConfigError(f"row {number} is longer than {LONGEST_ROW:,} characters")
+                raise ValueError(f"row {number} is longer than {LONGEST_ROW:,} characters")
             if first.strip():
                 yield _row(first, number)
                 number += 1
@@ -75,21 +75,21 @@ def json_rows(path: str) -> Iterator[dict[str, Any]]:
 def _array(start: str, file: TextIO) -> Iterator[dict[str, Any]]:
     text = start + file.read(LONGEST_ARRAY - len(start) + 1)
     if len(text) > LONGEST_ARRAY:
-        raise ConfigError(
+        raise ValueError(
             f"is one JSON array of more than {LONGEST_ARRAY:,} characters, which would have to be in memory at once; "
             "write one object a line (.jsonl)"
         )
     rows = _parsed(text, "the array")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ConfigError(f"row {number} is a {type(row).__name__}, allowed are objects")
+            raise ValueError(f"row {number} is a {type(row).__name__}, allowed are objects")
         yield row
 
 
 def _row(line: str, number: int) -> dict[str, Any]:
     row = _parsed(line, f"row {number}")
     if not isinstance(row, dict):
-        raise ConfigError(f"row {number} is a {type(row).__name__}, allowed are objects")
+        raise ValueError(f"row {number} is a {type(row).__name__}, allowed are objects")
     return row
 
 
@@ -97,6 +97,6 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ConfigError(f"{where} is not valid JSON (nested too deeply)") from None
+        raise ValueError(f"{where} is not valid JSON (nested too deeply)") from None
     except ValueError as error:
-        raise ConfigError(f"{where} is not valid JSON ({one_line(error)})") from None
+        raise ValueError(f"{where} is not valid JSON ({one_line(error)})") from None

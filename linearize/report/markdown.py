@@ -34,7 +34,12 @@ LEGEND = (
 def plain(text: Any) -> str:
     """Return a text of unknown origin such that Markdown and HTML show it as it is, in one line."""
     line = " ".join(printable(str(text), keep="\n\t").split())
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _without_tags(re.sub(r"([\\`*_\[\]|])", r"\\\1", line))
+
+
+def _without_tags(text: str) -> str:
+    """Escape what HTML would take for a tag or a character's name."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"&(?=#?\w+;)", "&amp;", text))
 
 
 def render_markdown(results: Results) -> str:
@@ -88,7 +93,7 @@ def how_measured(results: Results) -> list[str]:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; a cell's own bars and tags are text."""
-    rows = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
+    rows = [[_without_tags(re.sub(r"(?<!\\)\|", r"\\|", cell)) for cell in row] for row in rows]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 

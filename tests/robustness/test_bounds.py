@@ -35,10 +35,10 @@ def test_rows_of_json_have_a_longest(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "LONGEST_ARRAY", 300)
     rows = [{"text": "short"}, {"text": "x" * 200}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ConfigError, match="row 1 is longer than"):
+    with pytest.raises(ValueError, match="row 1 is longer than"):
         list(text_files.json_rows(str(tmp_path / "a.jsonl")))
     (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 40}] * 10))
-    with pytest.raises(ConfigError, match="one JSON array of more than"):
+    with pytest.raises(ValueError, match="one JSON array of more than"):
         list(text_files.json_rows(str(tmp_path / "a.json")))
     (tmp_path / "b.json").write_text(json.dumps([{"text": "x" * 40}] * 3, indent=1))
     assert len(list(text_files.json_rows(str(tmp_path / "b.json")))) == 3
