@@ -113,6 +113,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # never through a link that somebody has put there
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())

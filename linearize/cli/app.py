@@ -31,6 +31,8 @@ from linearize.errors import (
 )
 
 FAILURE = LinearizeError.exit_code
+# of names that no file can have, or that lead nowhere
+BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 # objects between collections: importing torch and transformers makes a million that all stay
 GC_THRESHOLD = 100_000
 
@@ -131,7 +133,8 @@ def _describe(error: Exception) -> tuple[str, int]:
     if is_full(error):  # of any library
         return f"no space left on the disk: {one_line(error)}", ResourceError.exit_code
     if isinstance(error, OSError):
-        return str(error), ResourceError.exit_code if error.errno == errno.ENOMEM else FAILURE
+        codes = {errno.ENOMEM: ResourceError.exit_code} | dict.fromkeys(BAD_NAMES, ConfigError.exit_code)
+        return str(error), codes.get(error.errno or 0, FAILURE)
     show_traceback("".join(traceback.format_exception(error)))
     return f"unforeseen {type(error).__name__}: {error} (--verbose shows where; please report it)", FAILURE
 

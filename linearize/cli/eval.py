@@ -9,6 +9,7 @@ import typer
 from linearize.cli.help import Command, examples
 from linearize.cli.options import OUTPUT, Json, model_or_newest, whole_numbers
 from linearize.cli.output import emit, emit_json, progress_line
+from linearize.errors import ConfigError
 
 if TYPE_CHECKING:
     from linearize.report.results import Results
@@ -259,15 +260,17 @@ def evaluate(
     from linearize.report.results import GATE_FAILED
     from linearize.workflows.evaluate import evaluate as run
 
-    out = out or folder / "eval"
+    report = out or folder / "eval"
+    if out is None and report.is_symlink():
+        raise ConfigError(f"--out: {report} is a link; name the folder that the report goes to")
     results = run(
-        student, measurements, base=base, gates=gate, min_recovery=min_recovery, compare=compare, out=out,
+        student, measurements, base=base, gates=gate, min_recovery=min_recovery, compare=compare, out=report,
         summary_file=summary_file, hold=hold.value, progress=progress_line,
     )  # fmt: skip
     if json_:
         emit_json(results.to_dict())
     else:
-        _print_outcome(results, out)
+        _print_outcome(results, report)
     return 0 if results.passed else GATE_FAILED
 
 

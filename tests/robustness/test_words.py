@@ -29,7 +29,9 @@ def plainly(base, out, **options):
     return student, messages
 
 
-@pytest.mark.parametrize("name", ["my--model", "a..b", "x" * 97, "owner/" + "y" * 100, "a b", "owner/na me", "-x-"])
+@pytest.mark.parametrize(
+    "name", ["my--model", "a..b", "x" * 97, "owner/" + "y" * 100, "a b", "owner/na me", "-x-", "x" * 5000]
+)
 def test_names_that_no_hub_has(cli, name):
     code, _, err = cli("convert", *(("--",) if name.startswith("-") else ()), name)
     assert code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
