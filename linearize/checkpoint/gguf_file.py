@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from linearize.checkpoint.gguf_header import check_gguf_header
 from linearize.checkpoint.weights import INDEX, SINGLE
 from linearize.checkpoint.writing import write_json, write_tensors
-from linearize.errors import CheckpointError, UnsupportedModelError, one_line
+from linearize.errors import (
+    CheckpointError,
+    ResourceError,
+    UnsupportedModelError,
+    is_out_of_memory,
+    one_line,
+    raise_if_full,
+)
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES
 from linearize.progress import counting, doing
@@ -76,7 +83,12 @@ def dequantise(path: Path, folder: Path, dtype: str) -> None:
             config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
+    except ResourceError:
+        raise
     except Exception as error:
+        raise_if_full(error, folder)
+        if is_out_of_memory(error):
+            raise
         raise _unreadable(path, error) from None
     _require_complete(path, f"a {config.model_type} model", stored_numbers, numbers, missing)
     tokenizer.save_pretrained(folder)

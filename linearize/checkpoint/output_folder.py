@@ -32,7 +32,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False, reads: Iterable[Path] =
     """
     check_target(out, overwrite=overwrite, reads=reads)
     out = out.resolve()  # replace the folder that a link points to, not the link
-    partial = out.parent / f".{out.name}.partial"
+    partial = _partial(out)
     with without_new_parents(out.parent):
         claim(partial)
         with alone_in(partial, out):
@@ -74,23 +74,31 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
+def _partial(out: Path) -> Path:
+    """Return the place of an output that is being written."""
+    return out.parent / f".{out.name}.partial"
+
+
 def _replaced(out: Path) -> Path:
     """Return the place of an old output between two renames."""
     return out.parent / f".{out.name}.replaced"
 
 
 def restore(out: Path) -> None:
-    """Put back an old output that a killed run had moved aside, or clear it if the new one is there."""
+    """Go on with a replacement that a killed run had begun: put the old output back, or clear it away."""
     out = out.resolve()
     replaced = _replaced(out)
-    if not replaced.is_dir() or replaced.is_symlink():
-        return
-    with contextlib.suppress(OSError):
-        if out.exists():
-            remove(replaced)
-        elif is_ours(replaced):
-            replaced.rename(out)
-            (out / MARK).unlink()
+    with contextlib.suppress(OSError, ConfigError):
+        if not out.exists():
+            if is_ours(replaced):
+                replaced.rename(out)
+                (out / MARK).unlink()
+        elif is_ours(out):  # the new one, or the old one just before
+            with alone_in(out, out):
+                for old in filter(is_ours, (replaced, _partial(out))):
+                    with alone_in(old, out):  # nobody is still writing it
+                        remove(old)
+                (out / MARK).unlink()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Other people's folders: their code does not run, their links are not followed, what is theirs is not removed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,9 +10,10 @@ import pytest
 from helpers import quiet
 from safetensors.torch import load_file, save_file
 
-from linearize.checkpoint import work_folder
-from linearize.checkpoint.output_folder import atomic_folder
+from linearize.checkpoint import output_folder, work_folder
+from linearize.checkpoint.output_folder import atomic_folder, check_target
 from linearize.checkpoint.work_folder import MARK
+from linearize.errors import ConfigError
 from linearize.settings.loading import load_config
 from linearize.workflows.convert import convert
 
@@ -203,6 +205,27 @@ def test_a_failed_exchange_leaves_old_or_new(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="exists"), atomic_folder(out):
         pass
     assert (out / "linearize.json").read_text() == "new" and not list(tmp_path.glob(".out.replaced"))
+
+
+def test_what_a_killed_replacement_left_is_cleared(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder):
+        raise Killed
+
+    for text in ("old", "new"):
+        monkeypatch.setattr(output_folder, "remove", killed)
+        with contextlib.suppress(Killed), atomic_folder(out, overwrite=True) as folder:
+            (folder / "linearize.json").write_text(text)
+    assert (tmp_path / ".out.partial/linearize.json").read_text() == "old"
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="exists"):
+        check_target(out, overwrite=False)
+    assert sorted(os.listdir(tmp_path)) == ["out"] and sorted(os.listdir(out)) == ["linearize.json"]
+    assert (out / "linearize.json").read_text() == "new"
 
 
 def test_abandoned_temporary_folders_are_removed(tmp_path, monkeypatch):
