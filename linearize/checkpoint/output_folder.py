@@ -178,6 +178,8 @@ def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> 
         raise ConfigError(f"{option}: no file can have that name ({error})") from None
     if exists and out.is_dir() != folder:
         raise ConfigError(f"{option}: {out} exists and is {'not ' if folder else ''}a folder")
+    if not folder and out.is_fifo():
+        raise ConfigError(f"{option}: {out} is a pipe, whose reader may never come; name a file")
     if out.is_symlink() and not exists:
         raise ConfigError(f"{option}: {out} is a link to nothing; remove it, or name another")
     if not above.is_dir():

@@ -119,7 +119,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def local_fingerprint(model: str) -> str | None:
     """Return the fingerprint of a folder or file on this machine; None for a hub id."""
     path = Path(model).expanduser()
-    return path_fingerprint(path) if path.exists() else None
+    return path_fingerprint(path) if path.is_file() or path.is_dir() else None
 
 
 def path_fingerprint(path: Path) -> str:

@@ -104,6 +104,8 @@ def make_folder(folder: Path, option: str = "--out") -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except PermissionError:
         raise ConfigError(f"{option}: no permission to write in {folder.parent}") from None
+    except RecursionError:
+        raise ConfigError(f"{option}: {folder} lies in too many folders") from None
     except OSError as error:
         raise_if_full(error, folder.parent)
         raise ConfigError(f"{option}: cannot write in {folder.parent}: {error.strerror}") from None

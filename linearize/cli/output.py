@@ -71,11 +71,17 @@ def configure(*, quiet: bool = False, verbose: bool = False, log_file: Path | No
     if _state.log is not None:
         _state.log.close()
     try:
-        # stays open as long as the process
-        log = None if log_file is None else open(log_file.expanduser(), "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        log = None if log_file is None else _open_log(log_file.expanduser())
     except OSError as error:
         raise ConfigError(f"--log-file: cannot write '{log_file}' ({error.strerror})") from None
     _state = _State(quiet, verbose, log)
+
+
+def _open_log(path: Path) -> TextIO:
+    """Open a log file, which stays open as long as the process; a pipe that nobody reads is an error."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "a", encoding="utf-8", buffering=1)
 
 
 def is_quiet() -> bool:
@@ -190,7 +196,11 @@ def _now() -> str:
 def _log(message: str) -> None:
     """Append a message to the log file, if there is one."""
     if _state.log is not None:
-        _state.log.write(f"{_now()} {message}\n")
+        try:
+            _state.log.write(f"{_now()} {message}\n")
+        except OSError as error:  # the work goes on without it
+            _state.log = None
+            _print_error(f"the log file cannot be written any more: {error.strerror}")
 
 
 def _print_error(text: str, end: str = "\n") -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from linearize.checkpoint.work_folder import make_folder
 from linearize.errors import printable
 from linearize.report.results import MODELS, Check, Gate, Results
 from linearize.report.tables import (
@@ -71,7 +72,7 @@ def summary_table(results: Results) -> str:
 
 def append_summary(path: Path, results: Results) -> None:
     """Append verdict and table to a file, such as a CI system's step summary."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "--summary-file")
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"\n**{plain(results.model)}: {plain(results.verdict)}**\n\n{summary_table(results)}\n")
 

@@ -4,7 +4,7 @@ A config names a mixer and how it meets the window, and which heads keep softmax
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,7 +39,7 @@ class ScoringSettings(Strict):
     """
 
     method: Literal["gradient", "swap", "lookup", "elimination"] = "gradient"
-    distances: list[int] | None = Field(default=None, min_length=1)
+    distances: list[Annotated[int, Field(ge=1)]] | None = Field(default=None, min_length=1)
     rows: int = Field(default=1, ge=1)
     text: str = "sample"
     text_rows: int = Field(default=1, ge=1)

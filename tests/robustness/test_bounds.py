@@ -121,6 +121,41 @@ def test_yaml_has_a_size_and_a_depth(tmp_path):
             read_yaml(path)
 
 
+ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+MERGES = "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["window: !!map [1]", "window: !!bool foo", "window: !!int ''", "description: 2020-99-99", "window: " + "9" * 5000,
+     "layers: &a {x: *a}", "&a [*a]", f"a0: &a0 [x]\n{ALIASES}", f"a0: &a0 {{x: 1}}\n{MERGES}", 'mixer: "\\ud800"',
+     "window: !!timestamp foo", "a: {b: " * 2000, "- a", "0", "mixer: !!python/object/apply:os.system [touch RAN]"],
+)  # fmt: skip
+def test_odd_yaml_is_refused_in_one_line(base_folder, cli, tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    base = base_folder()
+    for flags in (("--config", tmp_path / "c.yaml"), ("--set", f"layers={text.partition(': ')[2] or text}")):
+        code, _, err = cli("plan", base, *flags)
+        assert code == 2 and err.count("\n") == 1 and err.startswith("error: ") and len(err) < 2200, err
+    assert not os.path.exists("RAN")
+
+
+@pytest.mark.parametrize("option", ["--summary-file", "--log-file", "--base", "--data", "--compare", "--gate"])
+def test_a_pipe_is_no_file(one_conversion, cli, tmp_path, option):
+    os.mkfifo(tmp_path / "pipe.txt")
+    code, _, err = cli(
+        "eval", one_conversion, "--only", "parity", option, tmp_path / "pipe.txt", "-o", tmp_path / "out"
+    )
+    assert code == 2 and "error: " in err, err
+
+
+def test_a_full_log_ends_no_command(cli):
+    code, _, err = cli("list", "mixers", "--log-file", "/dev/full")
+    assert code == 0, err
+    code, _, err = cli("convert", "nowhere-at-all", "--log-file", "/dev/full")
+    assert code in (1, 2) and "error: " in err
+
+
 def test_older_results_are_a_plain_file(one_conversion, cli, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
