@@ -132,6 +132,8 @@ def _describe(error: Exception) -> tuple[str, int]:
         return f"out of memory: {one_line(error)}".removesuffix(": "), ResourceError.exit_code
     if is_full(error):  # of any library
         return f"no space left on the disk: {one_line(error)}", ResourceError.exit_code
+    if isinstance(error, ValueError) and "embedded null byte" in str(error):
+        return "a name of a file has a NUL character", ConfigError.exit_code
     if isinstance(error, RecursionError):
         return "something in the input is nested too deeply", FAILURE
     if isinstance(error, OSError):

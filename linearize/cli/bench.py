@@ -9,12 +9,16 @@ import typer
 from linearize.cli.help import Command, examples
 from linearize.cli.options import Json, known_names, model_or_newest, whole_numbers
 from linearize.cli.output import emit, emit_json, progress_line
-from linearize.errors import ConfigError
+from linearize.errors import ConfigError, is_out_of_memory, one_line
 
 
 class Target(StrEnum):
     ops = "ops"
     model = "model"
+
+
+# tokens of the longest context that is timed
+LONGEST = 2**24
 
 
 def register(app: typer.Typer) -> None:
@@ -51,15 +55,22 @@ def bench(
             help="Measure at these sequence lengths, in tokens (default: 2048,8192, as far as the positions go).",
         ),
     ] = None,
-    heads: Annotated[int, typer.Option("--heads", min=1, help="With ops: give the one layer this many heads.")] = 9,
-    dim: Annotated[int, typer.Option("--dim", min=2, help="With ops: give each head this many dimensions.")] = 64,
+    heads: Annotated[
+        int, typer.Option("--heads", min=1, max=4096, help="With ops: give the one layer this many heads.")
+    ] = 9,
+    dim: Annotated[
+        int, typer.Option("--dim", min=2, max=4096, help="With ops: give each head this many dimensions.")
+    ] = 64,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="With ops: time each this many times; the median counts.")
+        int,
+        typer.Option("--repeats", min=1, max=10_000, help="With ops: time each this many times; the median counts."),
     ] = 5,
     json_: Json = False,
 ) -> None:
     """Time mixers beside softmax attention, or a linearized model beside its base."""
     tokens = whole_numbers("--lengths", lengths, least=1) if lengths is not None else None
+    if tokens is not None and max(tokens) > LONGEST:
+        raise ConfigError(f"--lengths: got {max(tokens)}, allowed are at most {LONGEST:,} tokens")
     if target is Target.model:
         if only is not None:
             raise ConfigError(f"--only: got '{only}', but a model is measured as it is; it belongs to bench ops")
@@ -104,9 +115,14 @@ def _bench_ops(
 
     if not json_:
         emit(f"{'mixer':20} {'tokens':>7} {'softmax, ms':>12} {'mixer, ms':>14} {'ratio':>6}")
-    rows = bench_mixers(
-        names, lengths, heads=heads, head_dim=dim, repeats=repeats, report=None if json_ else _emit_timing
-    )
+    try:
+        rows = bench_mixers(
+            names, lengths, heads=heads, head_dim=dim, repeats=repeats, report=None if json_ else _emit_timing
+        )
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"bench ops: heads of {dim} dimensions cannot be timed: {one_line(error)}") from None
     if json_:
         emit_json(rows)
 

@@ -11,6 +11,8 @@ from linearize.errors import ConfigError
 
 # forms that rank heads by scores from running the base
 SCORED = ("recall", "text", "both")
+# digits of a layer or a head
+MOST_DIGITS = 9
 ALLOWED = (
     "none, all, every:N, recall:SHARE (recall:12.5%), text:SHARE, both:SHARE, layers (0,7,18) or layer:head pairs "
     "(18:2,17:1)"
@@ -141,6 +143,6 @@ def top_heads(scores: HeadScores, share: float) -> HeadsByLayer:
 
 def _number(text: str, spec: str) -> int:
     """Read a whole number of the form `spec`, which the error names."""
-    if not text.strip().isdecimal():
+    if not text.strip().isdecimal() or len(text.strip()) > MOST_DIGITS:
         raise ConfigError(f"keep_softmax: got '{spec}', allowed are {ALLOWED}")
     return int(text)

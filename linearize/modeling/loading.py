@@ -81,7 +81,10 @@ def merge_adapters(adapted: Any) -> PreTrainedModel:
     model = adapted.get_base_model()
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:  # values that are not finite
+                raise LinearizeError(f"the trained weights cannot be merged: {one_line(error)}") from None
             model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[module.active_adapters[0]])

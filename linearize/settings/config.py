@@ -101,7 +101,7 @@ class LayerSettings(Strict):
     mixer_options: Options | None = None
     gate: Gate | None = None
     window: int | None = Field(default=None, ge=1, le=LONGEST_WINDOW)
-    sinks: int | None = Field(default=None, ge=0)
+    sinks: int | None = Field(default=None, ge=0, le=LONGEST_WINDOW)
     softmax_window: int | None = Field(default=None, ge=1, le=LONGEST_WINDOW)
     mix: Mix | None = None
     mix_options: Options | None = None
@@ -135,7 +135,7 @@ class ConversionConfig(Strict):
     mixer_options: Options = {}
     gate: Gate = "key"
     window: int = Field(default=512, ge=1, le=LONGEST_WINDOW)
-    sinks: int = Field(default=4, ge=0)
+    sinks: int = Field(default=4, ge=0, le=LONGEST_WINDOW)
     mix: Mix = "outside"
     mix_options: Options = {}
     layers: dict[str, LayerSettings] = {}
@@ -228,7 +228,7 @@ def layer_numbers(spec: str) -> list[int]:
         first, dash, last = (text.strip() for text in part.partition("-"))
         valid = first.isdecimal()
         if dash:
-            valid = valid and last.isdecimal() and int(first) <= int(last) < MOST_LAYERS
+            valid = valid and last.isdecimal() and len(last) < 10 and int(first) <= int(last) < MOST_LAYERS
         if not valid:
             raise ValueError(f"got '{spec}', allowed are layers and ranges, for example 0-3,7")
         numbers += range(int(first), int(last or first) + 1)

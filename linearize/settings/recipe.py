@@ -12,6 +12,9 @@ from linearize.errors import ConfigError
 from linearize.plan import NO_BRANCH
 from linearize.settings.schema import Strict
 
+# tokens of a row, and rows of a step
+MOST_ROWS = 2**24
+
 
 class Loss(Strict):
     """The loss that a stage minimises.
@@ -91,8 +94,8 @@ class Stage(Strict):
 
     name: Literal["transfer", "distill", "finetune", "longcontext"]
     share: float = Field(default=1.0, gt=0, le=1)
-    seq_len: int = Field(default=1024, ge=2)
-    batch_size: int = Field(default=1, ge=1)
+    seq_len: int = Field(default=1024, ge=2, le=MOST_ROWS)
+    batch_size: int = Field(default=1, ge=1, le=MOST_ROWS)
     window_dropout: float = Field(default=0.0, ge=0, lt=1)
     copy_share: float = Field(default=0.0, ge=0, le=1)
     loss: Loss = Loss()
@@ -148,8 +151,8 @@ class Recipe(Strict):
     text_field: str = "text"
     shortest_document: int = Field(default=0, ge=0)
     tokens: int = Field(default=300_000, ge=1)
-    seq_len: int = Field(default=1024, ge=2)
-    batch_size: int = Field(default=1, ge=1)
+    seq_len: int = Field(default=1024, ge=2, le=MOST_ROWS)
+    batch_size: int = Field(default=1, ge=1, le=MOST_ROWS)
     gradient_accumulation: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"

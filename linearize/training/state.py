@@ -6,6 +6,7 @@ fit is passed over for the one before it. It holds the trainable parameters, the
 and the random state. The position in the data and in the schedule follows from the step.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -131,6 +132,8 @@ def _folders(work: Path) -> list[Path]:
 
 def _fault(folder: Path) -> str | None:
     """Say what is wrong with a state; None if it is whole."""
+    if not (folder / TENSORS).is_file():
+        return f"has no {TENSORS}"
     try:
         record = read_json(folder / RECORD)
         stated, digest, fingerprint = record["step"], record["sha256"], record["fingerprint"]
@@ -165,6 +168,29 @@ def check_same_run(state: Path, fingerprint: dict[str, Any]) -> None:
             f"{state.parent} holds an unfinished run with other settings ({'; '.join(differing)}); use the same, "
             "another OUT, or --restart to discard it"
         )
+
+
+def check_metrics(path: Path, steps: int) -> None:
+    """Refuse the log of an unfinished run that does not hold the steps up to its saved state.
+
+    Raises:
+        ConfigError: it is gone or damaged.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, ValueError):
+        lines = []
+    for number, line in enumerate([*lines, *[""] * steps][:steps], 1):
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        if not isinstance(record, dict) or record.get("step") != number or not _is_logged(record):
+            raise ConfigError(f"{path}: damaged at line {number}; --restart discards the unfinished run")
+
+
+def _is_logged(record: dict[str, Any]) -> bool:
+    """Return True if a step's record has the numbers that a finished run is summed up by."""
+    return isinstance(record.get("loss"), int | float) and isinstance(record.get("tokens"), int)
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -212,7 +212,7 @@ def _resume_or_restart(work: Path, fingerprint: dict[str, Any], restart: bool, p
     Raises:
         ConfigError: the unfinished run was started with other settings.
     """
-    from linearize.training.state import check_same_run, damaged_states, saved_states, step_of
+    from linearize.training.state import check_metrics, check_same_run, damaged_states, saved_states, step_of
 
     if restart:
         claim(work)
@@ -221,6 +221,7 @@ def _resume_or_restart(work: Path, fingerprint: dict[str, Any], restart: bool, p
         progress(f"{work.name}: state {name} is passed over: {fault}")
     if states := saved_states(work):
         check_same_run(states[-1], fingerprint)
+        check_metrics(work / METRICS, step_of(states[-1]))
         progress(f"resuming {work.name} after step {step_of(states[-1])}")
 
 
