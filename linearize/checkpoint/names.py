@@ -9,9 +9,15 @@ GENERATION_CONFIG = "generation_config.json"
 UNTRAINED = "untrained.safetensors"
 # part of the name of every tensor that a conversion adds
 ADDED = ".mixer."
-# entries of a checkpoint folder besides weights and the files that travel unchanged (assets.py); a folder's name stands
-# for all in it
-OWN_ENTRIES = (
-    MANIFEST, METRICS, "config.json", "model.safetensors.index.json", "README.md", "modeling_linearized.py", "adapter",
-    "eval",
+# files of a checkpoint folder besides weights and the files that travel unchanged (assets.py)
+OWN_FILES = (
+    MANIFEST, METRICS, "config.json", "model.safetensors.index.json", "README.md", "modeling_linearized.py",
 )  # fmt: skip
+# its folders, and patterns of the files in them
+OWN_FOLDERS = {
+    "adapter": ("adapter_config.json", "adapter_model.safetensors", "README.md"),
+    "additional_chat_templates": ("*.jinja",),
+    "eval": ("results.json", "report.md", "report.html"),
+    "eval/plots": ("*.png", "*.csv"),
+    "eval/.stages": ("*",),
+}

@@ -4,15 +4,20 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from linearize.checkpoint.assets import is_asset
-from linearize.checkpoint.names import MANIFEST, OWN_ENTRIES
-from linearize.checkpoint.work_folder import MARK, alone_in, claim, empty, is_ours, remove
-from linearize.errors import ConfigError, raise_if_full
+from linearize.checkpoint.auto import tokenizer_code
+from linearize.checkpoint.json_file import read_object
+from linearize.checkpoint.names import MANIFEST, OWN_FILES, OWN_FOLDERS, UNTRAINED
+from linearize.checkpoint.work_folder import MARK, alone_in, claim, empty, is_ours, mark, remove
+from linearize.errors import CheckpointError, ConfigError, raise_if_full
 
 # renameat2 of Linux' libc: relative to the current folder, two paths change places
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
+# folders on the way to an output
+MOST_FOLDERS = 200
 
 
 @contextlib.contextmanager
@@ -54,7 +59,7 @@ def _put_in_place(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
     else:
-        (out / MARK).touch()  # the old output may be removed once the new one is there
+        mark(out)  # the old output may be removed once the new one is there
         if _exchange(partial, out):
             remove(partial)
         else:
@@ -149,12 +154,34 @@ def check_target(out: Path, *, overwrite: bool, reads: Iterable[Path] = ()) -> N
 
 
 def foreign_entry(out: Path) -> str | None:
-    """Return the name of an entry of an output folder that this package does not write; None if there is none."""
-    for entry in sorted(out.iterdir()):
-        is_weights = entry.suffix == ".safetensors" and entry.is_file()
-        if not (is_weights or entry.name in (*OWN_ENTRIES, MARK) or is_asset(entry)):
-            return entry.name
+    """Return the path of something in an output folder that this package does not write; None if there is nothing."""
+    files = {*OWN_FILES, MARK, *weight_names(out)}
+    with contextlib.suppress(CheckpointError):
+        files |= set(tokenizer_code(out))
+    for entry in sorted(out.rglob("*")):
+        path = entry.relative_to(out)
+        if entry.is_dir() and not entry.is_symlink():
+            known = path.as_posix() in OWN_FOLDERS
+        elif len(path.parts) == 1:
+            known = path.name in files or is_asset(entry)
+        else:
+            patterns = OWN_FOLDERS.get(path.parent.as_posix(), ())
+            known = any(fnmatch(path.name, pattern) for pattern in patterns)
+        if not known:
+            return path.as_posix()
     return None
+
+
+def weight_names(out: Path) -> set[str]:
+    """Return the names of the weight files of an output folder, as its records have them."""
+    names = {"model.safetensors", UNTRAINED}
+    for file, *keys in ((MANIFEST, "weights", "files"), ("model.safetensors.index.json", "weight_map")):
+        with contextlib.suppress(CheckpointError, KeyError, TypeError):
+            value = read_object(out / file)
+            for key in keys:
+                value = value[key]
+            names |= {str(name) for name in (value.values() if isinstance(value, dict) else value)}
+    return names
 
 
 def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> None:
@@ -178,6 +205,8 @@ def check_writable(out: Path, option: str = "--out", *, folder: bool = True) -> 
         raise ConfigError(f"{option}: no file can have that name ({error})") from None
     if exists and out.is_dir() != folder:
         raise ConfigError(f"{option}: {out} exists and is {'not ' if folder else ''}a folder")
+    if len(out.parts) > MOST_FOLDERS:
+        raise ConfigError(f"{option}: {str(out)[:60]}… lies in more than {MOST_FOLDERS} folders")
     if not folder and out.is_fifo():
         raise ConfigError(f"{option}: {out} is a pipe, whose reader may never come; name a file")
     if out.is_symlink() and not exists:

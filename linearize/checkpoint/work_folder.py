@@ -33,10 +33,17 @@ def claim(folder: Path, option: str = "--out") -> None:
         )
     make_folder(folder, option)
     try:
-        os.close(os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
+        mark(folder)
     except OSError as error:
         raise_if_full(error, folder.parent)
         raise ConfigError(f"{option}: cannot write in {folder}: {error.strerror}") from None
+
+
+def mark(folder: Path) -> None:
+    """Give a folder the mark; a link in its place goes."""
+    if (folder / MARK).is_symlink():
+        (folder / MARK).unlink()
+    os.close(os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644))
 
 
 def is_ours(folder: Path) -> bool:

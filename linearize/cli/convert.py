@@ -10,7 +10,7 @@ import typer
 from linearize.cli import conversion_options as options
 from linearize.cli.help import Command, examples
 from linearize.cli.options import ATTENTION, OUTPUT, Json, Overwrite
-from linearize.cli.output import emit, emit_json, note
+from linearize.cli.output import emit, emit_json, note, open_files
 from linearize.cli.plan import print_plan
 
 # exit code of a conversion that loses more than --quality allows, as of an evaluation whose gates fail
@@ -120,11 +120,12 @@ def convert(
         "text_model": text_model,
         "ignore_unexpected": ignore_unexpected,
     }
-    if dry_run:
-        from linearize.checkpoint.output_folder import check_target
+    from linearize.checkpoint.output_folder import check_target
 
-        if out is not None:
-            check_target(out, overwrite=overwrite)
+    if out is not None:
+        named = [Path(config)] if config else []
+        check_target(out, overwrite=overwrite, reads=[*filter(Path.exists, named), *open_files()])
+    if dry_run:
         print_plan(model, settings, json_, **source_options)
         return 0
     from linearize.workflows.convert import convert as convert_model

@@ -36,6 +36,7 @@ class _State:
         line_shown: a terminal shows a progress line that the next message must not overwrite.
         last_written: time.monotonic() of the last message.
         bar: the bar that a terminal shows, if any.
+        log_path: the path of `log`.
     """
 
     quiet: bool = False
@@ -44,6 +45,7 @@ class _State:
     line_shown: bool = False
     last_written: float = field(default_factory=time.monotonic)
     bar: "Bar | None" = None
+    log_path: Path | None = None
 
 
 class Bar(Protocol):
@@ -74,7 +76,7 @@ def configure(*, quiet: bool = False, verbose: bool = False, log_file: Path | No
         log = None if log_file is None else _open_log(log_file.expanduser())
     except OSError as error:
         raise ConfigError(f"--log-file: cannot write '{log_file}' ({error.strerror})") from None
-    _state = _State(quiet, verbose, log)
+    _state = _State(quiet, verbose, log, log_path=None if log_file is None else log_file.expanduser().absolute())
 
 
 def _open_log(path: Path) -> TextIO:
@@ -82,6 +84,11 @@ def _open_log(path: Path) -> TextIO:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
     os.set_blocking(descriptor, True)
     return open(descriptor, "a", encoding="utf-8", buffering=1)
+
+
+def open_files() -> list[Path]:
+    """Return the files that this process writes messages to."""
+    return [] if _state.log_path is None else [_state.log_path]
 
 
 def is_quiet() -> bool:

@@ -33,6 +33,9 @@ INSTRUCTION = "The following is a multiple choice question. Answer with the lett
 # items between two lines of progress
 PROGRESS_ITEMS = 50
 
+# bytes of a file of items
+LARGEST_FILE = 1 << 30
+
 
 class Choice(Measurement):
     """Accuracy and consistency of answers by letter, and a histogram of letters. `task_limit` belongs to tasks."""
@@ -83,6 +86,8 @@ def read_items(path: Path, limit: int | None) -> list[Item]:
         ConfigError: there is no such file, or it has no items, or malformed ones.
     """
     try:
+        if path.is_file() and (size := path.stat().st_size) > LARGEST_FILE:
+            raise ConfigError(f"--choice: {path} has {size:,} bytes, at most {LARGEST_FILE:,} are read")
         # str.splitlines would break rows at U+2028, which JSON allows in strings
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()][:limit]
     except (OSError, UnicodeDecodeError):

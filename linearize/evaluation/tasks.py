@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.checkpoint.auto import trusts_code
 from linearize.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint
 from linearize.checkpoint.hub import HUB_SECONDS, hub_answers
 from linearize.checkpoint.result_cache import cached_on_disk
@@ -72,11 +73,24 @@ def load_tasks(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
     Raises:
         ConfigError: lm-eval is not installed, a task is unknown, its data cannot be had, or it has no score per item.
     """
+    if folder is not None:
+        _refuse_code(folder)
     tasks = _load_with_data(names, folder)
     for name, task in tasks.items():
         if not set(task.aggregation()) & set(ITEM_SCORES):
             raise ConfigError(f"--tasks: {name} scores none of {', '.join(ITEM_SCORES)} item by item")
     return tasks
+
+
+def _refuse_code(folder: Path) -> None:
+    """Refuse task files that name Python functions, unless the user trusts what they bring.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    for path in sorted(folder.rglob("*.yaml")) + sorted(folder.rglob("*.yml")):
+        if not trusts_code() and path.is_file() and "!function" in path.read_text(encoding="utf-8", errors="replace"):
+            raise ConfigError(f"--tasks-dir: {path} runs code of its own (!function); --trust-remote-code runs it")
 
 
 def _load_with_data(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:

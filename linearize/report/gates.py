@@ -16,6 +16,9 @@ PATTERN = re.compile(r"^\s*([\w@]+?)(?:\.([a-z_]+))?\s*(<=|>=|<|>)\s*([-+.\deE]+
 COMPARE = {"<=": float.__le__, ">=": float.__ge__, "<": float.__lt__, ">": float.__gt__}
 FIELDS = ("ratio", "recovery", "recovery_over_chance", "p_value", *MODELS)
 
+# bytes of a file of gates
+LARGEST_FILE = 1 << 20
+
 
 class Condition(NamedTuple):
     """A gate's expression in parts: `metric.field comparison limit`."""
@@ -76,6 +79,8 @@ def expand_gates(items: Sequence[str]) -> list[str]:
 
 def _read_gates(path: Path) -> list[str]:
     try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise ConfigError(f"--gate: {path} has {size:,} bytes, at most {LARGEST_FILE:,} are read")
         lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--gate: {path} cannot be read as a file of gates ({error})") from None

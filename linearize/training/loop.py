@@ -14,6 +14,7 @@ the rows are spread.
 import itertools
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -30,6 +31,7 @@ from accelerate import Accelerator
 
 from linearize.checkpoint.names import METRICS
 from linearize.checkpoint.work_folder import remove
+from linearize.checkpoint.writing import write_text
 from linearize.data.packing import Batch, join, read_ahead
 from linearize.errors import ConfigError, Interrupted, LinearizeError
 from linearize.settings.recipe import Recipe
@@ -270,7 +272,8 @@ class StageTrainer:
             eta_seconds=(scheduled.total_tokens - tokens) / tokens_per_second,
             memory_bytes=peak_memory(),
         )
-        with open(self.run.work / METRICS, "a", encoding="utf-8") as file:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with open(os.open(self.run.work / METRICS, flags, 0o644), "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         self.run.report(record)
 
@@ -278,6 +281,8 @@ class StageTrainer:
         """Save the state after a step, in the main process."""
         if self.run.accelerator.is_main_process:
             number = self.scheduled.steps_before + step
+            with open(self.run.work / METRICS, "rb") as file:
+                os.fsync(file.fileno())  # a state is never without the log of its steps
             save_state(self.run.work, number, self.run.distiller, self.optimizers, self.run.fingerprint)
 
 
@@ -318,7 +323,7 @@ def _truncate_metrics(path: Path, steps: int) -> None:
     """Remove the steps that a killed run logged after its last saved state."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:steps]), encoding="utf-8")
+        write_text(path, "".join(lines[:steps]))
 
 
 def peak_memory() -> int:

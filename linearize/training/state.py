@@ -177,7 +177,8 @@ def check_metrics(path: Path, steps: int) -> None:
         ConfigError: it is gone or damaged.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        readable = path.is_file() and not path.is_symlink()
+        lines = path.read_text(encoding="utf-8").splitlines() if readable else []
     except (OSError, ValueError):
         lines = []
     for number, line in enumerate([*lines, *[""] * steps][:steps], 1):

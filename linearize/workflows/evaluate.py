@@ -9,6 +9,7 @@
 6. Write results.json and its renderings.
 """
 
+import contextlib
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from linearize.checkpoint.json_file import read_object
 from linearize.checkpoint.output_folder import check_writable
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.student import Student
@@ -26,7 +28,7 @@ from linearize.checkpoint.work_folder import make_folder, remove
 from linearize.checkpoint.writing import write_json, write_text
 from linearize.data.documents import data_fingerprint
 from linearize.device import compute_dtype, pick_device, versions
-from linearize.errors import ConfigError
+from linearize.errors import CheckpointError, ConfigError
 from linearize.evaluation.context import EvaluationContext
 from linearize.evaluation.registry import MEASUREMENTS
 from linearize.evaluation.request import Request, check_recovery, check_request, lengths_beyond_window
@@ -104,6 +106,8 @@ def evaluate(
     suite = choose_suite(suite) if isinstance(suite, str) else suite
     compare, out, summary_file = (None if path is None else Path(path) for path in (compare, out, summary_file))
     window = student.manifest.settings.window
+    if out is not None:
+        check_report_folder(out)
     request = check_request(suite, window, gates, min_recovery, compare=compare, summary_file=summary_file)
     if out is not None:
         check_writable(out)
@@ -250,12 +254,28 @@ def _publish(
         append_summary(summary_file, results)
 
 
+def check_report_folder(out: Path) -> None:
+    """Refuse a folder in which a report would take the place of files that are no report's.
+
+    Raises:
+        ConfigError: it has a file or a link of a name that the report writes, and no results.json of an evaluation.
+    """
+    names = ("results.json", "report.md", "report.html", "plots")
+    links = [name for name in names if (out / name).is_symlink()]
+    with contextlib.suppress(CheckpointError):
+        if not links and {"schema_version", "metrics"} <= read_object(out / "results.json").keys():
+            return
+    if present := [*links, *(name for name in names if (out / name).exists())]:
+        raise ConfigError(f"--out: {out / present[0]} is not of an earlier report, and would be replaced; name another")
+
+
 def write_results(results: Results, out: Path) -> None:
     """Write results.json and its renderings into a folder, and delete the saved stages of an interrupted run.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
+    check_report_folder(out)
     make_folder(out)
     try:
         write_json(out / "results.json", results.to_dict())

@@ -172,7 +172,7 @@ def _run(job: _Job, restart: bool, progress: Callable[[str], None], report: "Cal
     fingerprint = run_fingerprint(student, recipe, job.teacher, accelerator.num_processes)
     if is_main:
         check_free(job.work, job.out)
-        _resume_or_restart(job.work, fingerprint, restart, progress)
+        _resume_or_restart(job.work, fingerprint, schedule[-1].total_steps, restart, progress)
     accelerator.wait_for_everyone()
     set_seed(recipe.seed)
     distiller = make_distiller(student, recipe, schedule, job.teacher, dtype, accelerator.device)
@@ -206,11 +206,16 @@ def run_fingerprint(student: Student, recipe: Recipe, teacher: str | None, proce
     }
 
 
-def _resume_or_restart(work: Path, fingerprint: dict[str, Any], restart: bool, progress: Callable[[str], None]) -> None:
+def _resume_or_restart(
+    work: Path, fingerprint: dict[str, Any], steps: int, restart: bool, progress: Callable[[str], None]
+) -> None:
     """Discard an unfinished run, or announce its resumption.
 
+    Args:
+        steps: of the whole run.
+
     Raises:
-        ConfigError: the unfinished run was started with other settings.
+        ConfigError: the unfinished run was started with other settings, or is damaged.
     """
     from linearize.training.state import check_metrics, check_same_run, damaged_states, saved_states, step_of
 
@@ -221,6 +226,11 @@ def _resume_or_restart(work: Path, fingerprint: dict[str, Any], restart: bool, p
         progress(f"{work.name}: state {name} is passed over: {fault}")
     if states := saved_states(work):
         check_same_run(states[-1], fingerprint)
+        if step_of(states[-1]) > steps:
+            raise ConfigError(
+                f"{work / states[-1].name} is of a step that this run of {steps} does not have; remove it, or discard "
+                "the run with --restart"
+            )
         check_metrics(work / METRICS, step_of(states[-1]))
         progress(f"resuming {work.name} after step {step_of(states[-1])}")
 

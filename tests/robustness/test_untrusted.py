@@ -239,3 +239,107 @@ def test_abandoned_temporary_folders_are_removed(tmp_path, monkeypatch):
         assert first != second and first.is_dir() and second.is_dir()
         assert not abandoned.exists() and (foreign / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["linearize-gguf-foreign"]
+
+
+@pytest.mark.parametrize(
+    "name", ["eval/notes.txt", "adapter/thesis.txt", "data.model/x", "license-keys/key", "my-other.safetensors"]
+)
+def test_nothing_foreign_inside_an_output_is_lost(base_folder, cli, tmp_path, name):
+    out = conversion(base_folder, tmp_path)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    code, _, err = cli("convert", tmp_path / "base", "-o", out, "--overwrite", *FLAGS)
+    assert code == 2 and name.split("/")[0] in err and (out / name).read_text() == "mine"
+
+
+def test_settings_and_logs_inside_an_output_are_inputs(base_folder, cli, tmp_path):
+    out = conversion(base_folder, tmp_path)
+    (out / "eval").mkdir()
+    (out / "eval/results.json").write_text("{}")
+    for option, path in (("--config", out / "eval/results.json"), ("--log-file", out / "metrics.jsonl")):
+        code, _, err = cli("convert", tmp_path / "base", "-o", out, "--overwrite", option, path)
+        assert code == 2 and path.exists(), err
+
+
+def test_a_report_takes_no_other_file_s_place(one_conversion, cli, tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.mkdir()
+    other.mkdir()
+    (mine / "report.md").write_text("mine")
+    command = ("eval", one_conversion, "--only", "parity", "-o", mine)
+    code, _, err = cli(*command)
+    assert code == 2 and "report.md" in err and (mine / "report.md").read_text() == "mine"
+    (mine / "report.md").unlink()
+    (mine / "plots").symlink_to(other)
+    code, _, err = cli(*command)
+    assert code == 2 and "plots" in err and not list(other.iterdir())
+    (mine / "plots").unlink()
+    assert cli(*command)[0] == 0 and cli(*command)[0] == 0
+
+
+def test_tasks_that_run_code_are_refused(one_conversion, cli, tmp_path):
+    (tmp_path / "td").mkdir()
+    (tmp_path / "td/t.yaml").write_text("task: t\ndoc_to_text: !function evil.f\n")
+    (tmp_path / "td/evil.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\n")
+    flags = ("--only", "tasks", "--tasks", "t", "--tasks-dir", tmp_path / "td")
+    code, _, err = cli("eval", one_conversion, *flags, "-o", tmp_path / "out")
+    assert code == 2 and "--trust-remote-code" in err and not (tmp_path / "RAN").exists()
+
+
+@pytest.fixture
+def unfinished(one_conversion, cli, tmp_path):
+    """Stop a training run of four steps after two, and return (command, its work folder)."""
+    command = ("finetune", one_conversion, "-o", tmp_path / "out", "--recipe", "ci", "--seq-len", 64, "--tokens", 256)
+    command += ("--set", "checkpoint_every=1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linearize.training.loop.StageTrainer.log", stopping_at(3))
+        assert cli(*command)[0] == 1
+    work = tmp_path / "out.training"
+    assert [path.name for path in sorted(work.glob("step-*"))] == ["step-00000001", "step-00000002"]
+    return command, work
+
+
+def stopping_at(step: int):
+    from linearize.training.loop import StageTrainer
+
+    log = StageTrainer.log
+
+    def logged(self, number, *arguments, **options):
+        if number == step:
+            raise OSError("stopped")
+        log(self, number, *arguments, **options)
+
+    return logged
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda work: (work / "metrics.jsonl").unlink(),
+        lambda work: (work / "metrics.jsonl").write_text("x\ny\n"),
+        lambda work: (work / "metrics.jsonl").write_text("[1]\n[2]\n"),
+        lambda work: os.truncate(work / "metrics.jsonl", (work / "metrics.jsonl").stat().st_size - 15),
+        lambda work: (work / "step-00000002").rename(work / "step-99999999"),
+        lambda work: (work / "step-00000002/state.safetensors").write_bytes(b"x"),
+    ],
+)
+def test_a_damaged_unfinished_run_is_refused_or_goes_on_from_before(unfinished, cli, damage):
+    command, work = unfinished
+    damage(work)
+    code, _, err = cli(*command)
+    if code == 0:  # from the state before
+        assert "is passed over" in err and "resuming out.training after step 1" in err
+        steps = [json.loads(line)["step"] for line in (work.parent / "out/metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4]
+    else:
+        assert code == 2 and "--restart" in err and not (work.parent / "out").exists()
+
+
+def test_a_state_beyond_the_run_is_refused(unfinished, cli):
+    command, work = unfinished
+    state = work / "step-00000002"
+    record = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps({**record, "step": 900}))
+    state.rename(work / "step-00000900")
+    code, _, err = cli(*command)
+    assert code == 2 and "step-00000900" in err and not (work.parent / "out").exists()
