@@ -120,11 +120,8 @@ def convert(
         "text_model": text_model,
         "ignore_unexpected": ignore_unexpected,
     }
-    from linearize.checkpoint.output_folder import check_target
-
     if out is not None:
-        named = [Path(config)] if config else []
-        check_target(out, overwrite=overwrite, reads=[*filter(Path.exists, named), *open_files()])
+        _check_out(out, overwrite, config)
     if dry_run:
         print_plan(model, settings, json_, **source_options)
         return 0
@@ -140,6 +137,14 @@ def convert(
         _print_outcome(student)
     measured = student.manifest.quality
     return QUALITY_MISSED if require_quality and not (measured and measured.holds) else 0
+
+
+def _check_out(out: Path, overwrite: bool, config: str | None) -> None:
+    """Refuse an output that cannot be written, or that holds the config or the log of this very command."""
+    from linearize.checkpoint.output_folder import check_target
+
+    named = [Path(config)] if config else []
+    check_target(out, overwrite=overwrite, reads=[*filter(Path.exists, named), *open_files()])
 
 
 def _with_calibration(settings: "ConversionConfig", when: str) -> "ConversionConfig":
