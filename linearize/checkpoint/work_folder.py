@@ -140,8 +140,8 @@ def temporary_folder(purpose: str, near: Path | None = None) -> Iterator[Path]:
         raise_if_full(error, place)
         raise ResourceError(f"{place}: cannot make a temporary folder: {error.strerror}") from None
     try:
-        claim(folder)
-        with alone_in(folder, folder):
+        with alone_in(folder, folder):  # before it has the mark by which others would take it for abandoned
+            claim(folder)
             yield folder
     finally:
         with contextlib.suppress(OSError):

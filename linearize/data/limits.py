@@ -12,8 +12,8 @@ from types import FrameType
 def limited(seconds: float, nbytes: int) -> Iterator[None]:
     """Stop the block after some seconds, and let it have at most so much more memory.
 
-    Signals reach the main thread alone; in others the time is not bounded. Systems that do not say how large a process
-    is do not bound the memory.
+    Only in the main thread: signals reach no other, and the limit of memory is that of the whole process, in which the
+    main thread may be training meanwhile. Systems that do not say how large a process is do not bound the memory.
 
     Raises:
         TimeoutError: the time is over. MemoryError: the memory is used up.
@@ -22,17 +22,17 @@ def limited(seconds: float, nbytes: int) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"stopped after {seconds:g} s")
 
-    timed = threading.current_thread() is threading.main_thread()
-    if timed:
-        previous = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         with _memory_limit(nbytes):
             yield
     finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 @contextlib.contextmanager
