@@ -32,6 +32,8 @@ def claim(folder: Path, option: str = "--out") -> None:
             "another output"
         )
     make_folder(folder, option)
+    if is_ours(_going(folder)):
+        _wipe(_going(folder))
     try:
         mark(folder)
     except OSError as error:
@@ -60,13 +62,31 @@ def empty(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder that `claim` made, the mark last, so that an interrupted removal can be gone on with.
+    """Remove a folder that `claim` made; a folder of anybody else is left alone.
 
-    A folder of anybody else is left alone.
+    It is renamed first, so that a killed process leaves all of it or, under another name, what the next one clears.
     """
+    if not is_ours(folder):
+        return
+    going = _going(folder)
+    _wipe(going)
+    if not going.exists():
+        folder.rename(going)
+        folder = going
+    _wipe(folder)
+
+
+def _going(folder: Path) -> Path:
+    """Return the name of a folder while it is removed."""
+    return folder.with_name(f"{folder.name}.removed")
+
+
+def _wipe(folder: Path) -> None:
+    """Remove a folder with the mark, the mark last; and one that is empty, where a removal was stopped just before."""
     if is_ours(folder):
         empty(folder)
         (folder / MARK).unlink()
+    with contextlib.suppress(OSError):
         folder.rmdir()
 
 

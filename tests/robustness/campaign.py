@@ -236,7 +236,11 @@ def run_crashes(crashes: list[Crash], count: int, seed: int, report: Report, onl
             if again[0] in ("convert", "finetune") and "--overwrite" not in again and out.exists():
                 again = [*again, "--overwrite"]
             outcome = run_apart(again, folder)
-            left = [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".replaced", ".tmp"))]
+            left = [
+                path.name
+                for path in folder.rglob("*")
+                if path.name.endswith((".partial", ".replaced", ".removed", ".tmp"))
+            ]
             left += [path.name for path in folder.rglob("*.training")]
             if outcome.code != 0:
                 report.fail(case, f"then exit code {outcome.code}: {outcome.err[-300:]!r}")
