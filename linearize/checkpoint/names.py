@@ -20,4 +20,5 @@ OWN_FOLDERS = {
     "eval": ("results.json", "report.md", "report.html"),
     "eval/plots": ("*.png", "*.csv"),
     "eval/.stages": ("*",),
+    "eval/.stages.removed": ("*",),
 }

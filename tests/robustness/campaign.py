@@ -36,6 +36,8 @@ from mutations import mutate
 CASE_SECONDS, CASE_BYTES = 120, 12 << 30
 CODES = {0, 1, 2, 3, 4, 5}
 KILLED, STOPPED = 137, 130
+# ends of names that nothing has after a command
+UNFINISHED = (".partial", ".replaced", ".removed", ".tmp")
 # functions of `os` that change what is on the disk: the process dies before one of their calls
 CHANGING = ("rename", "replace", "unlink", "rmdir", "mkdir", "link", "fsync")
 CONVERT = ("--window", "12", "--sinks", "2", "--keep-softmax", "none", "--no-verify")
@@ -236,11 +238,7 @@ def run_crashes(crashes: list[Crash], count: int, seed: int, report: Report, onl
             if again[0] in ("convert", "finetune") and "--overwrite" not in again and out.exists():
                 again = [*again, "--overwrite"]
             outcome = run_apart(again, folder)
-            left = [
-                path.name
-                for path in folder.rglob("*")
-                if path.name.endswith((".partial", ".replaced", ".removed", ".tmp"))
-            ]
+            left = [path.name for path in folder.rglob("*") if path.name.endswith(UNFINISHED)]
             left += [path.name for path in folder.rglob("*.training")]
             if outcome.code != 0:
                 report.fail(case, f"then exit code {outcome.code}: {outcome.err[-300:]!r}")
@@ -262,7 +260,7 @@ def run_environments(crashes: list[Crash], count: int, seed: int, report: Report
             shutil.copytree(crash.folder, folder, symlinks=True)
             before = set(folder.rglob("*"))
             outcome = run_apart(crash.command, folder, ENVIRONMENTS[name])
-            left = [path.name for path in set(folder.rglob("*")) - before if path.name.endswith((".partial", ".tmp"))]
+            left = [path.name for path in set(folder.rglob("*")) - before if path.name.endswith(UNFINISHED)]
             if outcome.code not in CODES | {STOPPED}:
                 report.fail(case, f"exit code {outcome.code}: {outcome.err[-300:]!r}")
             elif "Traceback" in outcome.err or "unforeseen" in outcome.err:
