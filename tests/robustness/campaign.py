@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,8 @@ CODES = {0, 1, 2, 3, 4, 5}
 KILLED, STOPPED = 137, 130
 # ends of names that nothing has after a command
 UNFINISHED = (".partial", ".replaced", ".removed", ".tmp")
+# part of the names of temporary folders
+TEMPORARY = "linearize-"
 # functions of `os` that change what is on the disk: the process dies before one of their calls
 CHANGING = ("rename", "replace", "unlink", "rmdir", "mkdir", "link", "fsync")
 CONVERT = ("--window", "12", "--sinks", "2", "--keep-softmax", "none", "--no-verify")
@@ -67,10 +69,17 @@ class Target:
 
 @dataclass
 class Report:
-    """The cases that failed, of how many."""
+    """The cases that failed, of how many; `only` leaves out cases whose names do not contain it."""
 
+    only: str | None = None
     cases: int = 0
     failures: list[str] = field(default_factory=list)
+
+    def begins(self, case: str) -> bool:
+        """Return True if a case is to be run, and count it."""
+        wanted = self.only is None or self.only in case
+        self.cases += wanted
+        return wanted
 
     def fail(self, case: str, why: str) -> None:
         """Note a failure."""
@@ -104,6 +113,7 @@ def apart(function: Callable[[], int], name: Path, cwd: Path) -> Outcome:
         try:
             os.setsid()
             os.chdir(cwd)
+            tempfile.tempdir = None  # that of the environment
             for path, descriptor in ((out, 1), (err, 2)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -155,21 +165,36 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-def run_mutations(targets: list[Target], count: int, seed: int, report: Report, only: str | None = None) -> None:
+@contextlib.contextmanager
+def copy_of(folder: Path) -> Iterator[Path]:
+    """Yield a copy of an input, with a cache and a temporary folder of its own beside it."""
+    with tempfile.TemporaryDirectory(prefix="campaign-") as work:
+        copy = Path(work) / "in"
+        shutil.copytree(folder, copy, symlinks=True)
+        (Path(work) / "tmp").mkdir()
+        os.environ |= {"XDG_CACHE_HOME": str(Path(work) / "cache"), "TMPDIR": str(Path(work) / "tmp")}
+        yield copy
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Return the unfinished files and folders in an input's copy and in the temporary folder beside it."""
+    paths = [*folder.rglob("*"), *(folder.parent / "tmp").iterdir()]
+    return [
+        path.name for path in paths if path.name.endswith(UNFINISHED) or "linearize-" in path.name.removeprefix(".")
+    ]
+
+
+def run_mutations(targets: list[Target], count: int, seed: int, report: Report) -> None:
     """Damage one file at a time, and run a command on the folder that it is in."""
     for number in range(count):
         rng = random.Random(f"{seed}-{number}")
         target = targets[number % len(targets)]
         file, command = rng.choice(target.files), rng.choice(target.commands)
         case = f"{target.name}-{seed}-{number} ({file}; {' '.join(command)[:60]})"
-        if only is not None and only not in case:
+        if not report.begins(case):
             continue
-        report.cases += 1
-        with tempfile.TemporaryDirectory(prefix="campaign-") as work:
-            folder = Path(work) / "in"
-            shutil.copytree(target.folder, folder, symlinks=True)
-            with contextlib.suppress(RecursionError):
-                mutate(folder / file, rng)
+        with copy_of(target.folder) as folder:
+            mutate(folder / file, rng)
             before = snapshot(folder)
             outcome = run_apart(command, folder)
             after = {name: digest for name, digest in snapshot(folder).items() if not name.startswith("out/")}
@@ -199,73 +224,83 @@ class Crash:
     whole: tuple[str, ...] = ("linearize.json", "config.json")
 
 
-def die_at(call: int, counter: list[int]) -> None:
-    """Make this process kill itself before the `call`-th change to the disk."""
+def die_at(call: int, counted: Path) -> None:
+    """Make this process kill itself before the `call`-th change to the disk, and write down how many it has made."""
+    made = [0]
     for name in CHANGING:
         real = getattr(os, name)
 
         def dying(*arguments, _real=real, **options):
-            counter[0] += 1
-            if counter[0] == call:
+            made[0] += 1
+            if made[0] == call:
                 os.kill(os.getpid(), signal.SIGKILL)
+            counted.write_text(str(made[0]))
             return _real(*arguments, **options)
 
         setattr(os, name, dying)
 
 
-def run_crashes(crashes: list[Crash], count: int, seed: int, report: Report, only: str | None = None) -> None:
+def changes_of(crash: Crash) -> int:
+    """Return the number of changes to the disk that a command makes."""
+    with copy_of(crash.folder) as folder:
+        counted = folder.parent / "changes"
+        outcome = run_apart(crash.command, folder, lambda: die_at(0, counted))
+        if outcome.code != 0:
+            raise RuntimeError(f"{crash.name} fails: {outcome.err[-1000:]}")
+        return int(counted.read_text())
+
+
+def run_crashes(crashes: list[Crash], count: int, seed: int, report: Report) -> None:
     """Kill each command at points spread over all its changes to the disk, run it again, and look at what is there."""
+    changes = [changes_of(crash) for crash in crashes] if count else []
+    print("changes to the disk:", ", ".join(f"{crash.name} {most}" for crash, most in zip(crashes, changes)))
     for number in range(count):
-        crash = crashes[number % len(crashes)]
-        point = random.Random(f"{seed}-{number}").randrange(1, 120)
-        case = f"{crash.name} killed at change {point} ({number})"
-        if only is not None and only not in case:
+        crash, most = crashes[number % len(crashes)], changes[number % len(crashes)]
+        point = random.Random(f"{seed}-{number}").randrange(1, most + 1)
+        case = f"{crash.name} killed at change {point} of {most} ({number})"
+        if not report.begins(case):
             continue
-        report.cases += 1
-        with tempfile.TemporaryDirectory(prefix="campaign-") as work:
-            folder = Path(work) / "in"
-            shutil.copytree(crash.folder, folder, symlinks=True)
-            os.environ["XDG_CACHE_HOME"] = str(Path(work) / "cache")
-            outcome = run_apart(crash.command, folder, lambda point=point: die_at(point, [0]))
-            out = folder / crash.out
-            if outcome.code != KILLED and outcome.code != 0:
-                report.fail(case, f"exit code {outcome.code}: {outcome.err[-200:]!r}")
-                continue
-            if out.exists() and any(not (out / name).is_file() for name in crash.whole):
-                report.fail(case, f"half an output: {sorted(os.listdir(out))}")
-                continue
-            again = crash.command
-            if again[0] in ("convert", "finetune") and "--overwrite" not in again and out.exists():
-                again = [*again, "--overwrite"]
-            outcome = run_apart(again, folder)
-            left = [path.name for path in folder.rglob("*") if path.name.endswith(UNFINISHED)]
-            left += [path.name for path in folder.rglob("*.training")]
-            if outcome.code != 0:
-                report.fail(case, f"then exit code {outcome.code}: {outcome.err[-300:]!r}")
-            elif left or any(not (out / name).is_file() for name in crash.whole):
-                report.fail(case, f"then left {left}, output {sorted(os.listdir(out))}")
+        with copy_of(crash.folder) as folder:
+            why = _killed_and_again(crash, point, folder)
+            if why is not None:
+                report.fail(case, why)
 
 
-def run_environments(crashes: list[Crash], count: int, seed: int, report: Report, only: str | None = None) -> None:
+def _killed_and_again(crash: Crash, point: int, folder: Path) -> str | None:
+    """Kill a command, run it again, and say what is wrong then; None if nothing is."""
+    outcome = run_apart(crash.command, folder, lambda: die_at(point, folder.parent / "changes"))
+    out = folder / crash.out
+    if outcome.code != KILLED:
+        return f"was not killed: exit code {outcome.code}: {outcome.err[-200:]!r}"
+    if out.exists() and any(not (out / name).is_file() for name in crash.whole):
+        return f"half an output: {sorted(os.listdir(out))}"
+    again = crash.command
+    if again[0] in ("convert", "finetune") and "--overwrite" not in again and out.exists():
+        again = [*again, "--overwrite"]
+    outcome = run_apart(again, folder)
+    left = [*leftovers(folder), *(path.name for path in folder.rglob("*.training"))]
+    if outcome.code != 0:
+        return f"then exit code {outcome.code}: {outcome.err[-300:]!r}"
+    if left or any(not (out / name).is_file() for name in crash.whole):
+        return f"then left {left}, output {sorted(os.listdir(out))}"
+    return None
+
+
+def run_environments(crashes: list[Crash], count: int, seed: int, report: Report) -> None:
     """Run each command in odd environments; it may fail, in words, and leaves nothing."""
     pairs = [(crash, name) for crash in crashes for name in ENVIRONMENTS]
     random.Random(seed).shuffle(pairs)
     for crash, name in pairs[:count]:
         case = f"{crash.name} where {name}"
-        if only is not None and only not in case:
+        if not report.begins(case):
             continue
-        report.cases += 1
-        with tempfile.TemporaryDirectory(prefix="campaign-") as work:
-            folder = Path(work) / "in"
-            shutil.copytree(crash.folder, folder, symlinks=True)
-            before = set(folder.rglob("*"))
+        with copy_of(crash.folder) as folder:
             outcome = run_apart(crash.command, folder, ENVIRONMENTS[name])
-            left = [path.name for path in set(folder.rglob("*")) - before if path.name.endswith(UNFINISHED)]
             if outcome.code not in CODES | {STOPPED}:
                 report.fail(case, f"exit code {outcome.code}: {outcome.err[-300:]!r}")
             elif "Traceback" in outcome.err or "unforeseen" in outcome.err:
                 report.fail(case, f"unforeseen: {outcome.err[-300:]!r}")
-            elif left:
+            elif left := leftovers(folder):
                 report.fail(case, f"left {left}")
 
 
@@ -392,8 +427,8 @@ def campaign(mutations: int, crashes: int, environments: int, seed: int, only: s
     """Run a campaign, and return its report."""
     for module in ("torch", "transformers", "peft", "datasets", "accelerate", "linearize.cli.app"):
         importlib.import_module(module)  # once, for all processes that are forked
-    report = Report()
-    cache = os.environ.get("XDG_CACHE_HOME")
+    report = Report(only)
+    before = {name: os.environ.get(name) for name in ("XDG_CACHE_HOME", "TMPDIR")}
     with tempfile.TemporaryDirectory(prefix="campaign-inputs-") as folder:
         work = Path(folder)
         try:
@@ -401,13 +436,14 @@ def campaign(mutations: int, crashes: int, environments: int, seed: int, only: s
             built = apart(lambda: build(work) or 0, work / "build", work)
             if built.code != 0:
                 raise RuntimeError(f"the campaign's inputs cannot be built: {built.err[-2000:]}")
-            run_mutations(targets_of(work), mutations, seed, report, only)
-            run_crashes(crashes_of(work), crashes, seed, report, only)
-            run_environments(crashes_of(work), environments, seed, report, only)
+            run_mutations(targets_of(work), mutations, seed, report)
+            run_crashes(crashes_of(work), crashes, seed, report)
+            run_environments(crashes_of(work), environments, seed, report)
         finally:
-            os.environ.pop("XDG_CACHE_HOME")
-            if cache is not None:
-                os.environ["XDG_CACHE_HOME"] = cache
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
     return report
 
 
