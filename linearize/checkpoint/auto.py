@@ -4,6 +4,7 @@ Without a word from us transformers asks on the terminal whether to run a checkp
 Some keys of a config name code, too: they are put back to transformers' own choice.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,19 @@ CHOOSE_CODE = ("_attn_implementation", "_experts_implementation")
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # times that the steps of a tokenizer may make a text longer; one of bytes takes 4
 LARGEST_GROWTH = 1000.0
-# set by --trust-remote-code
+# set by `trusting_code`, for --trust-remote-code
 _trusts_code = False
 
 
-def trust_code(trusted: bool) -> None:
-    """Let tokenizers run the code that comes with them, from here on, or forbid it."""
+@contextlib.contextmanager
+def trusting_code(trusted: bool) -> Iterator[None]:
+    """Let tokenizers run the code that comes with them while the block runs; False leaves it as it is."""
     global _trusts_code
-    _trusts_code = trusted
+    before, _trusts_code = _trusts_code, _trusts_code or trusted
+    try:
+        yield
+    finally:
+        _trusts_code = before
 
 
 def trusts_code() -> bool:
@@ -34,11 +40,11 @@ def trusts_code() -> bool:
     return _trusts_code
 
 
-def auto_config(folder: Path, **location: str) -> "PretrainedConfig":
+def auto_config(folder: Path) -> "PretrainedConfig":
     """Read a checkpoint's config as transformers does; its code is never run."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **location)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name in CHOOSE_CODE:
             if getattr(part, name, None) is not None:
@@ -46,7 +52,7 @@ def auto_config(folder: Path, **location: str) -> "PretrainedConfig":
     return config
 
 
-def auto_tokenizer(folder: Path, **location: str) -> Any:
+def auto_tokenizer(folder: Path) -> Any:
     """Load a checkpoint's tokenizer as transformers does; its code runs only if the user trusts it.
 
     Raises:
@@ -59,7 +65,7 @@ def auto_tokenizer(folder: Path, **location: str) -> Any:
         raise ConfigError(f"{folder}: its tokenizer has code of its own ({code[0]}); --trust-remote-code runs it")
     _check_growth(folder / TOKENIZER)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusts_code, **location)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusts_code)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {one_line(error, 200)}") from None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from linearize.checkpoint.auto import trust_code
+from linearize.checkpoint.auto import trusting_code
 from linearize.cli import bench, convert, doctor, finetune, plan
 from linearize.cli import eval as eval_
 from linearize.cli import list as list_
@@ -64,9 +64,9 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; print what went wrong, in JSON too if it has --json."""
     gc.set_threshold(GC_THRESHOLD)
     try:
-        arguments = _take_common_options([_with_home(argument) for argument in arguments])
+        arguments, trusted = _take_common_options([_with_home(argument) for argument in arguments])
         quiet_libraries()
-        with reporting():
+        with trusting_code(trusted), reporting():
             return _run_command(arguments)
     except Exception as error:  # typer.Exit and Abort are exceptions, too
         message, code = _describe(error)
@@ -86,8 +86,12 @@ def _with_home(argument: str) -> str:
     return os.path.expanduser(argument) if argument == "~" or argument.startswith("~/") else argument
 
 
-def _take_common_options(arguments: list[str]) -> list[str]:
-    """Apply the options that every command takes (help.py), and return the other arguments."""
+def _take_common_options(arguments: list[str]) -> tuple[list[str], bool]:
+    """Apply the options that every command takes (help.py).
+
+    Returns:
+        The other arguments, and True for --trust-remote-code.
+    """
     rest: list[str] = []
     trusted = False
     options: dict[str, Any] = {}
@@ -106,8 +110,7 @@ def _take_common_options(arguments: list[str]) -> list[str]:
         else:
             rest.append(argument)
     configure(**options)
-    trust_code(trusted)
-    return rest
+    return rest, trusted
 
 
 def _run_command(arguments: list[str]) -> int:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.checkpoint.auto import TOKENIZER_CONFIG, trust_code
+from linearize.checkpoint.auto import TOKENIZER_CONFIG, trusting_code
 from linearize.checkpoint.base import base_config, untied_head
 from linearize.checkpoint.json_file import read_object
 from linearize.checkpoint.manifest import Manifest
@@ -96,20 +96,14 @@ def convert(
         'converted'
     """
     settings = config if isinstance(config, ConversionConfig) else load_config(None if config is None else str(config))
-    if trust_remote_code:
-        trust_code(True)
     target, reads = None if out is None else Path(out), _local_inputs(str(model), settings, config)
     if target is not None:
         check_target(target, overwrite=overwrite, reads=reads)
-    with open_source(
-        str(model),
-        revision=revision,
-        dtype=settings.dtype,
-        merge_adapter=merge_adapter,
-        text_model=text_model,
-        ignore_unexpected=ignore_unexpected,
-        near=(target or OUTPUT_ROOT).parent,
-    ) as source:
+    opened = open_source(
+        str(model), revision=revision, dtype=settings.dtype, merge_adapter=merge_adapter, text_model=text_model,
+        ignore_unexpected=ignore_unexpected, near=(target or OUTPUT_ROOT).parent,
+    )  # fmt: skip
+    with trusting_code(trust_remote_code), opened as source:
         weights = _check_source(source, settings, progress)
         target = target or default_output(source.name, "converted")
         check_target(target, overwrite=overwrite, reads=reads)
