@@ -1,15 +1,18 @@
 """Record what the way back through the layers of a model needs, and how far a pass has come.
 
 With a folder, an interrupted pass goes on from there: recorded inputs are files, and between two layers the state is
-saved every now and then.
+saved every now and then. Of two processes that make the same pass, the first has the folder; the other keeps nothing.
 """
 
 import contextlib
+import fcntl
+import glob
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +35,9 @@ class LayerPass:
     """
 
     def __init__(self, folder: Path | None = None, name: str = ""):
-        self.folder, self.name = folder, name
+        self.name = name
+        self._lock = None if folder is None else _locked(folder / f"{name}.lock")
+        self.folder = None if self._lock is None else folder
         self.saved_at = time.monotonic()
         self.recorded_bytes = 0
         self.temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -59,7 +64,6 @@ class LayerPass:
             return
         partial = self._state_file.with_suffix(".partial")
         with contextlib.suppress(OSError, SafetensorError):
-            self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
             save_file(tensors, partial, metadata={"stage": stage, "layers": str(layers)})
             os.replace(partial, self._state_file)
@@ -71,7 +75,6 @@ class LayerPass:
         if self.folder is None and self.recorded_bytes <= RECORDED_BYTES:
             return hidden
         path = self.input_file(layer, row)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"hidden": hidden.contiguous().cpu()})
         return path
 
@@ -95,11 +98,29 @@ class LayerPass:
 
     def remove(self) -> None:
         """Remove what was kept; the pass is done."""
-        if self.folder is not None:
-            for file in self.folder.glob(f"{self.name}*"):
+        if self.folder is not None and self._lock is not None:
+            for file in self.folder.glob(f"{glob.escape(self.name)}[-.]*"):
                 file.unlink(missing_ok=True)
+            self._lock.close()
 
     @property
     def _state_file(self) -> Path:
         assert self.folder is not None
         return self.folder / f"{self.name}.safetensors"
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """Return an open file that no other process has locked; None if one has, or if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115  # open as long as the pass
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # this file system has no locks
+        pass
+    return file

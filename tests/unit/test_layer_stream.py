@@ -163,6 +163,17 @@ def test_a_damaged_save_is_no_save(base_folder, tmp_path, monkeypatch):
     assert stream.last_hidden([torch.arange(2, 50)])[0].shape[0] == 48
 
 
+def test_a_pass_belongs_to_one_process(tmp_path):
+    """Another one, which would write and remove the same files, keeps nothing."""
+    first, second = LayerPass(tmp_path, "rows"), LayerPass(tmp_path, "rows")
+    assert first.folder == tmp_path and second.folder is None and LayerPass(tmp_path, "other").folder == tmp_path
+    first.save("forward", 1, lambda: {"x": torch.zeros(1)}, now=True)
+    second.remove()
+    assert first.load("forward")[0] == 1 and second.load("forward") == (0, {})
+    first.remove()
+    assert LayerPass(tmp_path, "rows").folder == tmp_path and not list(tmp_path.glob("rows.safetensors"))
+
+
 def test_layers_that_are_loaded_ahead_are_the_same(base_folder):
     folder, rows = base_folder(), [torch.arange(2, 30)[None]]
     ahead, plain = (
