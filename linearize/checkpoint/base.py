@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from linearize.checkpoint.names import LAYER_NUMBER
 from linearize.checkpoint.source import Source
 from linearize.checkpoint.weights import BITS, DTYPE_NAMES, FLOATING, TensorInfo, Weights
 from linearize.errors import CheckpointError, CoverageError, UnsupportedModelError, nearest, one_line
 from linearize.families.refused import reason_to_refuse
 from linearize.families.registry import FAMILIES, find_family
 
-LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # bytes of two tensors that are compared at a time
 BLOCK_BYTES = 1 << 24
 

@@ -50,8 +50,8 @@ def mark(folder: Path) -> None:
 
 def is_ours(folder: Path) -> bool:
     """Return True if this package made a folder: it is one, not a link, and has the mark."""
-    mark = folder / MARK
-    return folder.is_dir() and not folder.is_symlink() and mark.is_file() and not mark.is_symlink()
+    path = folder / MARK
+    return folder.is_dir() and not folder.is_symlink() and path.is_file() and not path.is_symlink()
 
 
 def empty(folder: Path) -> None:

@@ -15,7 +15,6 @@ several tensors into one (experts). Shapes: B rows, T tokens, D hidden size.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
+from linearize.checkpoint.names import LAYER_NUMBER
 from linearize.checkpoint.weights import read_weights
 from linearize.device import return_freed_memory
 from linearize.errors import CheckpointError
@@ -36,8 +36,6 @@ from linearize.modeling.layer_pass import LayerPass
 from linearize.modeling.next_layer import NextLayer
 from linearize.modeling.readout import Readout, readout_of
 from linearize.progress import counting
-
-LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass
@@ -101,7 +99,7 @@ class LayerStream:
         self.layer_tensors: list[list[str]] = [[] for _ in self.layers]
         other_tensors = []
         for name in self.file_of:
-            if (match := LAYER_NAME.search(name)) is None:
+            if (match := LAYER_NUMBER.search(name)) is None:
                 other_tensors.append(name)
             elif int(match[1]) < len(self.layers):
                 self.layer_tensors[int(match[1])].append(name)
