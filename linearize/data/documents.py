@@ -2,7 +2,8 @@
 
 A dataset is the name `sample`, a file (.txt, .jsonl, .json, .parquet, each also compressed), a folder of .parquet
 files, or a hub id. Its rows hold a text field, `messages` for the chat template, or `instruction`, `input` and
-`output`. Rows whose text is null, or that have no messages, are skipped. Reading streams, so size does not matter.
+`output`. Rows whose text is null, or that have no messages, are skipped. Reading streams: a file may have any size, a
+row of JSON and a JSON array may not (text_files.py).
 """
 
 import contextlib

@@ -109,7 +109,7 @@ def train_stage(run: TrainingRun, scheduled: ScheduledStage, rows: Iterator[Batc
         rows: batches of one row, from the start of the stage's data.
 
     Raises:
-        Interrupted: after Ctrl-C or SIGTERM, once the state is saved.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, once the state is saved.
         LinearizeError: the loss is not finite.
     """
     trainer = StageTrainer(run, scheduled)

@@ -76,7 +76,7 @@ def finetune(
         The written checkpoint: its folder, and its manifest with losses, tokens and time under `finetune`.
 
     Raises:
-        Interrupted: stopped by Ctrl-C or SIGTERM; the state is saved.
+        Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP; the state is saved.
         LinearizeError: every other foreseen failure, with its exit code.
 
     Example:

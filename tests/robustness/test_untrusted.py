@@ -60,6 +60,15 @@ def test_a_tokenizer_s_code_runs_only_if_it_is_trusted(base_folder, cli, tmp_pat
     assert code == 0 and (tmp_path / "RAN").exists() and (tmp_path / "out/tokenization_mine.py").is_file(), err
 
 
+def test_trust_ends_with_the_call(base_folder, tmp_path):
+    settings = load_config(None, {"window": 12, "keep_softmax": "none"})
+    convert(str(base_folder()), settings, out=tmp_path / "a", verify=False, trust_remote_code=True, progress=quiet)
+    base = with_tokenizer_code(base_folder(name="other"), tmp_path)
+    with pytest.raises(ConfigError, match="--trust-remote-code"):
+        convert(str(base), settings, out=tmp_path / "b", verify=False, progress=quiet)
+    assert not (tmp_path / "RAN").exists()
+
+
 def test_a_config_chooses_no_code(base_folder, tmp_path):
     """A kernel of a hub, named in config.json, is neither asked for nor loaded."""
     base = base_folder()
